@@ -1,0 +1,1 @@
+"""One file per command: parse arguments, call one library function, print."""

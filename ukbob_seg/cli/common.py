@@ -1,0 +1,109 @@
+"""What every command shares: roots, logging, and errors as one sentence with exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ukbob_seg import __version__
+from ukbob_seg.dataset.paths import Roots
+from ukbob_seg.errors import ConfigError, UkbobError
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def make_parser(command: str, description: str, example: str) -> argparse.ArgumentParser:
+    """A parser with --version and a worked example below the options."""
+    parser = argparse.ArgumentParser(
+        prog=command,
+        description=description,
+        epilog=f"example:\n{example.rstrip()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"ukbob_seg {__version__}")
+    return parser
+
+
+def add_roots(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add --raw, --preprocessed and --results (those named); defaults come from the environment."""
+    group = parser.add_argument_group("folders (default: the environment variable, else ./ukbob_data/...)")
+    for name in names:
+        variable = f"UKBOB_{name.upper()}"
+        group.add_argument(
+            f"--{name}",
+            type=Path,
+            metavar="DIR",
+            default=Path(os.environ.get(variable) or Path("ukbob_data") / name),
+            help=f"root of the {name} datasets [{variable}]",
+        )
+
+
+def roots_from(arguments: argparse.Namespace) -> Roots:
+    """The three roots; those that the command has no flag for come from the environment or the default."""
+    defaults = Roots.below(Path("ukbob_data"))
+
+    def root(name: str) -> Path:
+        given = getattr(arguments, name, None)
+        return Path(given or os.environ.get(f"UKBOB_{name.upper()}") or getattr(defaults, name))
+
+    return Roots(root("raw"), root("preprocessed"), root("results"))
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add --workers."""
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="worker processes (default: by processors, memory and cases)"
+    )
+
+
+def choose_device(name: str) -> str:
+    """Resolve ``auto`` to cuda when there is one, and refuse a device that is not there.
+
+    Raises:
+        ConfigError: unknown name, or no such device.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device must be auto, cpu, cuda, cuda:N or mps, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("--device mps: not available on this machine; use cpu or auto")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"--device must be auto, cpu, cuda, cuda:N or mps, got {name!r}")
+    return name
+
+
+def command(function: Callable[[list[str] | None], None]) -> Callable[[list[str] | None], int]:
+    """Wrap a command: configure logging, turn expected errors into one line and exit code 2.
+
+    The wrapped function returns the exit code, so tests call it in-process; the console script exits with it.
+    """
+
+    @functools.wraps(function)
+    def main(argv: list[str] | None = None) -> int:
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        try:
+            function(argv)
+        except UkbobError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_BAD_INPUT
+        except KeyboardInterrupt:
+            print("interrupted; what was finished is kept, run the same command again to go on", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        return 0
+
+    return main

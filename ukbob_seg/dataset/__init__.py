@@ -1,0 +1,1 @@
+"""The raw-folder contract: paths, dataset.json, label scheme, image I/O, integrity checks."""

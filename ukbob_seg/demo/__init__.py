@@ -1,0 +1,1 @@
+"""A synthetic Dixon cohort with known truth and planted label faults."""

@@ -1,0 +1,1 @@
+"""Metrics, summary tables, report, validation of a fold."""

@@ -1,0 +1,82 @@
+"""Files that are either complete or absent: write under a temporary name, then rename."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ukbob_seg.errors import DatasetError, UkbobError
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` and rename it to ``path`` when the block succeeds.
+
+    The temporary name ends like the final one (writers choose a format by the ending) and starts with a dot,
+    so that no listing of cases ever sees it. On an error the temporary file is removed and ``path`` is untouched.
+
+    Raises:
+        UkbobError: the folder cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UkbobError(
+            f"cannot write {path}: {error.strerror or error}; check permissions and free disk space"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def ensure_writable(folder: Path) -> None:
+    """Create ``folder`` and prove that a file can be written into it, before any long work starts.
+
+    Raises:
+        UkbobError: the folder cannot be created or written.
+    """
+    with atomic_path(Path(folder) / "write_test") as temporary:
+        temporary.write_bytes(b"")
+    (Path(folder) / "write_test").unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` as indented JSON, atomically; the same content always gives the same bytes."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=True) + "\n")
+
+
+def read_json(path: Path, what: str = "file") -> Any:
+    """Read a JSON file.
+
+    Raises:
+        DatasetError: the file is missing or is not valid JSON; names the file and the line.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DatasetError(f"{what} {path} does not exist") from error
+    except json.JSONDecodeError as error:
+        raise DatasetError(f"{what} {path} is not valid JSON (line {error.lineno}: {error.msg})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{what} {path} cannot be read: {error}") from error
+
+
+def digest(content: Any) -> str:
+    """Short stable hash of any JSON-serialisable content."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

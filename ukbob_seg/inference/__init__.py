@@ -1,0 +1,1 @@
+"""Sliding window, test-time adaptation, export, the predictor."""

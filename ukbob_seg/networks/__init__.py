@@ -1,0 +1,1 @@
+"""Swin-UNETR, the registry of networks, and weight import."""

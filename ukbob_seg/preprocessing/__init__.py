@@ -1,0 +1,1 @@
+"""Fingerprint, planner, plans, cropping, normalization, resampling, storage."""

@@ -1,0 +1,1 @@
+"""Splits, patch sampling, augmentation, losses, schedules, the training loop, checkpoints."""
