@@ -23,19 +23,19 @@ class LoadedCase:
     geometry: Geometry
 
 
-def load_case(case: Case, scheme: LabelScheme) -> LoadedCase:
+def load_case(case: Case, scheme: LabelScheme, allow_empty: bool = False) -> LoadedCase:
     """Read a training case and check everything that later stages rely on.
 
     Raises:
         DatasetError: all problems of this case in one message.
     """
-    loaded, problems = _inspect(case, scheme)
+    loaded, problems = inspect_case(case, scheme, allow_empty)
     if loaded is None or problems:
         raise DatasetError(f"case {case.name}: " + "; ".join(problems))
     return loaded
 
 
-def verify_dataset(folder: Path, workers: int = 1, quiet: bool = False) -> list[str]:
+def verify_dataset(folder: Path, workers: int = 1, allow_empty: bool = False, quiet: bool = False) -> list[str]:
     """Check every training case: readable, finite, one geometry, expected labels, some foreground.
 
     Returns:
@@ -46,7 +46,7 @@ def verify_dataset(folder: Path, workers: int = 1, quiet: bool = False) -> list[
     """
     spec = DatasetSpec.load(folder)
     cases, problems = find_cases(folder, spec)
-    checks = map_cases(_Check(spec.labels), cases, workers=workers, description=f"verifying {spec.name}", quiet=quiet)
+    checks = map_cases(_Check(spec.labels, allow_empty), cases, workers=workers, description=f"verifying {spec.name}", quiet=quiet)
     for case, found in zip(cases, checks, strict=True):
         problems.extend(f"case {case.name}: {problem}" for problem in found)
     stated = spec.content.get("numTraining")
@@ -60,13 +60,25 @@ class _Check:
     """Picklable check of one case for worker processes."""
 
     scheme: LabelScheme
+    allow_empty: bool
 
     def __call__(self, case: Case) -> list[str]:
-        return _inspect(case, self.scheme)[1]
+        return inspect_case(case, self.scheme, self.allow_empty)[1]
 
 
-def _inspect(case: Case, scheme: LabelScheme) -> tuple[LoadedCase | None, list[str]]:
-    """Read a case; returns it (None when unreadable) and its problems."""
+def inspect_case(
+    case: Case, scheme: LabelScheme, allow_empty: bool = False
+) -> tuple[LoadedCase | None, list[str]]:
+    """Read a training case and list everything that is wrong with it.
+
+    Args:
+        case: files of the case, with a label.
+        scheme: what the label values mean.
+        allow_empty: accept a label map without foreground (a healthy patient, say).
+
+    Returns:
+        (the case, or None when it cannot be used at all, and its problems).
+    """
     problems: list[str] = []
     image = values = geometry = None
     try:
@@ -92,8 +104,10 @@ def _inspect(case: Case, scheme: LabelScheme) -> tuple[LoadedCase | None, list[s
         indices = scheme.to_indices(values, where=case.label.name)
     except DatasetError as error:
         return None, [*problems, str(error)]
-    if not ((indices > 0) & (indices != scheme.ignore_index)).any():
-        problems.append(f"{case.label.name} is all background; label the case or remove it")
+    if not allow_empty and not ((indices > 0) & (indices != scheme.ignore_index)).any():
+        problems.append(
+            f"{case.label.name} is all background; label the case, remove it, or allow such cases with --allow-empty"
+        )
     if image is None or geometry is None:
         return None, problems
     return LoadedCase(image, indices, geometry), problems

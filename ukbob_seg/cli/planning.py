@@ -1,0 +1,75 @@
+"""Options and output that the planning commands share."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from typing import TYPE_CHECKING
+
+from ukbob_seg.parallel import available_memory_gb
+
+if TYPE_CHECKING:
+    from ukbob_seg.preprocessing.planner import PlanOptions
+    from ukbob_seg.preprocessing.plans import Plans
+
+CPU_DEFAULT_GB = 5.0
+
+
+def add_dataset(parser: argparse.ArgumentParser) -> None:
+    """Add -d."""
+    parser.add_argument("-d", "--dataset", required=True, metavar="ID", help="dataset id (4) or DatasetXXX_Name")
+
+
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    """Add what a user may ask of the planner."""
+    group = parser.add_argument_group("planning")
+    group.add_argument(
+        "--preset",
+        choices=("default", "ukbob"),
+        default="default",
+        help="ukbob: the paper's exact recipe (isotropic, patch 96^3, feature size 48, batch 8, intensities in [0, 1])",
+    )
+    group.add_argument(
+        "--memory-gb",
+        type=float,
+        metavar="GB",
+        help="memory for a training step (default: 90%% of the GPU; on a CPU half of the free memory, at most 5)",
+    )
+    group.add_argument("--spacing", type=float, nargs=3, metavar=("Z", "Y", "X"), help="target spacing in mm")
+    group.add_argument("--patch-size", type=int, nargs=3, metavar=("Z", "Y", "X"), help="patch in voxels")
+    group.add_argument("--batch-size", type=int, metavar="N", help="patches per training step")
+    group.add_argument("--feature-size", type=int, metavar="N", help="Swin-UNETR feature size (a multiple of 12)")
+
+
+def plan_options(arguments: argparse.Namespace) -> PlanOptions:
+    """Options from parsed arguments; the memory budget is what the device has unless given."""
+    from ukbob_seg.preprocessing.planner import PlanOptions
+
+    def triple(values: list[float] | None) -> tuple | None:
+        return None if values is None else tuple(values)
+
+    return PlanOptions(
+        memory_gb=arguments.memory_gb if arguments.memory_gb is not None else default_memory_gb(),
+        preset=arguments.preset,
+        spacing_mm=triple(arguments.spacing),
+        patch_size=triple(arguments.patch_size),
+        batch_size=arguments.batch_size,
+        feature_size=arguments.feature_size,
+    )
+
+
+def default_memory_gb() -> float:
+    """Memory of the training device: most of the GPU, or a modest share of the main memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        return round(0.9 * torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
+    return round(min(CPU_DEFAULT_GB, available_memory_gb() / 2), 1)
+
+
+def describe(plans: Plans) -> str:
+    """One screen: what was decided, and why."""
+    lines = [f"{plans.dataset} (preset {plans.preset}, {plans.memory_gb:g} GB per training step)"]
+    for reason in plans.reasons:
+        lines.extend(textwrap.wrap(reason, 100, initial_indent="  - ", subsequent_indent="    "))
+    return "\n".join(lines)

@@ -1,0 +1,220 @@
+"""Patch, batch and network size under a memory budget, one planner per network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ukbob_seg.errors import ConfigError
+from ukbob_seg.preprocessing.memory_model import plain_conv_unet_memory_gb, swin_unetr_memory_gb
+from ukbob_seg.preprocessing.plans import NetworkPlan
+
+DATASET_SHARE = 0.05  # a batch holds at most this share of the dataset's voxels
+SWIN_MULTIPLE = 32
+SWIN_MAX_EDGE = 96
+SWIN_FEATURE_SIZES = (48, 36, 24, 12)
+MAX_BATCH_SIZE = 8
+CONV_MIN_EDGE = 8  # pool while an edge has at least this many voxels
+CONV_BASE_FEATURES = 32
+CONV_MAX_FEATURES = 320
+CONV_MAX_STAGES = 6
+CONV_PATCH_VOLUME = 256**3
+
+
+@dataclass(frozen=True)
+class PlanningInput:
+    """What a network planner needs; shapes (z, y, x) at the configuration's spacing."""
+
+    median_shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    dataset_voxels: float
+    in_channels: int
+    out_channels: int
+    memory_gb: float
+    paper_recipe: bool = False
+    patch_size: tuple[int, int, int] | None = None
+    batch_size: int | None = None
+    feature_size: int | None = None
+
+
+def plan_swin_unetr(given: PlanningInput) -> tuple[NetworkPlan, str]:
+    """Plan Swin-UNETR: patch in multiples of 32 up to 96, feature size 48 where it fits, then smaller.
+
+    Raises:
+        ConfigError: a requested patch that is no multiple of 32 or leaves a one-voxel bottleneck.
+    """
+    fixed_features = (given.feature_size,) if given.feature_size else None
+    if given.paper_recipe and given.patch_size is None:
+        return _paper_swin(given)
+    if given.patch_size is not None:
+        _check_swin_patch(given.patch_size)
+        patches = [given.patch_size]
+    else:
+        patches = _swin_patches(given)
+    least_batch = given.batch_size or 2
+    for batch in sorted({least_batch, given.batch_size or 1}, reverse=True):
+        for patch in patches:
+            # The smallest feature size is a last resort: a smaller patch costs less accuracy.
+            for features in fixed_features or (SWIN_FEATURE_SIZES if patch == patches[-1] else SWIN_FEATURE_SIZES[:-1]):
+                if _swin_memory(given, patch, batch, features) <= given.memory_gb:
+                    return _finish_swin(given, patch, batch, features)
+    features = fixed_features[0] if fixed_features else SWIN_FEATURE_SIZES[-1]
+    return _finish_swin(given, patches[-1], given.batch_size or 1, features)
+
+
+def _paper_swin(given: PlanningInput) -> tuple[NetworkPlan, str]:
+    patch, batch, features = (96, 96, 96), given.batch_size or 8, given.feature_size or 48
+    return _finish_swin(given, patch, batch, features, note="the paper's recipe")
+
+
+def _swin_patches(given: PlanningInput) -> list[tuple[int, int, int]]:
+    """Candidate patches, largest first: the median case in multiples of 32, then the physically longest axis less."""
+    edges = [
+        int(np.clip(round(n / SWIN_MULTIPLE), 1, SWIN_MAX_EDGE // SWIN_MULTIPLE)) * SWIN_MULTIPLE
+        for n in given.median_shape
+    ]
+    if max(edges) == SWIN_MULTIPLE:
+        edges[int(np.argmax(given.median_shape))] = 2 * SWIN_MULTIPLE  # the bottleneck must exceed one voxel
+    patches = [(edges[0], edges[1], edges[2])]
+    while sum(edge > SWIN_MULTIPLE for edge in edges) > 1 or max(edges) > 2 * SWIN_MULTIPLE:
+        extent = [
+            edge * s if edge > SWIN_MULTIPLE else 0.0 for edge, s in zip(edges, given.spacing_mm, strict=True)
+        ]
+        edges[int(np.argmax(extent))] -= SWIN_MULTIPLE
+        patches.append((edges[0], edges[1], edges[2]))
+    return patches
+
+
+def _check_swin_patch(patch: tuple[int, int, int]) -> None:
+    if any(edge % SWIN_MULTIPLE for edge in patch) or max(patch) < 2 * SWIN_MULTIPLE:
+        raise ConfigError(
+            f"Swin-UNETR needs a patch in multiples of {SWIN_MULTIPLE} with one edge of at least "
+            f"{2 * SWIN_MULTIPLE} voxels, got {patch}"
+        )
+
+
+def _swin_memory(given: PlanningInput, patch: tuple[int, int, int], batch: int, features: int) -> float:
+    return swin_unetr_memory_gb(patch, batch, features, given.in_channels, given.out_channels)
+
+
+def _finish_swin(
+    given: PlanningInput, patch: tuple[int, int, int], batch: int, features: int, note: str = ""
+) -> tuple[NetworkPlan, str]:
+    if given.batch_size is None and not note:
+        batch = _grow_batch(given, patch, batch, lambda b: _swin_memory(given, patch, b, features))
+    memory = _swin_memory(given, patch, batch, features)
+    why = note or "largest that fits the budget"
+    if memory > given.memory_gb:
+        why += f"; OVER the budget of {given.memory_gb:g} GB: lower --batch-size, or give more memory"
+    reason = f"patch {_x(patch)}, batch {batch}, feature size {features}, about {memory:.1f} GB ({why})."
+    return NetworkPlan(patch, batch, {"feature_size": features}, round(memory, 2)), reason
+
+
+def plan_plain_conv_unet(given: PlanningInput) -> tuple[NetworkPlan, str]:
+    """Plan nnU-Net's PlainConvUNet: patch shaped like the median case, pooled until edges are small.
+
+    Raises:
+        ConfigError: a requested patch that pooling does not divide.
+    """
+    wish = given.patch_size or _conv_start_patch(given)
+    least_batch = given.batch_size or 2
+    while True:
+        patch, strides, kernels = _conv_topology(wish, given.spacing_mm)
+        memory = _conv_memory(given, patch, least_batch, strides)
+        if given.patch_size is not None or memory <= given.memory_gb or max(patch) <= 2 * CONV_MIN_EDGE:
+            break
+        # Shrink the axis that covers most of the median case.
+        axis = int(np.argmax([edge / n for edge, n in zip(patch, given.median_shape, strict=True)]))
+        pooled = int(np.prod([stride[axis] for stride in strides]))
+        edges = list(patch)
+        edges[axis] = max(edges[axis] - pooled, CONV_MIN_EDGE)
+        if tuple(edges) == tuple(wish):
+            break
+        wish = (edges[0], edges[1], edges[2])
+    if given.patch_size is not None and patch != given.patch_size:
+        raise ConfigError(f"plain_conv_unet: patch {given.patch_size} is not divisible by its pooling; try {patch}")
+    batch = given.batch_size or _grow_batch(
+        given, patch, least_batch, lambda b: _conv_memory(given, patch, b, strides)
+    )
+    memory = _conv_memory(given, patch, batch, strides)
+    stages = len(strides)
+    arguments = {
+        "features_per_stage": list(_conv_features(stages)),
+        "strides": [list(stride) for stride in strides],
+        "kernel_sizes": [list(kernel) for kernel in kernels],
+        "n_conv_per_stage": [2] * stages,
+        "n_conv_per_stage_decoder": [2] * (stages - 1),
+        "deep_supervision": True,
+        "norm": "instance",
+    }
+    over = "" if memory <= given.memory_gb else f", OVER the budget of {given.memory_gb:g} GB"
+    reason = f"patch {_x(patch)}, batch {batch}, {stages} stages, about {memory:.1f} GB{over}."
+    return NetworkPlan(patch, batch, arguments, round(memory, 2)), reason
+
+
+def _conv_start_patch(given: PlanningInput) -> tuple[int, int, int]:
+    """Aspect 1/spacing, volume 256^3, clipped to the median case (nnU-Net's start)."""
+    aspect = 1 / np.asarray(given.spacing_mm)
+    edges = aspect / np.prod(aspect) ** (1 / 3) * CONV_PATCH_VOLUME ** (1 / 3)
+    z, y, x = (max(CONV_MIN_EDGE, min(round(e), n)) for e, n in zip(edges, given.median_shape, strict=True))
+    return z, y, x
+
+
+def _conv_topology(
+    patch: tuple[int, int, int], spacing_mm: tuple[float, float, float]
+) -> tuple[tuple[int, int, int], list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Strides and kernels per stage, and the patch rounded up to what they divide.
+
+    An axis is pooled while it keeps at least four voxels, together with the others once their spacings are within
+    a factor of two; kernels are 1 along an axis that is still more than twice as coarse as the finest.
+    """
+    spacing, size = np.asarray(spacing_mm, dtype=float), np.asarray(patch, dtype=int)
+    strides: list[tuple[int, ...]] = [(1, 1, 1)]
+    kernels: list[tuple[int, ...]] = []
+    while True:
+        close = spacing / spacing.min()
+        kernels.append(tuple(3 if ratio < 2 else 1 for ratio in close))
+        pool = (size >= CONV_MIN_EDGE) & (close < 2)
+        if not pool.any() or len(strides) == CONV_MAX_STAGES:
+            break
+        stride = np.where(pool, 2, 1)
+        strides.append(tuple(int(s) for s in stride))
+        spacing, size = spacing * stride, -(-size // stride)
+    multiple = np.prod(strides, axis=0)
+    z, y, x = (int(-(-n // m) * m) for n, m in zip(patch, multiple, strict=True))
+    return (z, y, x), strides, kernels
+
+
+def _conv_features(stages: int) -> tuple[int, ...]:
+    return tuple(min(CONV_BASE_FEATURES * 2**i, CONV_MAX_FEATURES) for i in range(stages))
+
+
+def _conv_memory(
+    given: PlanningInput, patch: tuple[int, int, int], batch: int, strides: list[tuple[int, ...]]
+) -> float:
+    return plain_conv_unet_memory_gb(
+        patch, batch, strides, _conv_features(len(strides)), given.in_channels, given.out_channels
+    )
+
+
+def _grow_batch(
+    given: PlanningInput, patch: tuple[int, int, int], least: int, memory_gb: Callable[[int], float]
+) -> int:
+    """Largest batch within the budget, the dataset share and the cap; never below ``least``."""
+    by_share = int(DATASET_SHARE * given.dataset_voxels / float(np.prod(patch)))
+    batch = least
+    while batch + 1 <= min(by_share, MAX_BATCH_SIZE) and memory_gb(batch + 1) <= given.memory_gb:
+        batch += 1
+    return batch
+
+
+def _x(values: tuple[int, int, int]) -> str:
+    return "x".join(str(v) for v in values)
+
+
+NETWORK_PLANNERS: dict[str, Callable[[PlanningInput], tuple[NetworkPlan, str]]] = {
+    "swin_unetr": plan_swin_unetr,
+    "plain_conv_unet": plan_plain_conv_unet,
+}

@@ -1,0 +1,61 @@
+"""Fingerprint, plan and preprocess in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ukbob_seg.dataset.paths import Roots, find_dataset
+from ukbob_seg.dataset.spec import DatasetSpec
+from ukbob_seg.files import ensure_writable
+from ukbob_seg.preprocessing.fingerprint import Fingerprint, extract_fingerprint
+from ukbob_seg.preprocessing.planner import PlanOptions, plan
+from ukbob_seg.preprocessing.plans import Plans
+from ukbob_seg.preprocessing.preprocessor import preprocess
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What ``plan_and_preprocess`` did."""
+
+    folder: Path
+    fingerprint: Fingerprint
+    plans: Plans
+    cases_done: int
+
+
+def plan_and_preprocess(
+    dataset: int | str,
+    roots: Roots,
+    options: PlanOptions | None = None,
+    configurations: Sequence[str] = ("3d_fullres",),
+    workers: int | None = None,
+    verify: bool = False,
+    allow_empty: bool = False,
+) -> Prepared:
+    """Read a raw dataset, decide how to treat it, and preprocess its training cases.
+
+    Args:
+        dataset: id or ``DatasetXXX_Name``.
+        roots: where raw and preprocessed datasets are.
+        options: the user's wishes for the planner.
+        configurations: which configurations to preprocess; none to stop after planning.
+        workers: processes, None to choose.
+        verify: read and check every case again even when nothing has changed.
+        allow_empty: accept cases without foreground.
+
+    Raises:
+        DatasetError: every problem of every case, in one message.
+        ConfigError: unknown dataset or configuration, or a wish that cannot be met.
+    """
+    raw_folder = find_dataset(roots.raw, dataset)
+    folder = roots.preprocessed / raw_folder.name
+    ensure_writable(folder)
+    fingerprint = extract_fingerprint(raw_folder, folder, workers, allow_empty, force=verify)
+    plans = plan(fingerprint, DatasetSpec.load(raw_folder), options)
+    for configuration in configurations:
+        plans.configuration(configuration)
+    plans.save(folder / "plans.json")
+    done = sum(preprocess(raw_folder, folder, plans, name, workers, allow_empty) for name in configurations)
+    return Prepared(folder, fingerprint, plans, done)

@@ -1,0 +1,226 @@
+"""From a fingerprint to plans: normalization, spacing, patch, batch and network size, each with its reason.
+
+The spacing, normalization and low-resolution rules are nnU-Net's (Isensee et al., Nature Methods 2021), so that
+its users meet the decisions they know; patch and feature size follow the memory model of the network in use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ukbob_seg.dataset.spec import DatasetSpec
+from ukbob_seg.errors import ConfigError
+from ukbob_seg.preprocessing.fingerprint import Fingerprint
+from ukbob_seg.preprocessing.network_plans import NETWORK_PLANNERS, PlanningInput
+from ukbob_seg.preprocessing.normalization import ChannelNormalization, scheme_for_channel
+from ukbob_seg.preprocessing.plans import ConfigurationPlan, NetworkPlan, Plans
+
+ANISOTROPY_THRESHOLD = 3.0
+LOWRES_COVERAGE = 0.25  # a low-resolution configuration is added when the patch covers less of the median case
+LOWRES_STEP = 1.03
+CROP_MASK_THRESHOLD = 0.75
+PAPER_CT_WINDOW_HU = (-175.0, 250.0)
+PRESETS = ("default", "ukbob")
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What the user may ask of the planner.
+
+    Attributes:
+        memory_gb: budget for one training step, GiB.
+        preset: ``default``, or ``ukbob`` for the paper's exact recipe (isotropic, 96^3, feature size 48, batch 8,
+            intensities scaled to [0, 1]).
+        spacing_mm: target spacing (z, y, x) instead of the rule's.
+        patch_size: patch (z, y, x) instead of the rule's, for every network.
+        batch_size: batch size instead of the rule's, for every network.
+        feature_size: Swin-UNETR feature size instead of the rule's.
+    """
+
+    memory_gb: float = 8.0
+    preset: str = "default"
+    spacing_mm: tuple[float, float, float] | None = None
+    patch_size: tuple[int, int, int] | None = None
+    batch_size: int | None = None
+    feature_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        if not 0.5 <= self.memory_gb <= 10_000:
+            raise ConfigError(f"--memory-gb must be at least 0.5, got {self.memory_gb}")
+        if self.spacing_mm is not None and min(self.spacing_mm) <= 0:
+            raise ConfigError(f"--spacing must be positive (z y x, mm), got {self.spacing_mm}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ConfigError(f"--batch-size must be at least 1, got {self.batch_size}")
+        if self.feature_size is not None and (self.feature_size < 12 or self.feature_size % 12):
+            raise ConfigError(f"--feature-size must be a multiple of 12, got {self.feature_size}")
+
+
+def plan(fingerprint: Fingerprint, spec: DatasetSpec, options: PlanOptions | None = None) -> Plans:
+    """Decide how a dataset is preprocessed and trained; the same inputs always give the same plans.
+
+    Args:
+        fingerprint: from ``extract_fingerprint``.
+        spec: the dataset's contract.
+        options: the user's wishes.
+
+    Raises:
+        ConfigError: a wish that cannot be met, such as a patch that the network cannot take.
+    """
+    options = options or PlanOptions()
+    reasons: list[str] = [_describe_cases(fingerprint, spec)]
+    normalization = _plan_normalization(fingerprint, spec, options, reasons)
+    spacing = _target_spacing(fingerprint, options, reasons)
+    full = _plan_configuration(fingerprint, spec, options, spacing, reasons, "3d_fullres")
+    configurations = {"3d_fullres": full}
+    low_spacing = None if options.patch_size else _lowres_spacing(full)
+    if low_spacing is not None:
+        reasons.append(
+            f"3d_lowres: the patch of 3d_fullres covers less than {LOWRES_COVERAGE:.0%} of the median case, so a "
+            "coarser configuration is offered as well."
+        )
+        configurations["3d_lowres"] = _plan_configuration(fingerprint, spec, options, low_spacing, reasons, "3d_lowres")
+    axes = {case.left_right_axis for case in fingerprint.cases}
+    return Plans(
+        dataset=spec.name,
+        preset=options.preset,
+        memory_gb=options.memory_gb,
+        normalization=normalization,
+        left_right_axis=axes.pop() if len(axes) == 1 else None,
+        configurations=configurations,
+        reasons=tuple(reasons),
+    )
+
+
+def _describe_cases(fingerprint: Fingerprint, spec: DatasetSpec) -> str:
+    shapes = np.array([case.shape for case in fingerprint.cases])
+    median = "x".join(str(int(v)) for v in np.median(shapes, axis=0))
+    absent = [value for value, cases in fingerprint.cases_with_label.items() if cases == 0]
+    text = (
+        f"{len(fingerprint.cases)} cases, {len(spec.channel_names)} channel(s), {len(spec.labels.values)} foreground "
+        f"labels, median size {median} voxels (z, y, x)."
+    )
+    return text + (f" Labels {', '.join(absent)} occur in no case and cannot be learned." if absent else "")
+
+
+def _plan_normalization(
+    fingerprint: Fingerprint, spec: DatasetSpec, options: PlanOptions, reasons: list[str]
+) -> tuple[ChannelNormalization, ...]:
+    """Scheme of each channel from its name; z-score inside the nonzero mask when cropping removes much."""
+    before = np.array([np.prod(case.shape, dtype=float) for case in fingerprint.cases])
+    after = np.array([np.prod(case.cropped_shape, dtype=float) for case in fingerprint.cases])
+    kept = float(np.median(after / before))
+    mask = kept < CROP_MASK_THRESHOLD
+    result = []
+    for name, statistics in zip(spec.channel_names, fingerprint.intensities, strict=True):
+        scheme = scheme_for_channel(name)
+        if options.preset == "ukbob" and scheme in ("zscore", "ct"):
+            scheme = "ct_window" if scheme == "ct" else "rescale_to_0_1"
+        if scheme == "ct":
+            entry = ChannelNormalization(
+                scheme,
+                clip_low=statistics.percentile_00_5,
+                clip_high=statistics.percentile_99_5,
+                mean=statistics.mean,
+                std=statistics.std,
+            )
+            why = f"clipped to {entry.clip_low:.4g}..{entry.clip_high:.4g} (0.5/99.5% of foreground), global z-score"
+        elif scheme == "ct_window":
+            entry = ChannelNormalization(scheme, clip_low=PAPER_CT_WINDOW_HU[0], clip_high=PAPER_CT_WINDOW_HU[1])
+            why = f"window {PAPER_CT_WINDOW_HU} HU scaled to [0, 1] (preset ukbob)"
+        else:
+            entry = ChannelNormalization(scheme, mask_nonzero=mask and scheme == "zscore")
+            inside = f" inside the nonzero mask (cropping keeps only {kept:.0%})" if entry.mask_nonzero else ""
+            why = {"zscore": f"z-score per case{inside}"}.get(scheme, scheme)
+        reasons.append(f"Channel {name!r}: {why}.")
+        result.append(entry)
+    return tuple(result)
+
+
+def _target_spacing(
+    fingerprint: Fingerprint, options: PlanOptions, reasons: list[str]
+) -> tuple[float, float, float]:
+    """Median spacing; 10th percentile on a coarse axis; isotropic for the paper's preset."""
+    spacings = np.array([case.spacing_mm for case in fingerprint.cases], dtype=float)
+    sizes = np.array([case.cropped_shape for case in fingerprint.cases], dtype=float)
+    if options.spacing_mm is not None:
+        reasons.append(f"Target spacing {_mm(options.spacing_mm)}: as asked.")
+        return options.spacing_mm
+    target = np.median(spacings, axis=0)
+    why = "median of the cases"
+    if options.preset == "ukbob":
+        # The paper resamples isotropically but gives no figure; this keeps the median voxel volume.
+        target = np.full(3, float(np.prod(target)) ** (1 / 3))
+        why = "isotropic, of the median voxel's volume (preset ukbob)"
+    else:
+        size = np.median(sizes, axis=0)
+        worst = int(np.argmax(target))
+        others = [axis for axis in range(3) if axis != worst]
+        finest_other = float(max(target[others]))
+        if target[worst] > ANISOTROPY_THRESHOLD * finest_other and size[worst] * ANISOTROPY_THRESHOLD < min(size[others]):
+            coarse = float(np.percentile(spacings[:, worst], 10))
+            target[worst] = max(coarse, finest_other + 1e-5)
+            why = f"median of the cases, 10th percentile on the coarse axis {'zyx'[worst]}"
+    spacing = (float(target[0]), float(target[1]), float(target[2]))
+    reasons.append(f"Target spacing {_mm(spacing)}: {why}.")
+    return spacing
+
+
+def resampled_shape(
+    shape: tuple[int, int, int], spacing_mm: tuple[float, float, float], target_mm: tuple[float, float, float]
+) -> tuple[int, int, int]:
+    """Voxels (z, y, x) that cover the same extent at another spacing."""
+    z, y, x = (max(1, round(n * s / t)) for n, s, t in zip(shape, spacing_mm, target_mm, strict=True))
+    return z, y, x
+
+
+def _plan_configuration(
+    fingerprint: Fingerprint,
+    spec: DatasetSpec,
+    options: PlanOptions,
+    spacing: tuple[float, float, float],
+    reasons: list[str],
+    name: str,
+) -> ConfigurationPlan:
+    shapes = np.array([resampled_shape(case.cropped_shape, case.spacing_mm, spacing) for case in fingerprint.cases])
+    z, y, x = (int(v) for v in np.median(shapes, axis=0))
+    given = PlanningInput(
+        median_shape=(z, y, x),
+        spacing_mm=spacing,
+        dataset_voxels=float(np.prod(shapes, axis=1, dtype=float).sum()),
+        in_channels=len(spec.channel_names),
+        out_channels=spec.labels.num_outputs,
+        memory_gb=options.memory_gb,
+        paper_recipe=options.preset == "ukbob",
+        patch_size=options.patch_size,
+        batch_size=options.batch_size,
+        feature_size=options.feature_size,
+    )
+    networks: dict[str, NetworkPlan] = {}
+    for network, planner in NETWORK_PLANNERS.items():
+        networks[network], why = planner(given)
+        reasons.append(f"{name}, {network}: {why}")
+    return ConfigurationPlan(spacing_mm=spacing, median_shape=(z, y, x), image_order=3, networks=networks)
+
+
+def _lowres_spacing(full: ConfigurationPlan) -> tuple[float, float, float] | None:
+    """Spacing at which the default network's patch covers enough of the median case, or None when not needed."""
+    patch_voxels = float(np.prod(full.networks["swin_unetr"].patch_size))
+    shape = np.asarray(full.median_shape, dtype=float)
+    extent = shape * full.spacing_mm
+    if patch_voxels / shape.prod() >= LOWRES_COVERAGE:
+        return None
+    spacing = np.asarray(full.spacing_mm, dtype=float)
+    while patch_voxels / np.prod(extent / spacing) < LOWRES_COVERAGE:
+        finer = spacing.max() / spacing > 2
+        spacing = np.where(finer, spacing * LOWRES_STEP, spacing) if finer.any() else spacing * LOWRES_STEP
+    if shape.prod() / np.prod(extent / spacing) < 2:
+        return None
+    return float(spacing[0]), float(spacing[1]), float(spacing[2])
+
+
+def _mm(spacing: tuple[float, float, float]) -> str:
+    return " x ".join(f"{value:.3g}" for value in spacing) + " mm (z, y, x)"

@@ -1,0 +1,174 @@
+"""plans.json: what was decided for a dataset. A user may read and edit every field."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ukbob_seg.errors import ConfigError
+from ukbob_seg.files import read_json, write_json
+from ukbob_seg.preprocessing.normalization import ChannelNormalization
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class NetworkPlan:
+    """How one network is built and fed in one configuration.
+
+    Attributes:
+        patch_size: voxels (z, y, x) of a training patch and of an inference window.
+        batch_size: patches per training step.
+        arguments: keyword arguments of the network's builder.
+        estimated_memory_gb: predicted peak memory of a training step, GiB.
+    """
+
+    patch_size: tuple[int, int, int]
+    batch_size: int
+    arguments: dict[str, Any]
+    estimated_memory_gb: float
+
+    def __post_init__(self) -> None:
+        if len(self.patch_size) != 3 or min(self.patch_size) < 1:
+            raise ConfigError(f"patch_size must be three positive numbers (z, y, x), got {self.patch_size}")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}")
+
+
+@dataclass(frozen=True)
+class ConfigurationPlan:
+    """One resolution at which the dataset is preprocessed and trained.
+
+    Attributes:
+        spacing_mm: target voxel size (z, y, x).
+        median_shape: median case after cropping and resampling, voxels (z, y, x).
+        image_order: spline order of image resampling (labels vote among their eight neighbours, logits are linear).
+        networks: a plan for each network, by registry name.
+    """
+
+    spacing_mm: tuple[float, float, float]
+    median_shape: tuple[int, int, int]
+    image_order: int
+    networks: dict[str, NetworkPlan]
+
+    def __post_init__(self) -> None:
+        if len(self.spacing_mm) != 3 or min(self.spacing_mm) <= 0:
+            raise ConfigError(f"spacing_mm must be three positive numbers (z, y, x), got {self.spacing_mm}")
+        if self.image_order not in (0, 1, 3):
+            raise ConfigError(f"image_order must be 0, 1 or 3, got {self.image_order}")
+
+    def network(self, name: str) -> NetworkPlan:
+        """The plan of one network.
+
+        Raises:
+            ConfigError: the plans hold none for it.
+        """
+        if name not in self.networks:
+            raise ConfigError(
+                f"the plans hold no network {name!r} (found: {', '.join(self.networks)}); "
+                "run ukbob_plan again or add it to plans.json"
+            )
+        return self.networks[name]
+
+
+@dataclass(frozen=True)
+class Plans:
+    """Everything that later stages need to know about a dataset.
+
+    Attributes:
+        dataset: ``DatasetXXX_Name``.
+        preset: recipe that the planner followed, ``default`` or ``ukbob``.
+        memory_gb: budget for a training step that the planner was given, GiB.
+        normalization: one entry per channel.
+        left_right_axis: array axis (0 = z, 1 = y, 2 = x) that runs left-right in every case, or None.
+        configurations: by name; ``3d_fullres`` always, ``3d_lowres`` when the cases are large.
+        reasons: why, in sentences.
+        format_version: of this file.
+    """
+
+    dataset: str
+    preset: str
+    memory_gb: float
+    normalization: tuple[ChannelNormalization, ...]
+    left_right_axis: int | None
+    configurations: dict[str, ConfigurationPlan]
+    reasons: tuple[str, ...] = field(default=())
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.format_version != FORMAT_VERSION:
+            raise ConfigError(
+                f"plans of format {self.format_version} cannot be used by this version (format {FORMAT_VERSION}); "
+                "run ukbob_plan again"
+            )
+        if self.left_right_axis not in (None, 0, 1, 2):
+            raise ConfigError(f"left_right_axis must be 0, 1, 2 or null, got {self.left_right_axis}")
+
+    def configuration(self, name: str) -> ConfigurationPlan:
+        """One configuration.
+
+        Raises:
+            ConfigError: the plans hold none of that name.
+        """
+        if name not in self.configurations:
+            raise ConfigError(f"the plans hold no configuration {name!r} (found: {', '.join(self.configurations)})")
+        return self.configurations[name]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries and lists."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], where: str = "plans.json") -> Plans:
+        """Validate the content of a plans.json.
+
+        Raises:
+            ConfigError: unknown or missing entries, or values out of range; names the entry.
+        """
+        plain = dict(content)
+        plain["normalization"] = tuple(
+            _build(ChannelNormalization, entry, f"{where}: normalization") for entry in plain.get("normalization", ())
+        )
+        configurations = {}
+        for name, entry in dict(plain.get("configurations", {})).items():
+            inner = dict(entry)
+            inner["networks"] = {
+                network: _build(NetworkPlan, plan, f"{where}: {name}: {network}")
+                for network, plan in dict(inner.get("networks", {})).items()
+            }
+            configurations[name] = _build(ConfigurationPlan, inner, f"{where}: {name}")
+        plain["configurations"] = configurations
+        return _build(cls, plain, where)
+
+    @classmethod
+    def load(cls, path: Path) -> Plans:
+        """Read plans.json."""
+        return cls.from_json(read_json(path, "plans"), str(path))
+
+    def save(self, path: Path) -> None:
+        """Write plans.json; equal plans give equal bytes."""
+        write_json(path, self.to_json())
+
+
+def _build(cls: type, content: Mapping[str, Any], where: str) -> Any:
+    """Make a dataclass from JSON: every key known, every required one present, lists become tuples."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(content) - set(fields))
+    if unknown:
+        raise ConfigError(f"{where}: unknown entry {', '.join(unknown)}; known are {', '.join(fields)}")
+    required = {
+        name
+        for name, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    missing = sorted(required - set(content))
+    if missing:
+        raise ConfigError(f"{where}: missing entry {', '.join(missing)}")
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from error
