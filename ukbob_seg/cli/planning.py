@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import textwrap
 from typing import TYPE_CHECKING
 
@@ -59,12 +60,21 @@ def plan_options(arguments: argparse.Namespace) -> PlanOptions:
 
 
 def default_memory_gb() -> float:
-    """Memory of the training device: most of the GPU, or a modest share of the main memory."""
-    import torch
+    """Memory of the training device: most of the first GPU, or a modest share of the main memory."""
+    gpu = gpu_memory_gb()
+    return round(0.9 * gpu if gpu else max(1.0, min(CPU_DEFAULT_GB, available_memory_gb() / 2)), 1)
 
-    if torch.cuda.is_available():
-        return round(0.9 * torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
-    return round(min(CPU_DEFAULT_GB, available_memory_gb() / 2), 1)
+
+def gpu_memory_gb() -> float | None:
+    """Memory of the first NVIDIA GPU, asked of its driver because importing torch takes seconds; None without one."""
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
+            capture_output=True, text=True, timeout=20, check=True,
+        )  # fmt: skip
+        return float(answer.stdout.splitlines()[0]) / 1024
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
 
 
 def describe(plans: Plans) -> str:

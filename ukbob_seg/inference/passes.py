@@ -1,0 +1,69 @@
+"""What predicts one window: one or several networks, under flips, averaged as logits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Mirroring:
+    """Test-time flips, only along axes that training flipped too.
+
+    Attributes:
+        axes: which of (0 = z, 1 = y, 2 = x) to flip, in all combinations.
+        left_right_axis: array axis that runs left-right, or None.
+        output_swap: (K,) order of output channels that exchanges left and right classes, or None.
+    """
+
+    axes: tuple[int, ...] = ()
+    left_right_axis: int | None = None
+    output_swap: tuple[int, ...] | None = None
+
+    def combinations(self) -> list[tuple[int, ...]]:
+        """All sets of axes to flip, the empty one first."""
+        return [c for n in range(len(self.axes) + 1) for c in itertools.combinations(self.axes, n)]
+
+    def undo(self, logits: Tensor, flipped: tuple[int, ...]) -> Tensor:
+        """Bring logits (B, K, z, y, x) of a flipped window back."""
+        logits = logits.flip([axis + 2 for axis in flipped])
+        if self.output_swap is not None and self.left_right_axis in flipped:
+            logits = logits[:, list(self.output_swap)]
+        return logits
+
+
+@dataclass(frozen=True)
+class AveragedPasses:
+    """Callable (B, C, z, y, x) -> (B, K, z, y, x): mean logits over networks, flips and intensity factors.
+
+    Attributes:
+        networks: in evaluation mode, on the windows' device.
+        mirroring: flips to average over.
+        intensity_factors: multiples of the normalised intensities to average over.
+    """
+
+    networks: Sequence[nn.Module]
+    mirroring: Mirroring = field(default_factory=Mirroring)
+    intensity_factors: tuple[float, ...] = (1.0,)
+
+    @torch.no_grad()
+    def __call__(self, windows: Tensor) -> Tensor:
+        """Predict windows; half precision on CUDA."""
+        total: Tensor | None = None
+        flips = self.mirroring.combinations()
+        for flipped in flips:
+            turned = windows.flip([axis + 2 for axis in flipped]) if flipped else windows
+            for factor in self.intensity_factors:
+                for network in self.networks:
+                    with torch.autocast(windows.device.type, torch.bfloat16, enabled=windows.device.type == "cuda"):
+                        outputs = network(turned if factor == 1.0 else turned * factor)
+                    logits = outputs if isinstance(outputs, Tensor) else outputs[0]
+                    logits = self.mirroring.undo(logits.float(), flipped) if flipped else logits.float()
+                    total = logits if total is None else total.add_(logits)
+        assert total is not None
+        count = len(flips) * len(self.networks) * len(self.intensity_factors)
+        return total if count == 1 else total / count

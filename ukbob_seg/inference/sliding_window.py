@@ -1,0 +1,174 @@
+"""Sliding-window prediction in slabs: only the classes x rows that windows still touch are held.
+
+Windows run in z order. Once the windows of one z position are done, the rows above the next position are final;
+they are normalised and handed on, and the accumulator moves down.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SIGMA_SHARE = 1 / 8  # sigma of the Gaussian weights, as a share of the patch edge
+
+
+@dataclass(frozen=True)
+class WindowSettings:
+    """How windows cover an image.
+
+    Attributes:
+        patch_size: voxels (z, y, x).
+        step: distance of neighbouring windows, as a share of the patch; 0.5 is half overlap.
+        batch_size: windows per forward pass.
+    """
+
+    patch_size: tuple[int, int, int]
+    step: float = 0.5
+    batch_size: int = 1
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Final logits of some rows: (K, z_stop - z_start, Y, X) float32."""
+
+    z_start: int
+    z_stop: int
+    logits: Tensor
+
+
+def window_starts(shape: tuple[int, ...], patch_size: tuple[int, ...], step: float) -> list[list[int]]:
+    """First voxels of the windows along each axis: evenly spread, at most ``step`` patches apart, covering all.
+
+    Args:
+        shape: image, at least as large as the patch.
+        patch_size: window.
+        step: share of the patch, in (0, 1].
+    """
+    starts = []
+    for n, p in zip(shape, patch_size, strict=True):
+        count = math.ceil((n - p) / (p * step)) + 1
+        starts.append([round((n - p) * i / (count - 1)) if count > 1 else 0 for i in range(count)])
+    return starts
+
+
+def gaussian_weights(patch_size: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+    """(z, y, x) float32 weights in (0, 1]: a Gaussian with sigma of an eighth of each edge, centred on the patch."""
+    weights = torch.ones((), device=device)
+    for n in patch_size:
+        offset = torch.arange(n, device=device, dtype=torch.float32) - (n - 1) / 2
+        weights = weights.unsqueeze(-1) * torch.exp(-0.5 * (offset / (n * SIGMA_SHARE)) ** 2)
+    return (weights / weights.max()).clamp(min=1e-4)
+
+
+@torch.no_grad()
+def iterate_slabs(
+    predict: Callable[[Tensor], Tensor],
+    image: Tensor,
+    settings: WindowSettings,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Slab]:
+    """Predict an image by windows and yield its logits slab by slab, from the first row to the last.
+
+    Args:
+        predict: (B, C, pz, py, px) -> (B, K, pz, py, px); a network in evaluation mode, or several averaged.
+        image: (C, Z, Y, X), on any device; windows are moved to nothing else, so give it where the network is.
+        settings: window size, step and batch.
+        progress: called with (windows done, windows in all).
+
+    Yields:
+        ``Slab`` after ``Slab``; together they cover every row once. An image smaller than the patch is padded with
+        zeros on both sides and cropped again.
+    """
+    patch = settings.patch_size
+    padding = [max(0, p - n) for p, n in zip(patch, image.shape[1:], strict=True)]
+    before = [p // 2 for p in padding]
+    flat = [side for b, p in zip(reversed(before), reversed(padding), strict=True) for side in (b, p - b)]
+    padded = F.pad(image, flat) if any(padding) else image
+    starts_z, starts_y, starts_x = window_starts(tuple(padded.shape[1:]), patch, settings.step)
+    corners = [(y, x) for y in starts_y for x in starts_x]
+    gauss = gaussian_weights(patch, image.device)
+    row_weights = _plane_weights(gauss, tuple(padded.shape[2:]), corners)
+    inner = [slice(b, b + n) for b, n in zip(before, image.shape[1:], strict=True)]
+    total, done = len(starts_z) * len(corners), 0
+    sums: Tensor | None = None
+    weights = torch.zeros((patch[0], *padded.shape[2:]), device=image.device)
+    for z, following in zip(starts_z, [*starts_z[1:], padded.shape[1]], strict=True):
+        for first in range(0, len(corners), settings.batch_size):
+            chosen = corners[first : first + settings.batch_size]
+            windows = torch.stack(
+                [padded[:, z : z + patch[0], y : y + patch[1], x : x + patch[2]] for y, x in chosen]
+            )
+            for (y, x), logits in zip(chosen, predict(windows), strict=True):
+                if sums is None:
+                    sums = torch.zeros((logits.shape[0], *weights.shape), device=image.device)
+                sums[:, :, y : y + patch[1], x : x + patch[2]].addcmul_(logits.float(), gauss)
+            done += len(chosen)
+            if progress is not None:
+                progress(done, total)
+        weights += row_weights
+        assert sums is not None
+        ready = min(following, z + patch[0]) - z
+        low, high = max(z, inner[0].start), min(z + ready, inner[0].stop)
+        if low < high:
+            rows = slice(low - z, high - z)
+            logits = sums[:, rows, inner[1], inner[2]] / weights[rows, inner[1], inner[2]]
+            yield Slab(low - inner[0].start, high - inner[0].start, logits)
+        for held in (sums, weights):
+            axis = held.dim() - 3
+            kept = held.narrow(axis, ready, patch[0] - ready).clone()
+            held.zero_()
+            held.narrow(axis, 0, patch[0] - ready).copy_(kept)
+
+
+def predict_logits(
+    predict: Callable[[Tensor], Tensor],
+    image: Tensor,
+    settings: WindowSettings,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """All logits of an image, (K, Z, Y, X) float32 on the image's device; arguments as ``iterate_slabs``."""
+    result: Tensor | None = None
+    for slab in iterate_slabs(predict, image, settings, progress):
+        if result is None:
+            result = torch.empty((slab.logits.shape[0], *image.shape[1:]), device=image.device)
+        result[:, slab.z_start : slab.z_stop] = slab.logits
+    assert result is not None
+    return result
+
+
+def segment(
+    predict: Callable[[Tensor], Tensor],
+    image: Tensor,
+    settings: WindowSettings,
+    decide: Callable[[Tensor], Tensor],
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Decide every voxel slab by slab, never holding all logits.
+
+    Args:
+        predict: as for ``iterate_slabs``.
+        image: (C, Z, Y, X).
+        settings: windows.
+        decide: (K, dz, Y, X) logits -> (dz, Y, X) integer decision, such as the argmax.
+        progress: called with (windows done, windows in all).
+
+    Returns:
+        (Z, Y, X) int32 on the host.
+    """
+    result = torch.empty(tuple(image.shape[1:]), dtype=torch.int32)
+    for slab in iterate_slabs(predict, image, settings, progress):
+        result[slab.z_start : slab.z_stop] = decide(slab.logits).to("cpu", torch.int32)
+    return result
+
+
+def _plane_weights(gauss: Tensor, shape: tuple[int, ...], corners: list[tuple[int, int]]) -> Tensor:
+    """Summed weights (pz, Y, X) of all windows of one z position."""
+    weights = torch.zeros((gauss.shape[0], *shape), device=gauss.device)
+    for y, x in corners:
+        weights[:, y : y + gauss.shape[1], x : x + gauss.shape[2]] += gauss
+    return weights

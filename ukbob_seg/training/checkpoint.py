@@ -1,0 +1,134 @@
+"""Checkpoints: plain tensors and JSON values, written atomically, read without unpickling code."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ukbob_seg.dataset.spec import DatasetSpec
+from ukbob_seg.errors import CheckpointError, ConfigError
+from ukbob_seg.files import atomic_path
+from ukbob_seg.networks.registry import build_network
+from ukbob_seg.preprocessing.plans import Plans
+
+FORMAT_VERSION = 1
+NAMES = {"best": "checkpoint_best.pt", "final": "checkpoint_final.pt", "latest": "checkpoint_latest.pt"}
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What a checkpoint's weights belong to.
+
+    Attributes:
+        network: registry name or dotted path.
+        arguments: of its builder.
+        configuration: of the plans.
+        fold: trained fold.
+        head: ``softmax`` or ``sigmoid``: what the logits mean.
+        mirror_axes: axes (0 = z, 1 = y, 2 = x) that training flipped.
+        plans: whole plans.json.
+        dataset: whole dataset.json.
+    """
+
+    network: str
+    arguments: dict[str, Any]
+    configuration: str
+    fold: str
+    head: str
+    mirror_axes: tuple[int, ...]
+    plans: dict[str, Any]
+    dataset: dict[str, Any]
+
+    def spec(self) -> DatasetSpec:
+        """The dataset's contract."""
+        return DatasetSpec.from_json(self.dataset, self.plans["dataset"])
+
+    def parsed_plans(self) -> Plans:
+        """The plans as dataclasses."""
+        return Plans.from_json(self.plans, "plans in the checkpoint")
+
+    def build(self) -> nn.Module:
+        """A network with fresh weights."""
+        spec = self.spec()
+        return build_network(self.network, len(spec.channel_names), spec.labels.num_outputs, self.arguments)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**self.__dict__, "mirror_axes": list(self.mirror_axes)}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> ModelDescription:
+        """Inverse of ``to_json``."""
+        return cls(**{**content, "mirror_axes": tuple(content["mirror_axes"])})
+
+
+def save_checkpoint(path: Path, description: ModelDescription, weights: dict[str, Any], **state: Any) -> None:
+    """Write a checkpoint atomically.
+
+    Args:
+        path: file.
+        description: what the weights belong to.
+        weights: the network's state dict.
+        state: training state (optimizer, epoch, history, ...), tensors and JSON values only.
+    """
+    content = {"format_version": FORMAT_VERSION, "model": description.to_json(), "network_weights": weights, **state}
+    with atomic_path(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # torch reports a full disk so
+            raise OSError(str(error)) from error
+
+
+def read_checkpoint(path: Path, device: str = "cpu") -> tuple[ModelDescription, dict[str, Any]]:
+    """Read a checkpoint of ours.
+
+    Raises:
+        CheckpointError: missing, damaged, or not one of ours; names the file.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} does not exist; train first, or give another fold or folder")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged or holds more than weights; it was not loaded") from error
+    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION or "model" not in content:
+        raise CheckpointError(f"checkpoint {path} was not written by this version of ukbob_train")
+    try:
+        return ModelDescription.from_json(content["model"]), content
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {error}") from error
+
+
+def load_into(network: nn.Module, content: dict[str, Any], path: Path) -> None:
+    """Load all weights of a checkpoint into a network.
+
+    Raises:
+        CheckpointError: it is a checkpoint of another network; says what differs.
+    """
+    wanted, given = network.state_dict(), content["network_weights"]
+    missing = sorted(set(wanted) - set(given))
+    unexpected = sorted(set(given) - set(wanted))
+    differing = sorted(k for k in set(wanted) & set(given) if wanted[k].shape != given[k].shape)
+    if missing or unexpected or differing:
+        example = (missing or unexpected or differing)[0]
+        raise CheckpointError(
+            f"checkpoint {path} is of another network: {len(missing)} weights missing, {len(unexpected)} unexpected, "
+            f"{len(differing)} of another shape (for example {example})"
+        )
+    network.load_state_dict(given)
+
+
+def load_network(path: Path, device: str = "cpu") -> tuple[nn.Module, ModelDescription]:
+    """Rebuild the network of a checkpoint, in evaluation mode on ``device``."""
+    description, content = read_checkpoint(path)
+    try:
+        network = description.build()
+    except ConfigError as error:
+        raise CheckpointError(f"checkpoint {path}: {error}") from error
+    load_into(network, content, path)
+    return network.to(device).eval(), description

@@ -1,0 +1,120 @@
+"""The recipe of a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from ukbob_seg.errors import ConfigError
+
+LOSSES = ("ce_dice", "bce_dice")
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("cosine_restarts", "cosine", "poly", "one_cycle", "constant")
+AUGMENTATIONS = ("ukbob", "none")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Everything that decides the weights, besides data and plans; stored in the checkpoint.
+
+    Attributes:
+        epochs: number of epochs; may be raised when resuming.
+        iterations_per_epoch: training steps per epoch.
+        loss: ``ce_dice`` (softmax) or ``bce_dice`` (a sigmoid per output; always used for regions).
+        optimizer: ``adamw`` (betas 0.9, 0.999) or ``sgd`` (Nesterov momentum 0.99).
+        learning_rate: peak rate.
+        weight_decay: of the optimizer.
+        schedule: shape of the learning rate over the run.
+        warmup_epochs: linear rise at the start.
+        restart_epochs: length of a cosine cycle.
+        gradient_clip: largest norm of the gradient, 0 for none.
+        foreground_fraction: share of each batch whose patch is centred on a labelled voxel.
+        augmentation: ``ukbob`` (the paper's set) or ``none``.
+        mirror_axes: axes (0 = z, 1 = y, 2 = x) that augmentation flips, and that test-time flips may use.
+        validation_every: epochs between validations.
+        validation_cases: validate on the first so many cases, 0 for all.
+        subset_fraction: share of the training cases that is used.
+        seed: decides initial weights, case and patch choice, and augmentation.
+    """
+
+    epochs: int = 500
+    iterations_per_epoch: int = 250
+    loss: str = "ce_dice"
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-4
+    weight_decay: float = 1e-5
+    schedule: str = "cosine_restarts"
+    warmup_epochs: int = 0
+    restart_epochs: int = 200
+    gradient_clip: float = 12.0
+    foreground_fraction: float = 0.33
+    augmentation: str = "ukbob"
+    mirror_axes: tuple[int, ...] = (0, 1, 2)
+    validation_every: int = 10
+    validation_cases: int = 0
+    subset_fraction: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("loss", LOSSES),
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("augmentation", AUGMENTATIONS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name in ("epochs", "iterations_per_epoch", "restart_epochs", "validation_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup_epochs", "validation_cases", "weight_decay", "gradient_clip", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.warmup_epochs >= self.epochs and self.warmup_epochs:
+            raise ConfigError(f"warmup_epochs ({self.warmup_epochs}) must be fewer than epochs ({self.epochs})")
+        if not 0 < self.subset_fraction <= 1:
+            raise ConfigError(f"subset_fraction must lie in (0, 1], got {self.subset_fraction}")
+        if not 0 <= self.foreground_fraction <= 1:
+            raise ConfigError(f"foreground_fraction must lie in [0, 1], got {self.foreground_fraction}")
+        if not set(self.mirror_axes) <= {0, 1, 2}:
+            raise ConfigError(f"mirror_axes must be among 0, 1, 2, got {self.mirror_axes}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> TrainingConfig:
+        """Inverse of ``to_json``."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(content) - known)
+        if unknown:
+            raise ConfigError(f"training configuration: unknown entry {', '.join(unknown)}")
+        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in content.items()})
+
+
+# The recipes that users start from; every field can be overridden by a flag of ukbob_train.
+RECIPES: dict[str, TrainingConfig] = {
+    # Swin-BOB, PAPER 3 with the loss that fits exclusive labels.
+    "swin_unetr": TrainingConfig(),
+    # nnU-Net's own recipe for its own network.
+    "plain_conv_unet": TrainingConfig(
+        epochs=1000, optimizer="sgd", learning_rate=1e-2, weight_decay=3e-5, schedule="poly"
+    ),
+    # PAPER 3 to the letter: BCE + Dice, 3000 epochs, a warm restart every 200.
+    "ukbob": TrainingConfig(epochs=3000, loss="bce_dice", gradient_clip=0.0),
+    # PAPER 3, fine-tuning.
+    "finetune": TrainingConfig(epochs=500, warmup_epochs=50),
+}
+
+
+def recipe(network: str, preset: str, pretrained: bool = False) -> TrainingConfig:
+    """The recipe that a run starts from."""
+    if preset == "ukbob":
+        return dataclasses.replace(RECIPES["ukbob"], **({"epochs": 500, "warmup_epochs": 50} if pretrained else {}))
+    if pretrained and network == "swin_unetr":
+        return RECIPES["finetune"]
+    return RECIPES.get(network, RECIPES["swin_unetr"])

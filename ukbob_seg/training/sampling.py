@@ -1,0 +1,156 @@
+"""Choosing and reading training patches. Step n always gives the same batch, whichever worker makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ukbob_seg.preprocessing.preprocessor import case_files, load_record
+from ukbob_seg.preprocessing.storage import open_array
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """A preprocessed case and what may be trusted in its labels.
+
+    Attributes:
+        name: of the case.
+        lookup: table from stored label index to the index to learn from (SOLF flags), or None for all as stored.
+    """
+
+    name: str
+    lookup: np.ndarray | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class PatchSettings:
+    """How patches are drawn."""
+
+    patch_size: tuple[int, int, int]
+    batch_size: int
+    foreground_fraction: float
+    ignore_index: int
+    seed: int
+    rank: int = 0
+
+
+class PatchDataset(Dataset):
+    """Batches by step number: image (B, C, z, y, x) float32 and labels (B, z, y, x) int16."""
+
+    def __init__(self, folder: Path, cases: Sequence[TrainingCase], settings: PatchSettings) -> None:
+        self._folder = Path(folder)
+        self._cases = tuple(cases)
+        self._settings = settings
+        self._open: dict[str, tuple[Any, Any, dict[int, np.ndarray]]] = {}
+        for case in self._cases:
+            load_record(self._folder, case.name)  # fail before training starts, naming the case
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        """Make the batch of one step."""
+        settings = self._settings
+        generator = np.random.default_rng([settings.seed, settings.rank, step])
+        chosen = generator.integers(0, len(self._cases), settings.batch_size)
+        # The last ones of a batch are centred on foreground, so that every batch has some (nnU-Net's rule).
+        free = round(settings.batch_size * (1 - settings.foreground_fraction))
+        patches = [
+            self._patch(self._cases[index], generator, centred=position >= free)
+            for position, index in enumerate(chosen)
+        ]
+        return {
+            "image": torch.from_numpy(np.stack([image for image, _ in patches])),
+            "labels": torch.from_numpy(np.stack([labels for _, labels in patches])),
+        }
+
+    def _patch(
+        self, case: TrainingCase, generator: np.random.Generator, centred: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        images, labels, locations = self._load(case)
+        start = choose_start(images.shape[1:], self._settings.patch_size, generator, locations if centred else {})
+        image = read_patch(images, start, self._settings.patch_size)
+        patch = read_patch(labels, start, self._settings.patch_size)
+        if case.lookup is not None:
+            patch = case.lookup[patch]
+        return image, patch.astype(np.int32)
+
+    def _load(self, case: TrainingCase) -> tuple[Any, Any, dict[int, np.ndarray]]:
+        if case.name not in self._open:
+            image_path, label_path, table_path = case_files(self._folder, case.name)
+            with np.load(table_path) as table:
+                locations = {int(key): table[key] for key in table.files}
+            usable = {
+                index: voxels
+                for index, voxels in locations.items()
+                if index != self._settings.ignore_index and (case.lookup is None or case.lookup[index] == index)
+            }
+            self._open[case.name] = open_array(image_path), open_array(label_path), usable
+        return self._open[case.name]
+
+
+def choose_start(
+    shape: Sequence[int],
+    patch_size: tuple[int, int, int],
+    generator: np.random.Generator,
+    locations: dict[int, np.ndarray],
+) -> tuple[int, int, int]:
+    """First voxel of a patch; negative where the case is smaller than the patch and must be padded.
+
+    Args:
+        shape: of the case, voxels (z, y, x).
+        patch_size: voxels (z, y, x).
+        generator: decides.
+        locations: voxels per class; when given, a class is drawn first and the patch is centred on one of its voxels.
+    """
+    missing = [max(0, p - n) for p, n in zip(patch_size, shape, strict=True)]
+    low = [-(m // 2) for m in missing]
+    high = [n + m // 2 + m % 2 - p for n, m, p in zip(shape, missing, patch_size, strict=True)]
+    start = [int(generator.integers(a, b + 1)) for a, b in zip(low, high, strict=True)]
+    if locations:
+        voxels = locations[sorted(locations)[int(generator.integers(len(locations)))]]
+        centre = voxels[int(generator.integers(len(voxels)))].astype(int)
+        start = [int(np.clip(c - p // 2, a, b)) for c, p, a, b in zip(centre, patch_size, low, high, strict=True)]
+    return start[0], start[1], start[2]
+
+
+def read_patch(array: Any, start: tuple[int, int, int], patch_size: tuple[int, int, int]) -> np.ndarray:
+    """Read (..., z, y, x) voxels from a stored array, with zeros where the patch leaves the case."""
+    shape = array.shape[-3:]
+    leading = array.shape[:-3]
+    inside = tuple(slice(max(0, s), min(n, s + p)) for s, p, n in zip(start, patch_size, shape, strict=True))
+    part = np.asarray(array[(*(slice(None) for _ in leading), *inside)])
+    if part.shape[-3:] == tuple(patch_size):
+        return part
+    patch = np.zeros((*leading, *patch_size), dtype=part.dtype)
+    target = tuple(slice(i.start - s, i.stop - s) for i, s in zip(inside, start, strict=True))
+    patch[(..., *target)] = part
+    return patch
+
+
+class _Steps(Sampler[int]):
+    """Step numbers from ``first`` to ``last``, in order."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self._range = range(first, last)
+
+    def __iter__(self) -> Any:
+        return iter(self._range)
+
+    def __len__(self) -> int:
+        return len(self._range)
+
+
+def make_loader(dataset: PatchDataset, first_step: int, last_step: int, workers: int, pin: bool) -> DataLoader:
+    """A loader over steps; workers only read patches, everything else happens on the device."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=_Steps(first_step, last_step),
+        num_workers=workers,
+        pin_memory=pin,
+        prefetch_factor=2 if workers else None,
+    )
