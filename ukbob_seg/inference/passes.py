@@ -38,17 +38,15 @@ class Mirroring:
 
 @dataclass(frozen=True)
 class AveragedPasses:
-    """Callable (B, C, z, y, x) -> (B, K, z, y, x): mean logits over networks, flips and intensity factors.
+    """Callable (B, C, z, y, x) -> (B, K, z, y, x): mean logits over networks and flips.
 
     Attributes:
         networks: in evaluation mode, on the windows' device.
         mirroring: flips to average over.
-        intensity_factors: multiples of the normalised intensities to average over.
     """
 
     networks: Sequence[nn.Module]
     mirroring: Mirroring = field(default_factory=Mirroring)
-    intensity_factors: tuple[float, ...] = (1.0,)
 
     @torch.no_grad()
     def __call__(self, windows: Tensor) -> Tensor:
@@ -57,13 +55,12 @@ class AveragedPasses:
         flips = self.mirroring.combinations()
         for flipped in flips:
             turned = windows.flip([axis + 2 for axis in flipped]) if flipped else windows
-            for factor in self.intensity_factors:
-                for network in self.networks:
-                    with torch.autocast(windows.device.type, torch.bfloat16, enabled=windows.device.type == "cuda"):
-                        outputs = network(turned if factor == 1.0 else turned * factor)
-                    logits = outputs if isinstance(outputs, Tensor) else outputs[0]
-                    logits = self.mirroring.undo(logits.float(), flipped) if flipped else logits.float()
-                    total = logits if total is None else total.add_(logits)
+            for network in self.networks:
+                with torch.autocast(windows.device.type, torch.bfloat16, enabled=windows.device.type == "cuda"):
+                    outputs = network(turned)
+                logits = (outputs if isinstance(outputs, Tensor) else outputs[0]).float()
+                logits = self.mirroring.undo(logits, flipped) if flipped else logits
+                total = logits if total is None else total.add_(logits)
         assert total is not None
-        count = len(flips) * len(self.networks) * len(self.intensity_factors)
+        count = len(flips) * len(self.networks)
         return total if count == 1 else total / count

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from ukbob_seg.filtering.policies import LabelTrust, case_lookup
 from ukbob_seg.preprocessing.plans import ConfigurationPlan, NetworkPlan, Plans
 from ukbob_seg.training.augmentation import AugmentationSetup, Transform, make_transforms
 from ukbob_seg.training.checkpoint import ModelDescription
-from ukbob_seg.training.config import TrainingConfig
+from ukbob_seg.training.config import TrainingConfig, recipe
 from ukbob_seg.training.losses import SigmoidDiceLoss, SoftmaxDiceLoss, with_deep_supervision
 from ukbob_seg.training.sampling import TrainingCase
 from ukbob_seg.training.splits import choose_split, load_groups, load_or_make_splits, take_subset
@@ -51,6 +53,26 @@ class TrainingSetup:
     description: ModelDescription
     train: tuple[TrainingCase, ...]
     val: tuple[TrainingCase, ...]
+
+
+def choose_config(
+    dataset: int | str, roots: Roots, network: str, pretrained: bool = False, **changes: Any
+) -> TrainingConfig:
+    """The recipe of the dataset's preset and the network, with the user's changes.
+
+    Args:
+        dataset: id or name of a planned dataset.
+        roots: folders.
+        network: registry name.
+        pretrained: whether the run fine-tunes given weights.
+        changes: fields of ``TrainingConfig``; None leaves the recipe's value.
+    """
+    plans = Plans.load(find_dataset(roots.preprocessed, dataset) / "plans.json")
+    given = {key: value for key, value in changes.items() if value is not None}
+    base = recipe(network, plans.preset, pretrained)
+    if given.get("epochs", base.epochs) <= base.warmup_epochs:
+        given.setdefault("warmup_epochs", 0)  # a shorter run than the recipe's warm-up has none
+    return dataclasses.replace(base, **given)
 
 
 def prepare(

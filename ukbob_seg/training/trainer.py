@@ -21,11 +21,18 @@ from ukbob_seg.files import ensure_writable, write_json
 from ukbob_seg.networks.pretrained import load_weights
 from ukbob_seg.training.augmentation import Batch, Transform, augment
 from ukbob_seg.training.checkpoint import NAMES, load_into, read_checkpoint, save_checkpoint
-from ukbob_seg.training.config import TrainingConfig, recipe
+from ukbob_seg.training.config import TrainingConfig
 from ukbob_seg.training.progress import write_csv, write_plot
 from ukbob_seg.training.sampling import PatchDataset, PatchSettings, make_loader
 from ukbob_seg.training.schedules import learning_rate
-from ukbob_seg.training.setup import TrainingSetup, make_augmentation, make_loss, make_optimizer, prepare
+from ukbob_seg.training.setup import (
+    TrainingSetup,
+    choose_config,
+    make_augmentation,
+    make_loss,
+    make_optimizer,
+    prepare,
+)
 from ukbob_seg.training.validation import ValidationScore, validate
 
 log = logging.getLogger(__name__)
@@ -92,7 +99,7 @@ def train(
         ConfigError, DatasetError, CheckpointError: in one sentence, before the first step where possible.
     """
     options = options or RunOptions()
-    config = config or recipe(network, "default", options.pretrained is not None)
+    config = config or choose_config(dataset, roots, network, options.pretrained is not None)
     setup = prepare(dataset, str(fold), roots, config, configuration, network, use_filter)
     left_right_axis = setup.description.plans["left_right_axis"]
     transforms = make_augmentation(setup, config, left_right_axis)

@@ -1,0 +1,81 @@
+"""ukbob_predict: segment a folder of images or a single file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ukbob_seg.cli.common import add_roots, choose_device, command, make_parser, roots_from
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Parse, run, print."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if (arguments.model is None) == (arguments.dataset is None):
+        parser.error("give the model either as -d ID or as -m MODEL_FOLDER")
+    roots = roots_from(arguments)
+    from ukbob_seg.errors import ConfigError
+
+    if not arguments.etta and (arguments.etta_steps is not None or arguments.etta_lr is not None):
+        raise ConfigError("--etta-steps and --etta-lr need --etta")
+
+    from ukbob_seg.inference.etta import EttaConfig
+    from ukbob_seg.inference.predict import model_folder, predict
+    from ukbob_seg.inference.predictor import PredictionSettings, Predictor
+
+    defaults = EttaConfig()
+    etta = EttaConfig(
+        steps=defaults.steps if arguments.etta_steps is None else arguments.etta_steps,
+        learning_rate=defaults.learning_rate if arguments.etta_lr is None else arguments.etta_lr,
+    )
+    settings = PredictionSettings(
+        step=arguments.step_size,
+        tta=arguments.tta,
+        etta=etta if arguments.etta else None,
+        window_batch=arguments.window_batch,
+    )
+    folder = arguments.model or model_folder(
+        roots.results, arguments.dataset, arguments.configuration, arguments.network
+    )
+    device = choose_device(arguments.device)
+    with Predictor.from_model_folder(folder, arguments.folds, arguments.checkpoint, device, settings) as predictor:
+        written = predict(
+            predictor,
+            arguments.input,
+            arguments.output,
+            resume=arguments.resume,
+            save_probabilities=arguments.save_probabilities,
+            arguments={key: str(value) for key, value in sorted(vars(arguments).items())},
+        )
+    print(f"{len(written)} cases -> {arguments.output}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser(
+        "ukbob_predict",
+        "Segment images with a trained model; label maps are written at the geometry of the input files. With --etta "
+        "the normalization layers adapt to each case first (entropy test-time adaptation).",
+        "  ukbob_predict -i imagesTs -o predictions -d 4 -f 0 --etta\n"
+        "  ukbob_predict -i scan_0000.nii.gz -o scan_labels.nii.gz -m results/Dataset004_X/3d_fullres__swin_unetr",
+    )
+    parser.add_argument("-i", "--input", type=Path, required=True, help="folder of CASE_0000.ext files, or one file")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder, or a label file for one input file")
+    parser.add_argument("-d", "--dataset", metavar="ID", help="dataset id (4) or DatasetXXX_Name that was trained")
+    parser.add_argument("-m", "--model", type=Path, metavar="DIR", help="model folder (CONFIG__NETWORK) instead of -d")
+    parser.add_argument("-c", "--configuration", default="3d_fullres", help="with -d; default: 3d_fullres")
+    parser.add_argument("--network", default="swin_unetr", help="with -d; default: swin_unetr")
+    parser.add_argument("-f", "--folds", nargs="+", metavar="FOLD", help="folds to average (default: all trained)")
+    parser.add_argument("--checkpoint", choices=("best", "final"), default="best", help="default: best")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    parser.add_argument("--etta", action="store_true", help="adapt normalization layers to each case")
+    parser.add_argument("--etta-steps", type=int, metavar="N", help="entropy steps at most (default: 5)")
+    parser.add_argument("--etta-lr", type=float, metavar="RATE", help="rate of the entropy steps (default: 4e-3)")
+    parser.add_argument("--tta", action="store_true", help="average over flips along the axes that training mirrored")
+    parser.add_argument("--step-size", type=float, default=0.5, metavar="S", help="window distance / patch (default: 0.5)")
+    parser.add_argument("--window-batch", type=int, default=1, metavar="N", help="windows per forward pass (default: 1)")
+    parser.add_argument("--save-probabilities", action="store_true", help="also write CASE_probabilities.b2nd (float16)")
+    parser.add_argument("--resume", action="store_true", help="leave cases alone whose label file exists")
+    add_roots(parser, "results")
+    return parser

@@ -1,0 +1,58 @@
+"""Predict and score a fold's validation cases at their native geometry, as they would be used."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ukbob_seg.dataset.paths import Roots
+from ukbob_seg.dataset.spec import DatasetSpec, require_cases
+from ukbob_seg.evaluation.evaluate import EvaluationSummary, evaluate_pairs
+from ukbob_seg.files import read_json
+from ukbob_seg.inference.predictor import PredictionSettings, Predictor
+from ukbob_seg.training.splits import choose_split, load_groups, load_or_make_splits
+
+log = logging.getLogger(__name__)
+
+
+def validate_fold(
+    model_folder: Path,
+    fold: str,
+    roots: Roots,
+    device: str = "cpu",
+    settings: PredictionSettings | None = None,
+    checkpoint: str = "best",
+    max_cases: int = 0,
+) -> EvaluationSummary:
+    """Write ``fold_K/validation/*.nii.gz`` with summary.json, metrics.csv and report.html.
+
+    Args:
+        model_folder: ``results/DatasetXXX_Name/CONFIG__NETWORK``.
+        fold: which fold's held-out cases (for ``all``, the training cases themselves).
+        roots: folders; images and labels are read from the raw dataset.
+        device: where to predict.
+        settings: how to predict.
+        checkpoint: ``best`` or ``final``.
+        max_cases: only the first so many cases, 0 for all.
+    """
+    name = model_folder.parent.name
+    raw = roots.raw / name
+    spec = DatasetSpec.load(raw)
+    cases = {case.name: case for case in require_cases(raw, spec)}
+    preset = read_json(model_folder / "plans.json", "plans")["preset"]
+    splits = None
+    if fold != "all":
+        groups = load_groups(raw / "groups.csv", sorted(cases))
+        scheme = "80-10-10" if preset == "ukbob" else "5-fold"
+        splits = load_or_make_splits(roots.preprocessed / name, sorted(cases), groups, scheme)
+    chosen = choose_split(splits, fold, sorted(cases)).val[: max_cases or None]
+    folder = model_folder / f"fold_{fold}" / "validation"
+    pairs = []
+    with Predictor.from_model_folder(model_folder, [fold], checkpoint, device, settings) as predictor:
+        for case in tqdm([cases[n] for n in chosen], desc=f"validating fold {fold}", unit="case"):
+            output = folder / f"{case.name}{spec.file_ending}"
+            predictor.predict_case(case.images, output)
+            pairs.append((case.name, output, case.label))
+    return evaluate_pairs(pairs, spec.labels, folder)

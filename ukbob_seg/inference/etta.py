@@ -1,0 +1,302 @@
+"""Entropy Test-Time Adaptation: a case's own statistics first, then a few entropy steps on the norm layers.
+
+The paper (section 3.4) names batch normalization; the reference Swin-UNETR has none. So every normalization layer
+with affine parameters adapts (Batch, Instance, Group, Layer), statistics are re-estimated where a layer keeps
+running ones, and everything else stays frozen. Each case starts from the trained weights again.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from ukbob_seg.errors import ConfigError
+from ukbob_seg.inference.sliding_window import WindowSettings, window_starts
+
+NORM_LAYERS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
+
+
+@dataclass(frozen=True)
+class EttaConfig:
+    """How far a case may adapt.
+
+    Attributes:
+        steps: entropy steps at most.
+        learning_rate: of Adam on the affine parameters.
+        max_patches: windows that the steps look at.
+        candidates: windows among which they are chosen (foreground first, then highest entropy).
+        statistics_share: weight of the case's statistics against the stored ones; 1 is the paper's re-estimation.
+        least_foreground: fall back when predicted foreground shrinks below this share of the unadapted one.
+    """
+
+    steps: int = 5
+    learning_rate: float = 4e-3
+    max_patches: int = 4
+    candidates: int = 8
+    statistics_share: float = 1.0
+    least_foreground: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.max_patches < 1 or self.candidates < self.max_patches:
+            raise ConfigError(
+                f"ETTA needs steps >= 1, max_patches >= 1 and candidates >= max_patches, got {self.steps}, "
+                f"{self.max_patches}, {self.candidates}"
+            )
+        if not self.learning_rate > 0:
+            raise ConfigError(f"the ETTA learning rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.statistics_share <= 1:
+            raise ConfigError(f"statistics_share must lie in [0, 1], got {self.statistics_share}")
+
+
+@dataclass
+class EttaRecord:
+    """What adaptation did to one case; entropies are means per voxel of the chosen windows, in nats."""
+
+    decision: str = "adapted"
+    adapted_parameters: int = 0
+    statistics_layers: int = 0
+    patches: int = 0
+    steps: int = 0
+    entropy_before: float = 0.0
+    entropy_after: float = 0.0
+    foreground_before: int = 0
+    foreground_after: int = 0
+    voxels_changed: int = 0
+
+    def to_json(self) -> dict[str, float | int | str]:
+        """Plain values."""
+        return dataclasses.asdict(self)
+
+
+def voxel_entropy(logits: Tensor, head: str) -> Tensor:
+    """Shannon entropy of each voxel's prediction, in nats.
+
+    Args:
+        logits: (B, K, z, y, x), any float dtype; computed in float32.
+        head: ``softmax`` (one distribution over K classes) or ``sigmoid`` (K binary ones, summed).
+
+    Returns:
+        (B, z, y, x) float32, in [0, log K] or [0, K log 2].
+
+    Reference: UKBOB, section 3.4; Wang et al., Tent, ICLR 2021.
+    """
+    logits = logits.float()
+    if head == "softmax":
+        log_p = F.log_softmax(logits, dim=1)
+        return -(log_p.exp() * log_p).sum(dim=1)
+    return (F.softplus(logits) - logits * logits.sigmoid()).sum(dim=1)
+
+
+def adapt(
+    network: nn.Module, image: Tensor, windows: WindowSettings, head: str, config: EttaConfig | None = None
+) -> tuple[nn.Module, EttaRecord]:
+    """Adapt a copy of a network to one image; the network itself is untouched.
+
+    Args:
+        network: any network of the toolkit, in evaluation mode.
+        image: (C, Z, Y, X), preprocessed, on the network's device.
+        windows: the windows that prediction will use.
+        head: ``softmax`` or ``sigmoid``.
+        config: limits.
+
+    Raises:
+        ConfigError: the network has no normalization layer that could adapt.
+    """
+    own = copy.deepcopy(network)
+    record = _adapt_in_place(own, image, windows, head, config or EttaConfig())
+    return own, record
+
+
+@contextmanager
+def adapted(
+    network: nn.Module, image: Tensor, windows: WindowSettings, head: str, config: EttaConfig | None = None
+) -> Iterator[EttaRecord]:
+    """Adapt a network to one image inside a ``with`` block and restore it, bit for bit, at its end."""
+    tensors = {name: value.detach().clone() for name, value in _adaptable_state(network).items()}
+    flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        yield _adapt_in_place(network, image, windows, head, config or EttaConfig())
+    finally:
+        with torch.no_grad():
+            for name, value in _adaptable_state(network).items():
+                value.copy_(tensors[name])
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+        for module, mode in modes:
+            module.training = mode
+
+
+def norm_layers(network: nn.Module) -> list[nn.Module]:
+    """All normalization layers that adaptation can use: with affine parameters or with running statistics."""
+    return [
+        layer
+        for layer in network.modules()
+        if isinstance(layer, NORM_LAYERS)
+        and (getattr(layer, "weight", None) is not None or getattr(layer, "running_mean", None) is not None)
+    ]
+
+
+def _adaptable_state(network: nn.Module) -> dict[str, Tensor]:
+    """Every tensor that adaptation may change."""
+    state: dict[str, Tensor] = {}
+    for number, layer in enumerate(norm_layers(network)):
+        for name, value in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
+            state[f"{number}.{name}"] = value
+    return state
+
+
+def _adapt_in_place(
+    network: nn.Module, image: Tensor, windows: WindowSettings, head: str, config: EttaConfig
+) -> EttaRecord:
+    layers = norm_layers(network)
+    parameters = [p for layer in layers for p in layer.parameters(recurse=False)]
+    with_statistics = [layer for layer in layers if getattr(layer, "running_mean", None) is not None]
+    if not layers:
+        raise ConfigError(
+            f"{type(network).__name__} has no normalization layer with affine parameters or running statistics: "
+            "there is nothing for --etta to adapt; predict without it"
+        )
+    record = EttaRecord(
+        adapted_parameters=sum(p.numel() for p in parameters), statistics_layers=len(with_statistics)
+    )
+    network.eval().requires_grad_(False)
+    patches = _choose_patches(network, image, windows, head, config)
+    record.patches = len(patches)
+    record.entropy_before, before = _measure(network, patches, head)
+    record.foreground_before = _foreground(before)
+    start = {name: value.detach().clone() for name, value in _adaptable_state(network).items()}
+    _reestimate_statistics(network, with_statistics, patches, config.statistics_share)
+    if parameters:
+        record.steps = _descend(network, parameters, patches, head, config)
+    record.entropy_after, after = _measure(network, patches, head)
+    record.foreground_after = _foreground(after)
+    if record.foreground_after < config.least_foreground * record.foreground_before:
+        record.decision = "fell back: the predicted foreground collapsed"
+    elif record.steps == 0 and not with_statistics:
+        record.decision = "unchanged: the entropy did not fall"
+    if record.decision.startswith("fell back"):
+        with torch.no_grad():
+            for name, value in _adaptable_state(network).items():
+                value.copy_(start[name])
+        after, record.entropy_after = before, record.entropy_before
+    record.voxels_changed = sum(int((a != b).sum()) for a, b in zip(before, after, strict=True))
+    return record
+
+
+def _forward(network: nn.Module, patch: Tensor) -> Tensor:
+    with torch.autocast(patch.device.type, torch.bfloat16, enabled=patch.device.type == "cuda"):
+        outputs = network(patch)
+    return outputs if isinstance(outputs, Tensor) else outputs[0]
+
+
+@torch.no_grad()
+def _choose_patches(
+    network: nn.Module, image: Tensor, windows: WindowSettings, head: str, config: EttaConfig
+) -> list[Tensor]:
+    """Windows (1, C, z, y, x) that show foreground and are uncertain, from evenly spread candidates."""
+    patch = windows.patch_size
+    padding = [max(0, p - n) for p, n in zip(patch, image.shape[1:], strict=True)]
+    flat = [side for p in reversed(padding) for side in (p // 2, p - p // 2)]
+    padded = F.pad(image, flat)
+    starts = window_starts(tuple(padded.shape[1:]), patch, windows.step)
+    corners = [(z, y, x) for z in starts[0] for y in starts[1] for x in starts[2]]
+    count = min(config.candidates, len(corners))
+    spread = [corners[round(i * (len(corners) - 1) / max(1, count - 1))] for i in range(count)]
+    patches = [
+        padded[:, z : z + patch[0], y : y + patch[1], x : x + patch[2]].unsqueeze(0) for z, y, x in dict.fromkeys(spread)
+    ]
+    if len(patches) <= config.max_patches:
+        return patches
+    scores = []
+    for position, candidate in enumerate(patches):
+        logits = _forward(network, candidate)
+        entropy = float(voxel_entropy(logits, head).mean())
+        scores.append((_foreground([_decide(logits)]) > 0, entropy, -position))
+    best = sorted(range(len(patches)), key=lambda i: scores[i], reverse=True)[: config.max_patches]
+    return [patches[i] for i in sorted(best)]
+
+
+@torch.no_grad()
+def _measure(network: nn.Module, patches: Sequence[Tensor], head: str) -> tuple[float, list[Tensor]]:
+    """Mean entropy over the patches, and the decision of each."""
+    entropies, decisions = [], []
+    for patch in patches:
+        logits = _forward(network, patch)
+        entropies.append(float(voxel_entropy(logits, head).mean()))
+        decisions.append(_decide(logits))
+    return sum(entropies) / len(entropies), decisions
+
+
+def _decide(logits: Tensor) -> Tensor:
+    """Most probable output of each voxel, (B, z, y, x)."""
+    return logits.argmax(dim=1)
+
+
+def _foreground(decisions: Sequence[Tensor]) -> int:
+    return sum(int((decision > 0).sum()) for decision in decisions)
+
+
+@torch.no_grad()
+def _reestimate_statistics(
+    network: nn.Module, layers: Sequence[nn.Module], patches: Sequence[Tensor], share: float
+) -> None:
+    """Replace running statistics by ``share`` of the patches' own and the rest of the stored ones."""
+    if not layers or share == 0:
+        return
+    stored = [(layer.running_mean.clone(), layer.running_var.clone()) for layer in layers]  # type: ignore[operator, union-attr]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()  # type: ignore[operator]
+        layer.momentum = None  # type: ignore[assignment]  # cumulative average over the patches
+        layer.train()
+    for patch in patches:
+        _forward(network, patch)
+    for layer, (mean, variance), momentum in zip(layers, stored, momenta, strict=True):
+        layer.eval()
+        layer.momentum = momentum
+        layer.running_mean.mul_(share).add_(mean, alpha=1 - share)  # type: ignore[operator, union-attr]
+        layer.running_var.mul_(share).add_(variance, alpha=1 - share)  # type: ignore[operator, union-attr]
+
+
+def _descend(
+    network: nn.Module, parameters: Sequence[nn.Parameter], patches: Sequence[Tensor], head: str, config: EttaConfig
+) -> int:
+    """Minimise the mean entropy over the patches; keeps the best parameters seen, returns the steps that led there."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
+    best_entropy, best_step = float("inf"), 0
+    best = [p.detach().clone() for p in parameters]
+    for step in range(config.steps + 1):
+        optimizer.zero_grad(set_to_none=True)
+        entropy = 0.0
+        last = step == config.steps
+        for patch in patches:
+            with torch.set_grad_enabled(not last):
+                value = voxel_entropy(_forward(network, patch), head).mean() / len(patches)
+            if not last:
+                value.backward()
+            entropy += float(value.detach())
+        if not entropy < best_entropy:
+            break  # no longer falling
+        best_entropy, best_step = entropy, step
+        best = [p.detach().clone() for p in parameters]
+        if not last:
+            optimizer.step()
+    with torch.no_grad():
+        for parameter, value in zip(parameters, best, strict=True):
+            parameter.copy_(value)
+            parameter.requires_grad_(False)
+            parameter.grad = None
+    return best_step

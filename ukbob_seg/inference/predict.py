@@ -1,0 +1,124 @@
+"""Predict a folder or a single file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ukbob_seg.dataset.spec import DatasetSpec, group_channels
+from ukbob_seg.errors import ConfigError, DatasetError
+from ukbob_seg.files import ensure_writable, write_json
+from ukbob_seg.inference.predictor import Predictor
+
+
+@dataclass(frozen=True)
+class PredictionJob:
+    """One case to predict."""
+
+    name: str
+    images: tuple[Path, ...]
+    output: Path
+
+
+def find_jobs(source: Path, output: Path, spec: DatasetSpec) -> list[PredictionJob]:
+    """Which cases there are to predict, and where each goes.
+
+    Args:
+        source: a folder of ``CASE_0000.ext, ...``, or one file (``CASE_0000.ext`` brings its other channels along;
+            any other name is a single-channel case).
+        output: a folder; for a single file also the name of the label file.
+        spec: channels and file ending of the model.
+
+    Raises:
+        DatasetError: missing channels, no cases, no such source.
+    """
+    ending = spec.file_ending
+    if source.is_dir():
+        grouped = group_channels(source, spec)
+        if grouped.problems:
+            raise DatasetError("; ".join(grouped.problems))
+        if not grouped.cases:
+            endings = sorted({"".join(path.suffixes[-2:]) for path in source.iterdir() if path.is_file()})
+            raise DatasetError(
+                f"no cases in {source}: expected files like CASE_0000{ending}, found endings {endings or 'none'}"
+            )
+        return [PredictionJob(name, files, output / f"{name}{ending}") for name, files in sorted(grouped.cases.items())]
+    if not source.is_file():
+        raise DatasetError(f"input {source} does not exist")
+    stem = source.name.removesuffix(ending) if source.name.endswith(ending) else source.name.split(".")[0]
+    name, separator, number = stem.rpartition("_")
+    if separator and len(number) == 4 and number.isdigit():
+        suffix = source.name.removeprefix(stem)
+        files = tuple(source.with_name(f"{name}_{k:04d}{suffix}") for k in range(len(spec.channel_names)))
+    else:
+        name, files = stem, (source,)
+    lacking = [str(path) for path in files if not path.is_file()]
+    if lacking or len(files) != len(spec.channel_names):
+        raise DatasetError(
+            f"{source}: the model takes {len(spec.channel_names)} channels; "
+            + (f"missing {', '.join(lacking)}" if lacking else "name the files CASE_0000, CASE_0001, ...")
+        )
+    is_file = any(output.name.endswith(known) for known in (ending, ".nii.gz", ".nii", ".nrrd", ".mha"))
+    return [PredictionJob(name, files, output if is_file else output / f"{name}{ending}")]
+
+
+def predict(
+    predictor: Predictor,
+    source: Path,
+    output: Path,
+    resume: bool = False,
+    save_probabilities: bool = False,
+    arguments: dict[str, Any] | None = None,
+    quiet: bool = False,
+) -> list[Path]:
+    """Predict every case of a folder, or one file.
+
+    Args:
+        predictor: loaded model.
+        source: see ``find_jobs``.
+        output: see ``find_jobs``; gets dataset.json, plans.json and predict_args.json as well when it is a folder.
+        resume: leave cases alone whose label file exists (files are complete once they have their name).
+        save_probabilities: also write class probabilities.
+        arguments: recorded in predict_args.json.
+        quiet: no progress bar.
+
+    Returns:
+        The label files of all cases.
+
+    Raises:
+        DatasetError: a case cannot be read; finished ones are kept.
+    """
+    jobs = find_jobs(Path(source), Path(output), predictor.spec)
+    folder = jobs[0].output.parent
+    if Path(source).is_dir() and folder.resolve() == Path(source).resolve():
+        raise ConfigError(f"the output folder {folder} is the input folder; give another one with -o")
+    ensure_writable(folder)
+    if jobs[0].output.parent == Path(output):
+        write_json(folder / "dataset.json", predictor.spec.content)
+        write_json(folder / "plans.json", predictor.plans.to_json())
+        write_json(folder / "predict_args.json", arguments or {})
+    todo = [job for job in jobs if not (resume and job.output.is_file())]
+    with tqdm(total=len(todo), desc="predicting", unit="case", disable=quiet) as bar:
+        for job in todo:
+            def show(done: int, total: int, name: str = job.name) -> None:
+                bar.set_postfix_str(f"{name}: window {done}/{total}", refresh=total > 8)
+
+            predictor.predict_case(job.images, job.output, save_probabilities, show)
+            bar.update()
+    return [job.output for job in jobs]
+
+
+def model_folder(results: Path, dataset: str, configuration: str, network: str) -> Path:
+    """``results/DatasetXXX_Name/CONFIG__NETWORK``."""
+    from ukbob_seg.dataset.paths import find_dataset
+
+    return find_dataset(results, dataset) / f"{configuration}__{network.replace(':', '.')}"
+
+
+def trained_models(folder: Path) -> Sequence[str]:
+    """Names of the model folders of a dataset, for error messages."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and "__" in path.name)

@@ -1,0 +1,253 @@
+"""The predictor: loads a trained model once, predicts arrays and files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ukbob_seg.dataset.image_io import Geometry, read_image, write_labels
+from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError
+from ukbob_seg.files import write_json
+from ukbob_seg.inference.etta import EttaConfig, adapted
+from ukbob_seg.inference.export import decide, decide_resampled, save_probabilities, to_file_values
+from ukbob_seg.inference.passes import AveragedPasses, Mirroring
+from ukbob_seg.inference.sliding_window import WindowSettings, predict_logits, segment
+from ukbob_seg.preprocessing.preprocessor import CaseProperties, preprocess_image
+from ukbob_seg.training.checkpoint import NAMES, ModelDescription, load_network
+from ukbob_seg.training.setup import output_swap
+
+log = logging.getLogger(__name__)
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class PredictionSettings:
+    """How predictions are made.
+
+    Attributes:
+        step: distance of neighbouring windows as a share of the patch.
+        tta: average over flips along the axes that training mirrored.
+        etta: adapt to each case, or None.
+        window_batch: windows per forward pass.
+    """
+
+    step: float = 0.5
+    tta: bool = False
+    etta: EttaConfig | None = None
+    window_batch: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.step <= 1:
+            raise ConfigError(f"--step-size must lie in (0, 1], got {self.step}")
+        if self.window_batch < 1:
+            raise ConfigError(f"--window-batch must be at least 1, got {self.window_batch}")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Result for one case.
+
+    Attributes:
+        labels: (Z, Y, X) label values of dataset.json on the input's grid.
+        etta: one record per network, empty without adaptation.
+    """
+
+    labels: np.ndarray
+    etta: tuple[dict[str, Any], ...]
+
+
+class Predictor:
+    """A trained model, ready to predict. One instance serves one device, one case at a time.
+
+    Args:
+        networks: one per fold, in evaluation mode on ``device``; their logits are averaged.
+        description: of the checkpoints.
+        device: where the networks are.
+        settings: how to predict.
+
+    Raises:
+        ConfigError: flips are asked of a model that was trained without any.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        description: ModelDescription,
+        device: str = "cpu",
+        settings: PredictionSettings | None = None,
+    ) -> None:
+        self.settings = settings or PredictionSettings()
+        self.device = device
+        self.description = description
+        self.spec = description.spec()
+        self.plans = description.parsed_plans()
+        self.configuration = self.plans.configuration(description.configuration)
+        self._networks = list(networks)
+        network_plan = self.configuration.network(description.network)
+        self._windows = WindowSettings(network_plan.patch_size, self.settings.step, self.settings.window_batch)
+        if self.settings.tta and not description.mirror_axes:
+            raise ConfigError("--tta averages over flips, but this model was trained without any; predict without it")
+        self._mirroring = Mirroring(
+            axes=description.mirror_axes if self.settings.tta else (),
+            left_right_axis=self.plans.left_right_axis,
+            output_swap=output_swap(self.spec.labels),
+        )
+
+    @classmethod
+    def from_model_folder(
+        cls,
+        folder: Path,
+        folds: Sequence[str] | None = None,
+        checkpoint: str = "best",
+        device: str = "cpu",
+        settings: PredictionSettings | None = None,
+    ) -> Predictor:
+        """Load a model folder (``CONFIG__NETWORK``).
+
+        Args:
+            folder: holds ``fold_K`` folders.
+            folds: which to average, None for every trained one.
+            checkpoint: ``best`` or ``final``.
+            device: where to predict.
+            settings: how to predict.
+
+        Raises:
+            CheckpointError: nothing trained there, a fold is missing, or folds of different models.
+        """
+        if checkpoint not in ("best", "final"):
+            raise ConfigError(f"--checkpoint must be best or final, got {checkpoint!r}")
+        found = find_folds(folder, checkpoint)
+        chosen = list(folds) if folds else sorted(found)
+        lacking = [fold for fold in chosen if fold not in found]
+        if lacking or not chosen:
+            raise CheckpointError(
+                f"{folder} has no {NAMES[checkpoint]} for fold {', '.join(lacking) or 'any'} "
+                f"(trained: {', '.join(sorted(found)) or 'none'})"
+            )
+        loaded = [load_network(found[fold], device) for fold in chosen]
+        descriptions = [description for _, description in loaded]
+        for other in descriptions[1:]:
+            if (other.network, other.arguments, other.plans) != (
+                descriptions[0].network, descriptions[0].arguments, descriptions[0].plans,
+            ):  # fmt: skip
+                raise CheckpointError(f"{folder}: folds {chosen} were trained with different plans; predict them apart")
+        log.info("model %s, fold %s (%s)", folder, ", ".join(chosen), NAMES[checkpoint])
+        return cls([network for network, _ in loaded], descriptions[0], device, settings)
+
+    def predict_array(
+        self,
+        image: np.ndarray,
+        geometry: Geometry,
+        probabilities: Path | None = None,
+        progress: Progress | None = None,
+    ) -> Prediction:
+        """Segment one image.
+
+        Args:
+            image: (C, Z, Y, X) float32 as read from file.
+            geometry: its grid.
+            probabilities: write class probabilities to this ``.b2nd`` file as well.
+            progress: called with (windows done, windows in all).
+
+        Raises:
+            DatasetError: wrong number of channels, or voxels that are not finite.
+        """
+        if not np.isfinite(image).all():
+            raise DatasetError("the image has NaN or infinite voxels; replace them (for example by 0)")
+        array, properties = preprocess_image(image, geometry, self.plans, self.configuration)
+        tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        with self._adapted_networks(tensor) as (networks, records):
+            passes = AveragedPasses(networks, self._mirroring)
+            decision = self._decide(passes, tensor, properties, probabilities, progress)
+        return Prediction(to_file_values(decision, properties, self.spec.labels), tuple(records))
+
+    def predict_case(
+        self, images: Sequence[Path], output: Path, save_probabilities: bool = False, progress: Progress | None = None
+    ) -> Prediction:
+        """Segment the files of one case and write the label map at their geometry.
+
+        Args:
+            images: one file per channel.
+            output: label file; with ETTA its record goes beside it (``CASE_etta.json``).
+            save_probabilities: also write ``CASE_probabilities.b2nd``.
+            progress: called with (windows done, windows in all).
+        """
+        channels = len(self.spec.channel_names)
+        if len(images) != channels:
+            raise DatasetError(f"{images[0]}: {len(images)} channel files for a model of {channels} channels")
+        image, geometry = read_image(images)
+        stem = _stem(output, self.spec.file_ending)
+        path = output.with_name(f"{stem}_probabilities.b2nd") if save_probabilities else None
+        prediction = self.predict_array(image, geometry, path, progress)
+        if prediction.etta:
+            write_json(output.with_name(f"{stem}_etta.json"), {"folds": list(prediction.etta)})
+        write_labels(prediction.labels, geometry, output)
+        return prediction
+
+    def close(self) -> None:
+        """Let go of the networks and their memory."""
+        self._networks.clear()
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> Predictor:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _adapted_networks(self, image: torch.Tensor) -> Iterator[tuple[list[nn.Module], list[dict[str, Any]]]]:
+        """The networks as trained, or adapted to this image for the duration of the block."""
+        with ExitStack() as stack:
+            records = [
+                stack.enter_context(
+                    adapted(network, image, self._windows, self.description.head, self.settings.etta)
+                ).to_json()
+                for network in (self._networks if self.settings.etta is not None else [])
+            ]
+            yield self._networks, records
+
+    def _decide(
+        self,
+        passes: AveragedPasses,
+        image: torch.Tensor,
+        properties: CaseProperties,
+        probabilities: Path | None,
+        progress: Progress | None,
+    ) -> np.ndarray:
+        """Decision for the kept box at the file's resolution."""
+        regions = self.spec.labels.has_regions
+        box = tuple(b - a for a, b in zip(properties.box_start, properties.box_stop, strict=True))
+        if properties.shape == box and probabilities is None:
+            # Nothing to interpolate: decide slab by slab and never hold all classes.
+            return segment(passes, image, self._windows, lambda logits: decide(logits, regions), progress).numpy()
+        logits = predict_logits(passes, image, self._windows, progress).cpu().numpy()
+        if probabilities is not None:
+            save_probabilities(probabilities, logits, properties, self.description.head, exclusive=not regions)
+        return decide_resampled(logits, properties, regions)
+
+
+def find_folds(folder: Path, checkpoint: str) -> dict[str, Path]:
+    """Checkpoint of each trained fold of a model folder.
+
+    Raises:
+        CheckpointError: the folder does not exist.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"model folder {folder} does not exist; train first, or give it with -m")
+    return {
+        path.parent.name.removeprefix("fold_"): path for path in sorted(folder.glob(f"fold_*/{NAMES[checkpoint]}"))
+    }
+
+
+def _stem(path: Path, ending: str) -> str:
+    return path.name.removesuffix(ending) if path.name.endswith(ending) else path.name.split(".")[0]
