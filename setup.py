@@ -25,6 +25,7 @@ setup(
         "torch>=2.4",
         "numpy>=1.26",
         "SimpleITK>=2.3",
+        "nibabel>=5",
         "scipy>=1.11",
         "scikit-image>=0.22",
         "tqdm",
@@ -37,7 +38,7 @@ setup(
     ],
     extras_require={
         "nnunet": ["dynamic-network-architectures>=0.4"],
-        "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6", "monai>=1.5", "nibabel", "psutil"],
+        "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6", "monai>=1.5", "psutil"],
         "dev": ["ruff>=0.6", "mypy>=1.10", "pre-commit"],
     },
     entry_points={

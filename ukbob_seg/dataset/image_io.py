@@ -1,14 +1,18 @@
-"""Reading and writing volumes. The only place that knows SimpleITK's x, y, z order."""
+"""Reading and writing volumes. The only place that knows the x, y, z order of files."""
 
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import nibabel.nifti1
 import numpy as np
 import SimpleITK as sitk
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
 
 from ukbob_seg.errors import DatasetError
 from ukbob_seg.files import atomic_path
@@ -56,44 +60,57 @@ def _short(values: Sequence[float]) -> str:
     return "(" + ", ".join(f"{value:.6g}" for value in values) + ")"
 
 
-def _load(path: Path) -> sitk.Image:
-    """Read a file as a 3D SimpleITK image, or say in one sentence why not."""
+def read_geometry(path: Path) -> Geometry:
+    """Read only the header of a volume.
+
+    Raises:
+        DatasetError: missing, unreadable, or not one scalar volume.
+    """
     if not Path(path).is_file():
         raise DatasetError(f"{path} does not exist")
     if os.path.getsize(path) == 0:
         raise DatasetError(f"{path} is empty (0 bytes); copy it again")
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
     try:
-        image = sitk.ReadImage(str(path))
+        reader.ReadImageInformation()
     except RuntimeError as error:
-        text = str(error)
-        if "orthonormal" in text:
+        if "orthonormal" in str(error):
             raise DatasetError(
                 f"{path}: the orientation matrix is sheared (not orthonormal); resample it to a regular grid first"
             ) from error
         raise DatasetError(f"{path} cannot be read: it is corrupt, truncated or not an image; copy it again") from error
-    if image.GetDimension() == 4 and image.GetSize()[3] == 1:
-        image = image[..., 0]
-    if image.GetDimension() != 3:
+    size = [*reader.GetSize()]
+    while len(size) > 3 and size[-1] == 1:
+        size.pop()
+    if len(size) != 3:
+        remedy = "write one file per channel (CASE_0000, CASE_0001, ...)" if len(size) > 3 else "give volumes"
+        raise DatasetError(f"{path} has {len(size)} dimensions, expected 3; {remedy}")
+    if reader.GetNumberOfComponents() != 1:
         raise DatasetError(
-            f"{path} has {image.GetDimension()} dimensions, expected 3; "
-            + (
-                "write one file per channel (CASE_0000, CASE_0001, ...)"
-                if image.GetDimension() > 3
-                else "only volumes are supported"
-            )
-        )
-    if image.GetNumberOfComponentsPerPixel() != 1:
-        raise DatasetError(
-            f"{path} has {image.GetNumberOfComponentsPerPixel()} values per voxel, expected 1; "
+            f"{path} has {reader.GetNumberOfComponents()} values per voxel, expected 1; "
             "write one file per channel (CASE_0000, CASE_0001, ...)"
         )
-    return image
+    axes = reader.GetDimension()
+    x, y, z = size
+    sx, sy, sz = reader.GetSpacing()[:3]
+    matrix = np.asarray(reader.GetDirection()).reshape(axes, axes)[:3, :3]
+    return Geometry((z, y, x), (sz, sy, sx), tuple(reader.GetOrigin()[:3]), tuple(float(v) for v in matrix.ravel()))
 
 
-def _geometry(image: sitk.Image) -> Geometry:
-    x, y, z = image.GetSize()
-    sx, sy, sz = image.GetSpacing()
-    return Geometry((z, y, x), (sz, sy, sx), tuple(image.GetOrigin()), tuple(image.GetDirection()))
+def _read_voxels(path: Path, geometry: Geometry) -> np.ndarray:
+    """The voxels of a file as (Z, Y, X), in the type they are stored in.
+
+    NIfTI is read by nibabel: SimpleITK returns a truncated NIfTI file without complaint and turns NaN into 0.
+    """
+    try:
+        if str(path).endswith((".nii", ".nii.gz")):
+            array = np.asarray(nibabel.nifti1.load(path).dataobj).T
+        else:
+            array = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+    except (RuntimeError, OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
+        raise DatasetError(f"{path} cannot be read: it is corrupt or truncated; copy it again") from error
+    return array.reshape(geometry.shape)
 
 
 def read_image(paths: Sequence[Path]) -> tuple[np.ndarray, Geometry]:
@@ -108,25 +125,20 @@ def read_image(paths: Sequence[Path]) -> tuple[np.ndarray, Geometry]:
     Raises:
         DatasetError: unreadable, not a volume, NaN or infinite voxels, or channels on different grids.
     """
-    array: np.ndarray | None = None
-    geometry: Geometry | None = None
+    if not paths:
+        raise DatasetError("a case without image files cannot be read")
+    geometry = read_geometry(paths[0])
+    array = np.empty((len(paths), *geometry.shape), dtype=np.float32)
     for channel, path in enumerate(paths):
-        image = _load(path)
-        here = _geometry(image)
-        if geometry is None or array is None:
-            geometry = here
-            array = np.empty((len(paths), *here.shape), dtype=np.float32)
-        difference = geometry.difference(here, (Path(paths[0]).name, Path(path).name))
+        difference = geometry.difference(read_geometry(path), (Path(paths[0]).name, Path(path).name))
         if difference is not None:
             raise DatasetError(f"{path}: {difference}; resample the channels to one grid")
-        array[channel] = sitk.GetArrayViewFromImage(image)
+        array[channel] = _read_voxels(path, geometry)
         finite = np.isfinite(array[channel])
         if not finite.all():
             raise DatasetError(
                 f"{path} has {int(finite.size - finite.sum())} NaN or infinite voxels; replace them (for example by 0)"
             )
-    if array is None or geometry is None:
-        raise DatasetError("a case without image files cannot be read")
     return array, geometry
 
 
@@ -139,8 +151,8 @@ def read_labels(path: Path) -> tuple[np.ndarray, Geometry]:
     Raises:
         DatasetError: unreadable, not a volume, or values that are no whole numbers.
     """
-    image = _load(path)
-    labels = sitk.GetArrayFromImage(image)
+    geometry = read_geometry(path)
+    labels = _read_voxels(path, geometry)
     if labels.dtype.kind == "f":
         whole = np.rint(labels)
         wrong = int((~(np.abs(labels - whole) < 1e-3)).sum())
@@ -154,22 +166,7 @@ def read_labels(path: Path) -> tuple[np.ndarray, Geometry]:
         if labels.size and (int(labels.max()) > 2**31 - 1 or int(labels.min()) < -(2**31)):
             raise DatasetError(f"{path} has label values beyond 32 bits; a label map must hold small integers")
         labels = labels.astype(np.int32)
-    return labels, _geometry(image)
-
-
-def read_geometry(path: Path) -> Geometry:
-    """Read only the header of a volume."""
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise DatasetError(f"{path} cannot be read: it is corrupt or not an image; copy it again") from error
-    if reader.GetDimension() != 3:
-        raise DatasetError(f"{path} has {reader.GetDimension()} dimensions, expected 3")
-    x, y, z = reader.GetSize()
-    sx, sy, sz = reader.GetSpacing()
-    return Geometry((z, y, x), (sz, sy, sx), tuple(reader.GetOrigin()), tuple(reader.GetDirection()))
+    return np.ascontiguousarray(labels), geometry
 
 
 def write_image(array: np.ndarray, geometry: Geometry, path: Path) -> None:

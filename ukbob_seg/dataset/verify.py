@@ -46,7 +46,9 @@ def verify_dataset(folder: Path, workers: int = 1, allow_empty: bool = False, qu
     """
     spec = DatasetSpec.load(folder)
     cases, problems = find_cases(folder, spec)
-    checks = map_cases(_Check(spec.labels, allow_empty), cases, workers=workers, description=f"verifying {spec.name}", quiet=quiet)
+    checks = map_cases(
+        _Check(spec.labels, allow_empty), cases, workers=workers, description=f"verifying {spec.name}", quiet=quiet
+    )
     for case, found in zip(cases, checks, strict=True):
         problems.extend(f"case {case.name}: {problem}" for problem in found)
     stated = spec.content.get("numTraining")
@@ -66,9 +68,7 @@ class _Check:
         return inspect_case(case, self.scheme, self.allow_empty)[1]
 
 
-def inspect_case(
-    case: Case, scheme: LabelScheme, allow_empty: bool = False
-) -> tuple[LoadedCase | None, list[str]]:
+def inspect_case(case: Case, scheme: LabelScheme, allow_empty: bool = False) -> tuple[LoadedCase | None, list[str]]:
     """Read a training case and list everything that is wrong with it.
 
     Args:

@@ -167,9 +167,7 @@ def _adapt_in_place(
             f"{type(network).__name__} has no normalization layer with affine parameters or running statistics: "
             "there is nothing for --etta to adapt; predict without it"
         )
-    record = EttaRecord(
-        adapted_parameters=sum(p.numel() for p in parameters), statistics_layers=len(with_statistics)
-    )
+    record = EttaRecord(adapted_parameters=sum(p.numel() for p in parameters), statistics_layers=len(with_statistics))
     network.eval().requires_grad_(False)
     patches = _choose_patches(network, image, windows, head, config)
     record.patches = len(patches)
@@ -214,7 +212,8 @@ def _choose_patches(
     count = min(config.candidates, len(corners))
     spread = [corners[round(i * (len(corners) - 1) / max(1, count - 1))] for i in range(count)]
     patches = [
-        padded[:, z : z + patch[0], y : y + patch[1], x : x + patch[2]].unsqueeze(0) for z, y, x in dict.fromkeys(spread)
+        padded[:, z : z + patch[0], y : y + patch[1], x : x + patch[2]].unsqueeze(0)
+        for z, y, x in dict.fromkeys(spread)
     ]
     if len(patches) <= config.max_patches:
         return patches

@@ -104,6 +104,7 @@ def predict(
     todo = [job for job in jobs if not (resume and job.output.is_file())]
     with tqdm(total=len(todo), desc="predicting", unit="case", disable=quiet) as bar:
         for job in todo:
+
             def show(done: int, total: int, name: str = job.name) -> None:
                 bar.set_postfix_str(f"{name}: window {done}/{total}", refresh=total > 8)
 

@@ -244,9 +244,7 @@ def find_folds(folder: Path, checkpoint: str) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise CheckpointError(f"model folder {folder} does not exist; train first, or give it with -m")
-    return {
-        path.parent.name.removeprefix("fold_"): path for path in sorted(folder.glob(f"fold_*/{NAMES[checkpoint]}"))
-    }
+    return {path.parent.name.removeprefix("fold_"): path for path in sorted(folder.glob(f"fold_*/{NAMES[checkpoint]}"))}
 
 
 def _stem(path: Path, ending: str) -> str:

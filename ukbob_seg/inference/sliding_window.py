@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SIGMA_SHARE = 1 / 8  # sigma of the Gaussian weights, as a share of the patch edge
+LEAST_WEIGHT = 1e-3  # keeps corners from vanishing (MONAI uses the same)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def gaussian_weights(patch_size: tuple[int, ...], device: torch.device | str = "
     for n in patch_size:
         offset = torch.arange(n, device=device, dtype=torch.float32) - (n - 1) / 2
         weights = weights.unsqueeze(-1) * torch.exp(-0.5 * (offset / (n * SIGMA_SHARE)) ** 2)
-    return (weights / weights.max()).clamp(min=1e-4)
+    return weights.clamp(min=LEAST_WEIGHT)
 
 
 @torch.no_grad()
@@ -100,9 +101,7 @@ def iterate_slabs(
     for z, following in zip(starts_z, [*starts_z[1:], padded.shape[1]], strict=True):
         for first in range(0, len(corners), settings.batch_size):
             chosen = corners[first : first + settings.batch_size]
-            windows = torch.stack(
-                [padded[:, z : z + patch[0], y : y + patch[1], x : x + patch[2]] for y, x in chosen]
-            )
+            windows = torch.stack([padded[:, z : z + patch[0], y : y + patch[1], x : x + patch[2]] for y, x in chosen])
             for (y, x), logits in zip(chosen, predict(windows), strict=True):
                 if sums is None:
                     sums = torch.zeros((logits.shape[0], *weights.shape), device=image.device)

@@ -41,7 +41,10 @@ def write_plot(path: Path, history: Sequence[dict[str, Any]], title: str) -> Non
     validated = [row for row in history if row.get("val_mean_dice") is not None]
     for position in range(len(validated[0]["val_dice"]) if validated else 0):
         dice_axis.plot(
-            [row["epoch"] for row in validated], [row["val_dice"][position] for row in validated], color="#c9d6e6", lw=0.8
+            [row["epoch"] for row in validated],
+            [row["val_dice"][position] for row in validated],
+            color="#c9d6e6",
+            lw=0.8,
         )
     dice_axis.plot(
         [row["epoch"] for row in validated], [row["val_mean_dice"] for row in validated], "o-", ms=3, color="#d1495b",

@@ -1,0 +1,117 @@
+"""Geometry must survive a round trip exactly, and every unreadable file must be named."""
+
+import gzip
+import math
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from ukbob_seg.dataset.image_io import Geometry, read_geometry, read_image, read_labels, write_image, write_labels
+from ukbob_seg.errors import DatasetError
+
+COS, SIN = math.cos(0.4), math.sin(0.4)
+OBLIQUE = (COS, -SIN, 0.0, SIN, COS, 0.0, 0.0, 0.0, -1.0)
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".mha"])
+@pytest.mark.parametrize("direction", [(1.0, 0, 0, 0, 1, 0, 0, 0, 1), (-1.0, 0, 0, 0, 1, 0, 0, 0, 1), OBLIQUE])
+def test_round_trip_keeps_voxels_and_geometry(tmp_path, rng, ending, direction):
+    geometry = Geometry((5, 6, 7), (3.0, 1.0, 0.7), (10.5, -20.25, 3.0), direction)
+    array = rng.normal(size=(5, 6, 7)).astype(np.float32)
+    write_image(array, geometry, tmp_path / f"a{ending}")
+    read, found = read_image([tmp_path / f"a{ending}"])
+    assert np.array_equal(read[0], array)
+    assert geometry.difference(found, ("written", "read")) is None
+    assert geometry.difference(read_geometry(tmp_path / f"a{ending}"), ("written", "header")) is None
+
+
+def test_axes_agree_with_an_independent_reader(tmp_path):
+    """nibabel's (x, y, z) array and affine must describe the same voxels."""
+    array = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
+    write_image(array, Geometry((2, 3, 4), (3.0, 1.0, 0.7), (1.0, 2.0, 3.0)), tmp_path / "a.nii.gz")
+    image = nibabel.load(tmp_path / "a.nii.gz")
+    assert np.array_equal(np.asarray(image.dataobj).transpose(2, 1, 0), array)
+    assert np.allclose(image.header.get_zooms(), (0.7, 1.0, 3.0))
+    assert np.allclose(image.affine[:3, 3], (-1.0, -2.0, 3.0))  # NIfTI is RAS, ITK is LPS
+
+
+def test_left_right_axis():
+    assert Geometry((1, 1, 1), (1, 1, 1)).left_right_axis == 2
+    sagittal = (0.0, 0, 1, 1, 0, 0, 0, 1, 0)  # x index runs anterior-posterior, z index runs left-right
+    assert Geometry((1, 1, 1), (1, 1, 1), (0, 0, 0), sagittal).left_right_axis == 0
+    half = math.sqrt(0.5)
+    assert Geometry((1, 1, 1), (1, 1, 1), (0, 0, 0), (half, -half, 0, half, half, 0, 0, 0, 1)).left_right_axis is None
+
+
+def test_channels_on_different_grids(tmp_path):
+    write_image(np.ones((4, 4, 4), np.float32), Geometry((4, 4, 4), (1, 1, 1)), tmp_path / "a_0000.nii.gz")
+    write_image(np.ones((4, 4, 4), np.float32), Geometry((4, 4, 4), (1, 1, 2)), tmp_path / "a_0001.nii.gz")
+    with pytest.raises(DatasetError, match=r"a_0001.*spacing_mm differs: \(1, 1, 1\).*\(1, 1, 2\)"):
+        read_image([tmp_path / "a_0000.nii.gz", tmp_path / "a_0001.nii.gz"])
+
+
+def _write(path, array):
+    sitk.WriteImage(sitk.GetImageFromArray(array, isVector=False), str(path))
+
+
+def test_damaged_files_are_named(tmp_path, rng):
+    good = tmp_path / "good.nii.gz"
+    _write(good, rng.normal(size=(20, 20, 20)).astype(np.float32))
+    whole = good.read_bytes()
+    for name, content in {
+        "truncated.nii.gz": whole[: len(whole) // 2],
+        "truncated_inside.nii.gz": gzip.compress(gzip.decompress(whole)[:5000]),
+        "garbage.nii.gz": b"this is no image" * 50,
+        "empty.nii.gz": b"",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DatasetError, match=name):
+            read_image([tmp_path / name])
+    with pytest.raises(DatasetError, match=r"absent\.nii\.gz does not exist"):
+        read_image([tmp_path / "absent.nii.gz"])
+
+
+def test_wrong_dimensions(tmp_path):
+    _write(tmp_path / "flat.nii.gz", np.ones((5, 6), np.float32))
+    with pytest.raises(DatasetError, match=r"flat.nii.gz has 2 dimensions, expected 3"):
+        read_image([tmp_path / "flat.nii.gz"])
+    _write(tmp_path / "series.nii.gz", np.ones((3, 4, 5, 6), np.float32))
+    with pytest.raises(DatasetError, match=r"series.nii.gz has 4 dimensions, expected 3; write one file per channel"):
+        read_image([tmp_path / "series.nii.gz"])
+
+
+def test_nan_voxels_are_counted(tmp_path):
+    array = np.ones((4, 4, 4), np.float32)
+    array[0, 0, :2] = np.nan
+    array[1, 1, 1] = np.inf
+    _write(tmp_path / "nan.nii.gz", array)
+    with pytest.raises(DatasetError, match=r"nan.nii.gz has 3 NaN or infinite voxels"):
+        read_image([tmp_path / "nan.nii.gz"])
+
+
+def test_labels_stored_as_float(tmp_path):
+    _write(tmp_path / "whole.nii.gz", np.array([[[0.0, 1.0, 300.0]]], np.float32))
+    labels, _ = read_labels(tmp_path / "whole.nii.gz")
+    assert labels.dtype.kind == "i"
+    assert labels.ravel().tolist() == [0, 1, 300]
+    _write(tmp_path / "soft.nii.gz", np.array([[[0.0, 0.5, 1.0]]], np.float32))
+    with pytest.raises(DatasetError, match=r"soft.nii.gz has 1 voxels that are no whole numbers"):
+        read_labels(tmp_path / "soft.nii.gz")
+
+
+def test_write_refuses_a_wrong_shape_and_leaves_no_file(tmp_path):
+    with pytest.raises(DatasetError, match="does not fit"):
+        write_labels(np.zeros((2, 2, 2), np.uint8), Geometry((2, 2, 3), (1, 1, 1)), tmp_path / "a.nii.gz")
+    assert list(tmp_path.iterdir()) == []
+    write_labels(np.full((2, 2, 3), 300, np.int64), Geometry((2, 2, 3), (1, 1, 1)), tmp_path / "a.nii.gz")
+    assert read_labels(tmp_path / "a.nii.gz")[0].max() == 300
+    assert [path.name for path in tmp_path.iterdir()] == ["a.nii.gz"]
+
+
+def test_real_files(data_root):
+    array, geometry = read_image([data_root / "totalsegmentator_ct" / "ct_0000.nii.gz"])
+    assert array.shape == (1, *geometry.shape)
+    assert sorted(geometry.shape) == [101, 112, 122]
+    assert np.allclose(geometry.spacing_mm, 3.0, atol=0.01)
