@@ -1,0 +1,146 @@
+"""ETTA: entropy against closed forms, only norm layers move, everything is restored."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ukbob_seg.errors import ConfigError
+from ukbob_seg.inference.etta import EttaConfig, adapt, adapted, norm_layers, voxel_entropy
+from ukbob_seg.inference.sliding_window import WindowSettings
+
+WINDOWS = WindowSettings((8, 8, 8))
+
+
+def _network(norm, outputs=3):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv3d(1, 6, 3, padding=1), norm, nn.ReLU(), nn.Dropout(0.5), nn.Conv3d(6, outputs, 1)
+    ).eval()
+
+
+NORMS = {
+    "batch": lambda: nn.BatchNorm3d(6),
+    "instance": lambda: nn.InstanceNorm3d(6, affine=True),
+    "group": lambda: nn.GroupNorm(2, 6),
+}
+
+
+@pytest.fixture
+def image():
+    return torch.randn(1, 12, 10, 9, generator=torch.Generator().manual_seed(1)) * 2 + 1
+
+
+def test_entropy_closed_forms():
+    assert torch.allclose(voxel_entropy(torch.zeros(1, 4, 1, 1, 1), "softmax"), torch.tensor(math.log(4)))
+    assert torch.allclose(voxel_entropy(torch.zeros(1, 4, 1, 1, 1), "sigmoid"), torch.tensor(4 * math.log(2)))
+    sure = torch.tensor([100.0, -100, -100]).view(1, 3, 1, 1, 1)
+    assert voxel_entropy(sure, "softmax").item() == pytest.approx(0, abs=1e-6)
+    assert voxel_entropy(sure, "sigmoid").item() == pytest.approx(0, abs=1e-6)
+    logits = torch.randn(2, 5, 2, 3, 4)
+    reference = torch.distributions.Categorical(logits=logits.movedim(1, -1)).entropy()
+    assert torch.allclose(voxel_entropy(logits, "softmax"), reference, atol=1e-6)
+    binary = torch.distributions.Bernoulli(logits=logits).entropy().sum(1)
+    assert torch.allclose(voxel_entropy(logits, "sigmoid"), binary, atol=1e-5)
+    assert voxel_entropy(logits.half(), "softmax").dtype == torch.float32
+
+
+@pytest.mark.parametrize("head", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_entropy_falls_and_only_norm_layers_move(image, norm, head):
+    network = _network(NORMS[norm]())
+    own, record = adapt(network, image, WINDOWS, head, EttaConfig(steps=8, learning_rate=0.02))
+    assert record.decision == "adapted"
+    assert record.steps >= 1
+    moved = {name for (name, a), (_, b) in zip(own.named_parameters(), network.named_parameters(), strict=True)
+             if not torch.equal(a, b)}  # fmt: skip
+    assert moved == {"1.weight", "1.bias"}
+    if norm != "batch":  # with BatchNorm the statistics step alone may raise the entropy first
+        assert record.entropy_after < record.entropy_before
+    assert record.patches == 4
+    assert not own.training
+
+
+def test_the_network_is_restored_bit_for_bit(image):
+    network = _network(NORMS["batch"]())
+    network[0].weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    plain = network(image[None])
+    with adapted(network, image, WINDOWS, "softmax"):
+        inside = network(image[None])
+        assert not torch.equal(inside, plain)
+    after = network.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(network(image[None]), plain)
+    assert not network[0].weight.requires_grad
+    assert network[1].weight.requires_grad
+    assert network[1].momentum == 0.1
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_restored_even_when_prediction_fails(image):
+    network = _network(NORMS["instance"]())
+    before = network[1].weight.detach().clone()
+    with pytest.raises(ZeroDivisionError), adapted(network, image, WINDOWS, "softmax"):
+        raise ZeroDivisionError
+    assert torch.equal(network[1].weight, before)
+
+
+def test_order_of_cases_does_not_matter(image):
+    network = _network(NORMS["batch"]())
+
+    def predict(case):
+        with adapted(network, case, WINDOWS, "softmax"), torch.no_grad():
+            return network(case[None])
+
+    first, other = predict(image), predict(image * 3)
+    assert torch.equal(predict(image * 3), other)
+    assert torch.equal(predict(image), first)
+
+
+def test_statistics_are_those_of_the_case():
+    """One window that covers the image: running statistics must equal the layer's input statistics."""
+    network = _network(nn.BatchNorm3d(6))
+    image = torch.randn(1, 8, 8, 8) * 5 - 2
+    own, record = adapt(network, image, WINDOWS, "softmax", EttaConfig(steps=1, learning_rate=1e-9))
+    features = network[0](image[None])
+    assert record.statistics_layers == 1
+    assert torch.allclose(own[1].running_mean, features.mean((0, 2, 3, 4)), atol=1e-5)
+    assert torch.allclose(own[1].running_var, features.var((0, 2, 3, 4)), rtol=1e-4)
+    half, _ = adapt(network, image, WINDOWS, "softmax", EttaConfig(steps=1, learning_rate=1e-9, statistics_share=0.5))
+    assert torch.allclose(half[1].running_mean, own[1].running_mean / 2, atol=1e-5)
+
+
+def test_nothing_to_adapt_is_an_error(image):
+    for norm in (nn.Identity(), nn.InstanceNorm3d(6, affine=False)):
+        with pytest.raises(ConfigError, match="nothing for --etta to adapt"):
+            adapt(_network(norm), image, WINDOWS, "softmax")
+
+
+def test_collapse_falls_back(image):
+    """A rate so high that everything becomes background must leave the trained weights in place."""
+    network = _network(NORMS["instance"]())
+    with torch.no_grad():
+        network[4].bias.copy_(torch.tensor([1.5, 0.0, 0.0]))
+    own, record = adapt(
+        network, image, WINDOWS, "softmax", EttaConfig(steps=30, learning_rate=0.5, least_foreground=1.0)
+    )
+    if record.foreground_after < record.foreground_before:
+        assert record.decision.startswith("fell back")
+        assert torch.equal(own[1].weight, network[1].weight)
+        assert record.voxels_changed == 0
+    else:
+        pytest.fail("the case was meant to collapse")
+
+
+def test_layer_norm_counts():
+    assert len(norm_layers(nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4, elementwise_affine=False)))) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"steps": 0}, {"learning_rate": 0.0}, {"statistics_share": 1.5}, {"candidates": 2, "max_patches": 4}]
+)
+def test_bad_configurations(change):
+    with pytest.raises(ConfigError):
+        EttaConfig(**change)

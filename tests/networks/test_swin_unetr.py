@@ -1,0 +1,156 @@
+"""Our Swin-UNETR against MONAI's: same names, same shapes, same numbers, same gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+from ukbob_seg.errors import ConfigError
+from ukbob_seg.networks.swin_unetr import SkipBlock, SwinUNETR
+from ukbob_seg.networks.window_attention import (
+    MERGING_ORDERS,
+    DropPath,
+    PatchMerging,
+    fit_window,
+    merge_windows,
+    partition_windows,
+    shift_mask,
+)
+
+nets = pytest.importorskip("monai.networks.nets")
+pytest.importorskip("einops", reason="MONAI's Swin-UNETR needs einops")
+
+
+def _pair(feature_size=12, in_channels=1, out_channels=3, **options):
+    torch.manual_seed(0)
+    reference = nets.SwinUNETR(in_channels, out_channels, feature_size=feature_size, **options).eval()
+    for name, parameter in reference.named_parameters():
+        if "bias_table" in name:
+            torch.nn.init.normal_(parameter, std=0.5)  # so that a wrong bias would show
+    ours = SwinUNETR(in_channels, out_channels, feature_size=feature_size, norm_affine=False).eval()
+    ours.load_state_dict(reference.state_dict())
+    return ours, reference
+
+
+@pytest.mark.parametrize(
+    ("feature_size", "in_channels", "out_channels", "shape"),
+    [
+        (12, 1, 3, (64, 32, 96)),  # several windows, padded windows, shifts along some axes only
+        (24, 4, 5, (32, 64, 32)),
+        (12, 2, 2, (64, 64, 64)),
+        (12, 1, 2, (96, 96, 96)),  # last stage 6^3: smaller than the window
+        (12, 1, 2, (32, 32, 128)),
+    ],
+)
+def test_output_equals_monai(feature_size, in_channels, out_channels, shape):
+    ours, reference = _pair(feature_size, in_channels, out_channels)
+    x = torch.randn(1, in_channels, *shape)
+    with torch.no_grad():
+        expected, found = reference(x), ours(x)
+    assert (found - expected).abs().max() <= 1e-4 * max(1.0, expected.abs().max().item())
+
+
+def test_gradients_equal_monai():
+    ours, reference = _pair(12, 1, 3)
+    x = torch.randn(2, 1, 64, 32, 32)
+    for network in (ours, reference):
+        (network(x) ** 2).mean().backward()
+    for (name, a), (_, b) in zip(ours.named_parameters(), reference.named_parameters(), strict=True):
+        assert (a.grad - b.grad).abs().max() <= 1e-3 * b.grad.abs().max() + 1e-7, name
+
+
+def test_legacy_merging_is_monais_of_before_the_fix():
+    """The duplicated slices, written out as in the code that the published checkpoints were trained with."""
+    layer = PatchMerging(3, "legacy")
+    torch.nn.init.normal_(layer.norm.weight)
+    x = torch.randn(2, 4, 6, 5, 3)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 1))
+    parts = [
+        padded[:, 0::2, 0::2, 0::2], padded[:, 1::2, 0::2, 0::2], padded[:, 0::2, 1::2, 0::2],
+        padded[:, 0::2, 0::2, 1::2], padded[:, 1::2, 0::2, 1::2], padded[:, 0::2, 1::2, 0::2],
+        padded[:, 0::2, 0::2, 1::2], padded[:, 1::2, 1::2, 1::2],
+    ]  # fmt: skip
+    assert torch.equal(layer(x), layer.reduction(layer.norm(torch.cat(parts, -1))))
+    assert len(set(MERGING_ORDERS["legacy"])) == 6
+    assert len(set(MERGING_ORDERS["distinct"])) == 8
+
+
+def test_the_papers_network_has_its_parameters_and_keys():
+    ours = SwinUNETR(4, 73, norm_affine=False)
+    reference = nets.SwinUNETR(4, 73, feature_size=48)
+    with torch.device("meta"):
+        affine = nn.ModuleList([SkipBlock(48, 48, True), SkipBlock(4, 48, True)])
+    assert sum(p.numel() for p in ours.parameters()) == 62_195_371
+    shapes = {name: tuple(value.shape) for name, value in ours.state_dict().items()}
+    assert len(shapes) == 159
+    assert shapes == {name: tuple(value.shape) for name, value in reference.state_dict().items()}
+    assert sum(".norm" in name for name in affine.state_dict()) == 2 * 5
+
+
+def test_a_checkpoint_without_affine_norms_loads_unchanged():
+    ours, _ = _pair()
+    affine = SwinUNETR(1, 3, feature_size=12).eval()
+    missing, unexpected = affine.load_state_dict(ours.state_dict(), strict=False)
+    assert unexpected == []
+    assert len(missing) == 52
+    x = torch.randn(1, 1, 32, 64, 32)
+    with torch.no_grad():
+        assert torch.allclose(affine(x), ours(x), atol=1e-6)
+
+
+def test_checkpointing_changes_nothing():
+    torch.manual_seed(0)
+    plain = SwinUNETR(1, 2, feature_size=12)
+    saving = SwinUNETR(1, 2, feature_size=12, use_checkpoint=True)
+    saving.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 1, 64, 32, 32)
+    for network in (plain, saving):
+        network(x).square().mean().backward()
+    for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=1e-5)
+
+
+def test_windows_partition_and_merge():
+    x = torch.randn(2, 4, 6, 9, 5)
+    windows = partition_windows(x, (2, 3, 3))
+    assert windows.shape == (2, 2, 2, 3, 18, 5)
+    assert torch.equal(windows[1, 1, 0, 2, 0], x[1, 2, 0, 6])
+    assert torch.equal(merge_windows(windows, (2, 3, 3)), x)
+
+
+def test_masks_separate_wrapped_voxels():
+    assert shift_mask((4, 4, 4), (2, 2, 2), (False, False, False), torch.device("cpu")) is None
+    assert shift_mask((4, 4, 4), (0, 2, 2), (True, False, False), torch.device("cpu")) is None
+    mask = shift_mask((4, 1, 1), (1, 0, 0), (True, True, True), torch.device("cpu"))
+    apart = mask < 0
+    assert apart.tolist() == [[False] * 3 + [True]] * 3 + [[True] * 3 + [False]]
+
+
+def test_windows_are_fitted_without_changing_the_block():
+    assert fit_window((6, 14, 7), (7, 7, 7), (3, 3, 3)) == ((6, 7, 7), (0, 3, 0))
+    network = SwinUNETR(1, 2, feature_size=12).eval()
+    x = torch.randn(1, 1, 64, 64, 64)
+    with torch.no_grad():
+        before = network(x)
+        network(torch.randn(1, 1, 64, 32, 32))  # a small input must not disable shifting for ever after
+        assert torch.equal(network(x), before)
+
+
+def test_drop_path():
+    layer = DropPath(0.5)
+    x = torch.ones(400, 3)
+    out = layer.train()(x)
+    assert set(out.unique().tolist()) == {0.0, 2.0}
+    assert (out.min(dim=1).values == out.max(dim=1).values).all()
+    assert torch.equal(layer.eval()(x), x)
+
+
+def test_bad_inputs_are_explained():
+    network = SwinUNETR(1, 2, feature_size=12)
+    with pytest.raises(ConfigError, match=r"divisible by 32, got an input of \(48, 64, 64\)"):
+        network(torch.zeros(1, 1, 48, 64, 64))
+    with pytest.raises(ConfigError, match="one voxel at the bottleneck"):
+        network(torch.zeros(1, 1, 32, 32, 32))
+    with pytest.raises(ConfigError, match="multiple of 12"):
+        SwinUNETR(1, 2, feature_size=20)
+    with pytest.raises(ConfigError, match="patch_merging"):
+        SwinUNETR(1, 2, patch_merging="new")

@@ -1,0 +1,202 @@
+"""Swin-UNETR in 3D, the network of Swin-BOB (Hatamizadeh et al., 2022; Tang et al., CVPR 2022).
+
+State-dict names and shapes are MONAI's. With ``norm_affine`` the residual blocks' InstanceNorms also have weights and
+biases, which ETTA adapts; checkpoints without them load as weight 1 and bias 0.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ukbob_seg.errors import ConfigError
+from ukbob_seg.networks.window_attention import MERGING_ORDERS, PatchMerging, SwinBlock, SwinStage
+
+STAGES = 4
+NEGATIVE_SLOPE = 0.01
+
+
+class SwinUNETR(nn.Module):
+    """Swin Transformer encoder, convolutional decoder with residual skip blocks.
+
+    Args:
+        in_channels: image channels.
+        out_channels: network outputs.
+        feature_size: channels of the first stage, a multiple of 12.
+        depths: blocks per stage.
+        num_heads: attention heads per stage.
+        window_size: attention window edge, voxels of the stage.
+        patch_size: edge of a token; the input must be divisible by 16 times it.
+        mlp_ratio: hidden width of the MLPs.
+        qkv_bias: learn a bias of query, key and value.
+        drop_path_rate: stochastic depth of the last block; earlier ones less.
+        use_checkpoint: recompute the transformer blocks in the backward pass to save memory.
+        norm_affine: learn weight and bias of the InstanceNorms.
+        patch_merging: ``distinct`` (MONAI after #8285), or ``legacy`` for checkpoints trained before.
+
+    Raises:
+        ConfigError: feature_size is no multiple of 12, or patch_merging is unknown.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        feature_size: int = 48,
+        depths: Sequence[int] = (2, 2, 2, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        window_size: int = 7,
+        patch_size: int = 2,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_path_rate: float = 0.0,
+        use_checkpoint: bool = False,
+        norm_affine: bool = True,
+        patch_merging: str = "distinct",
+    ) -> None:
+        super().__init__()
+        if feature_size % 12 or feature_size < 12:
+            raise ConfigError(f"feature_size must be a multiple of 12, got {feature_size}")
+        if patch_merging not in MERGING_ORDERS:
+            raise ConfigError(f"patch_merging must be one of {', '.join(MERGING_ORDERS)}, got {patch_merging!r}")
+        f, affine = feature_size, norm_affine
+        self.divisor = patch_size * 2**STAGES
+        self.swinViT = SwinEncoder(
+            in_channels, f, depths, num_heads, window_size, patch_size, mlp_ratio, qkv_bias, drop_path_rate,
+            use_checkpoint, patch_merging,
+        )  # fmt: skip
+        self.encoder1 = SkipBlock(in_channels, f, affine)
+        self.encoder2 = SkipBlock(f, f, affine)
+        self.encoder3 = SkipBlock(2 * f, 2 * f, affine)
+        self.encoder4 = SkipBlock(4 * f, 4 * f, affine)
+        self.encoder10 = SkipBlock(16 * f, 16 * f, affine)
+        self.decoder5 = UpBlock(16 * f, 8 * f, 2, affine)
+        self.decoder4 = UpBlock(8 * f, 4 * f, 2, affine)
+        self.decoder3 = UpBlock(4 * f, 2 * f, 2, affine)
+        self.decoder2 = UpBlock(2 * f, f, 2, affine)
+        self.decoder1 = UpBlock(f, f, patch_size, affine)
+        self.out = nn.Sequential(OrderedDict(conv=_named(nn.Conv3d(f, out_channels, 1))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, D, H, W) -> (B, out_channels, D, H, W) logits.
+
+        Raises:
+            ConfigError: an edge is not divisible, or the bottleneck would be a single voxel, which has no statistics.
+        """
+        self._check(tuple(x.shape[2:]))
+        tokens, stage1, stage2, stage3, stage4 = self.swinViT(x)
+        x4 = self.decoder5(self.encoder10(stage4), stage3)
+        x3 = self.decoder4(x4, self.encoder4(stage2))
+        x2 = self.decoder3(x3, self.encoder3(stage1))
+        x1 = self.decoder2(x2, self.encoder2(tokens))
+        return self.out(self.decoder1(x1, self.encoder1(x)))
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        if any(n % self.divisor for n in shape):
+            raise ConfigError(f"Swin-UNETR needs edges divisible by {self.divisor}, got an input of {shape}")
+        if all(n == self.divisor for n in shape):
+            raise ConfigError(
+                f"an input of {shape} leaves one voxel at the bottleneck, which cannot be normalised; "
+                f"use at least {2 * self.divisor} voxels along one axis"
+            )
+
+
+class SwinEncoder(nn.Module):
+    """Patch embedding and four Swin stages; returns the normalised features of each resolution, finest first."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        feature_size: int,
+        depths: Sequence[int],
+        num_heads: Sequence[int],
+        window_size: int,
+        patch_size: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        drop_path_rate: float,
+        use_checkpoint: bool,
+        patch_merging: str,
+    ) -> None:
+        super().__init__()
+        projection = nn.Conv3d(in_channels, feature_size, patch_size, stride=patch_size)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=projection))
+        window, no_shift, half = (window_size,) * 3, (0, 0, 0), (window_size // 2,) * 3
+        rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        for stage in range(STAGES):
+            dim = feature_size * 2**stage
+            blocks = []
+            for i in range(depths[stage]):
+                shift, rate = half if i % 2 else no_shift, rates[sum(depths[:stage]) + i]
+                blocks.append(SwinBlock(dim, num_heads[stage], window, shift, mlp_ratio, qkv_bias, rate))
+            # A list of one, and these names, because published state dicts have them.
+            layer = SwinStage(blocks, PatchMerging(dim, patch_merging), use_checkpoint)
+            setattr(self, f"layers{stage + 1}", nn.ModuleList([layer]))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(B, in_channels, D, H, W) -> five maps (B, C, d, h, w), from 1/patch to 1/(16 patch) resolution."""
+        x = self.patch_embed(x).permute(0, 2, 3, 4, 1).contiguous()  # channels last for linear layers
+        outputs = [self._normalised(x)]
+        for stage in range(STAGES):
+            x = getattr(self, f"layers{stage + 1}")[0](x)
+            outputs.append(self._normalised(x))
+        return outputs
+
+    @staticmethod
+    def _normalised(x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:]).permute(0, 4, 1, 2, 3).contiguous()
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3x3 convolutions with InstanceNorm; the shortcut is a normalised 1x1x1 convolution where widths differ."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm_affine: bool) -> None:
+        super().__init__()
+        self.conv1 = _named(nn.Conv3d(in_channels, out_channels, 3, padding=1, bias=False))
+        self.conv2 = _named(nn.Conv3d(out_channels, out_channels, 3, padding=1, bias=False))
+        self.norm1 = nn.InstanceNorm3d(out_channels, affine=norm_affine)
+        self.norm2 = nn.InstanceNorm3d(out_channels, affine=norm_affine)
+        self.has_projection = in_channels != out_channels
+        if self.has_projection:
+            self.conv3 = _named(nn.Conv3d(in_channels, out_channels, 1, bias=False))
+            self.norm3 = nn.InstanceNorm3d(out_channels, affine=norm_affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, d, h, w) -> (B, out, d, h, w)."""
+        shortcut = self.norm3(self.conv3(x)) if self.has_projection else x
+        x = F.leaky_relu(self.norm1(self.conv1(x)), NEGATIVE_SLOPE, inplace=True)
+        return F.leaky_relu(self.norm2(self.conv2(x)).add_(shortcut), NEGATIVE_SLOPE, inplace=True)
+
+
+class SkipBlock(nn.Module):
+    """A residual block on the way from encoder to decoder."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm_affine: bool) -> None:
+        super().__init__()
+        self.layer = ResidualBlock(in_channels, out_channels, norm_affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, d, h, w) -> (B, out, d, h, w)."""
+        return self.layer(x)
+
+
+class UpBlock(nn.Module):
+    """Double the resolution, append the skip connection, apply a residual block."""
+
+    def __init__(self, in_channels: int, out_channels: int, factor: int, norm_affine: bool) -> None:
+        super().__init__()
+        self.transp_conv = _named(nn.ConvTranspose3d(in_channels, out_channels, factor, stride=factor, bias=False))
+        self.conv_block = ResidualBlock(2 * out_channels, out_channels, norm_affine)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """(B, in, d, h, w) and (B, out, 2d, 2h, 2w) -> (B, out, 2d, 2h, 2w)."""
+        return self.conv_block(torch.cat((self.transp_conv(x), skip), dim=1))
+
+
+def _named(convolution: nn.Module) -> nn.Sequential:
+    """Wrap a convolution so that its parameters are called ``conv.*``, as in MONAI."""
+    return nn.Sequential(OrderedDict(conv=convolution))
