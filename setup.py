@@ -8,8 +8,15 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "ukbob_seg/__init__.py").read_text(encoding="utf-8"))[1]
 COMMANDS = (
-    "plan_and_preprocess", "extract_fingerprint", "plan", "preprocess",
-    "filter", "train", "predict", "evaluate", "demo",
+    "plan_and_preprocess",
+    "extract_fingerprint",
+    "plan",
+    "preprocess",
+    "filter",
+    "train",
+    "predict",
+    "evaluate",
+    "demo",
 )
 
 setup(

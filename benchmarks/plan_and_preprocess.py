@@ -53,9 +53,13 @@ def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", type=Path, required=True, help="raw dataset folder (DatasetXXX_Name)")
-    parser.add_argument("--nnunet-bin", type=Path, help="bin folder of an environment with nnunetv2; omit to time ours alone")
+    parser.add_argument(
+        "--nnunet-bin", type=Path, help="bin folder of an environment with nnunetv2; omit to time ours alone"
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=2, help="nnU-Net's -np and -npfp; ours chooses unless --same-workers")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="nnU-Net's -np and -npfp; ours chooses unless --same-workers"
+    )
     parser.add_argument("--same-workers", action="store_true", help="give --workers to ukbob_plan_and_preprocess too")
     arguments = parser.parse_args()
 

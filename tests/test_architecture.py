@@ -15,7 +15,7 @@ ORDER = ["dataset", "preprocessing", "filtering", "networks", "training", "infer
 EXCEPTIONS = {("training", "ukbob_seg.inference.sliding_window"), ("training", "ukbob_seg.inference.passes")}
 HEAVY = {"torch", "numba", "SimpleITK", "pandas", "matplotlib", "blosc2", "scipy", "skimage", "nibabel", "monai"}
 COMMANDS = sorted(
-    path.stem for path in (PACKAGE / "cli").glob("*.py") if "def main" in path.read_text(encoding="utf-8")
+    path.stem for path in (PACKAGE / "cli").glob("*.py") if "@command\ndef main" in path.read_text(encoding="utf-8")
 )
 
 

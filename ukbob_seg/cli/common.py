@@ -95,7 +95,8 @@ def command(function: Callable[[list[str] | None], None]) -> Callable[[list[str]
 
     @functools.wraps(function)
     def main(argv: list[str] | None = None) -> int:
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+        logging.getLogger("ukbob_seg").setLevel(logging.INFO)
         try:
             function(argv)
         except UkbobError as error:

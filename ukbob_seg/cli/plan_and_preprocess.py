@@ -24,7 +24,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="read and check every case again, even when nothing has changed"
     )
-    parser.add_argument("--verify-only", action="store_true", help="check every case, report all problems, write nothing")
+    parser.add_argument(
+        "--verify-only", action="store_true", help="check every case, report all problems, write nothing"
+    )
     parser.add_argument("--allow-empty", action="store_true", help="accept cases whose label map has no foreground")
     parser.add_argument("--no-preprocess", action="store_true", help="stop after planning")
     add_plan_options(parser)

@@ -73,9 +73,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--etta-steps", type=int, metavar="N", help="entropy steps at most (default: 5)")
     parser.add_argument("--etta-lr", type=float, metavar="RATE", help="rate of the entropy steps (default: 4e-3)")
     parser.add_argument("--tta", action="store_true", help="average over flips along the axes that training mirrored")
-    parser.add_argument("--step-size", type=float, default=0.5, metavar="S", help="window distance / patch (default: 0.5)")
-    parser.add_argument("--window-batch", type=int, default=1, metavar="N", help="windows per forward pass (default: 1)")
-    parser.add_argument("--save-probabilities", action="store_true", help="also write CASE_probabilities.b2nd (float16)")
+    parser.add_argument(
+        "--step-size", type=float, default=0.5, metavar="S", help="window distance / patch (default: 0.5)"
+    )
+    parser.add_argument(
+        "--window-batch", type=int, default=1, metavar="N", help="windows per forward pass (default: 1)"
+    )
+    parser.add_argument(
+        "--save-probabilities", action="store_true", help="also write CASE_probabilities.b2nd (float16)"
+    )
     parser.add_argument("--resume", action="store_true", help="leave cases alone whose label file exists")
     add_roots(parser, "results")
     return parser

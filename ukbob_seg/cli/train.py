@@ -101,7 +101,12 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("--loss", choices=("ce_dice", "bce_dice"), help="bce_dice is always used for regions")
     recipe.add_argument("--augmentation", choices=("ukbob", "none"))
     recipe.add_argument(
-        "--mirror-axes", type=int, nargs="*", choices=(0, 1, 2), metavar="AXIS", help="axes to flip: 0 = z, 1 = y, 2 = x"
+        "--mirror-axes",
+        type=int,
+        nargs="*",
+        choices=(0, 1, 2),
+        metavar="AXIS",
+        help="axes to flip: 0 = z, 1 = y, 2 = x",
     )
     recipe.add_argument("--foreground-fraction", type=float, metavar="F", help="share of patches centred on a label")
     recipe.add_argument("--validation-every", type=int, metavar="N", help="epochs between validations")

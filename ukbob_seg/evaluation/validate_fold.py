@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ukbob_seg.dataset.paths import Roots
 from ukbob_seg.dataset.spec import DatasetSpec, require_cases
-from ukbob_seg.evaluation.evaluate import EvaluationSummary, evaluate_pairs
+from ukbob_seg.evaluation.evaluate import EvaluationSummary, ReportOptions, evaluate_pairs
 from ukbob_seg.files import read_json
 from ukbob_seg.inference.predictor import PredictionSettings, Predictor
 from ukbob_seg.training.splits import choose_split, load_groups, load_or_make_splits
@@ -55,4 +55,4 @@ def validate_fold(
             output = folder / f"{case.name}{spec.file_ending}"
             predictor.predict_case(case.images, output)
             pairs.append((case.name, output, case.label))
-    return evaluate_pairs(pairs, spec.labels, folder)
+    return evaluate_pairs(pairs, spec.labels, folder, report=ReportOptions(images=raw / "imagesTr"))

@@ -87,7 +87,9 @@ class Fingerprint:
             content["intensities"] = tuple(IntensityStatistics(**entry) for entry in content["intensities"])
             fingerprint = cls(**content)
         except (KeyError, TypeError) as error:
-            raise DatasetError(f"fingerprint {path} is damaged ({error}); run ukbob_extract_fingerprint again") from error
+            raise DatasetError(
+                f"fingerprint {path} is damaged ({error}); run ukbob_extract_fingerprint again"
+            ) from error
         if fingerprint.format_version != FORMAT_VERSION:
             raise DatasetError(f"fingerprint {path} is of another version; run ukbob_extract_fingerprint again")
         return fingerprint

@@ -79,9 +79,7 @@ def _swin_patches(given: PlanningInput) -> list[tuple[int, int, int]]:
         edges[int(np.argmax(given.median_shape))] = 2 * SWIN_MULTIPLE  # the bottleneck must exceed one voxel
     patches = [(edges[0], edges[1], edges[2])]
     while sum(edge > SWIN_MULTIPLE for edge in edges) > 1 or max(edges) > 2 * SWIN_MULTIPLE:
-        extent = [
-            edge * s if edge > SWIN_MULTIPLE else 0.0 for edge, s in zip(edges, given.spacing_mm, strict=True)
-        ]
+        extent = [edge * s if edge > SWIN_MULTIPLE else 0.0 for edge, s in zip(edges, given.spacing_mm, strict=True)]
         edges[int(np.argmax(extent))] -= SWIN_MULTIPLE
         patches.append((edges[0], edges[1], edges[2]))
     return patches
@@ -135,9 +133,7 @@ def plan_plain_conv_unet(given: PlanningInput) -> tuple[NetworkPlan, str]:
         wish = (edges[0], edges[1], edges[2])
     if given.patch_size is not None and patch != given.patch_size:
         raise ConfigError(f"plain_conv_unet: patch {given.patch_size} is not divisible by its pooling; try {patch}")
-    batch = given.batch_size or _grow_batch(
-        given, patch, least_batch, lambda b: _conv_memory(given, patch, b, strides)
-    )
+    batch = given.batch_size or _grow_batch(given, patch, least_batch, lambda b: _conv_memory(given, patch, b, strides))
     memory = _conv_memory(given, patch, batch, strides)
     stages = len(strides)
     arguments = {

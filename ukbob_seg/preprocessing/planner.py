@@ -140,9 +140,7 @@ def _plan_normalization(
     return tuple(result)
 
 
-def _target_spacing(
-    fingerprint: Fingerprint, options: PlanOptions, reasons: list[str]
-) -> tuple[float, float, float]:
+def _target_spacing(fingerprint: Fingerprint, options: PlanOptions, reasons: list[str]) -> tuple[float, float, float]:
     """Median spacing; 10th percentile on a coarse axis; isotropic for the paper's preset."""
     spacings = np.array([case.spacing_mm for case in fingerprint.cases], dtype=float)
     sizes = np.array([case.cropped_shape for case in fingerprint.cases], dtype=float)
@@ -160,7 +158,9 @@ def _target_spacing(
         worst = int(np.argmax(target))
         others = [axis for axis in range(3) if axis != worst]
         finest_other = float(max(target[others]))
-        if target[worst] > ANISOTROPY_THRESHOLD * finest_other and size[worst] * ANISOTROPY_THRESHOLD < min(size[others]):
+        if target[worst] > ANISOTROPY_THRESHOLD * finest_other and size[worst] * ANISOTROPY_THRESHOLD < min(
+            size[others]
+        ):
             coarse = float(np.percentile(spacings[:, worst], 10))
             target[worst] = max(coarse, finest_other + 1e-5)
             why = f"median of the cases, 10th percentile on the coarse axis {'zyx'[worst]}"

@@ -94,9 +94,7 @@ def preprocess_image(
     return normalized, properties
 
 
-def find_coarse_axis(
-    spacing_mm: tuple[float, float, float], target_mm: tuple[float, float, float]
-) -> int | None:
+def find_coarse_axis(spacing_mm: tuple[float, float, float], target_mm: tuple[float, float, float]) -> int | None:
     """The axis along which voxels are over three times as long as along the finest, in the file or in the target.
 
     None when there is none, or when two axes are equally coarse (then interpolating all three is right).

@@ -239,8 +239,8 @@ def _run_epoch(
             bad += 1
             if bad >= MAX_BAD_STEPS:
                 raise UkbobError(
-                    f"the loss was not finite for {bad} steps in a row (epoch {state.epoch}); lower --lr; the last good "
-                    "state is kept in checkpoint_latest.pt"
+                    f"the loss was not finite for {bad} steps in a row (epoch {state.epoch}); lower --lr; the last "
+                    "good state is kept in checkpoint_latest.pt"
                 )
             continue
         bad = 0

@@ -1,0 +1,184 @@
+"""Between which limits an organ's features are ordinary: learnt on a cohort, kept in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ukbob_seg.errors import ConfigError, DatasetError
+from ukbob_seg.files import read_json, write_json
+
+SOLF_FEATURES = ("normalized_volume", "sphericity", "eccentricity")
+PLAIN_VOLUME = "volume_mm3"
+EPSILON = 2.0
+MIN_SAMPLES = 20
+IQR_FACTOR = 1.5
+
+
+@dataclass(frozen=True)
+class OrganBounds:
+    """Limits of one organ.
+
+    Attributes:
+        cases: labels that the limits were learnt from.
+        limits: feature -> (lowest, highest ordinary value); a feature with too few samples has no entry.
+        name: the organ's name, for readers and for a check when the bounds are applied to another dataset.
+    """
+
+    cases: int
+    limits: Mapping[str, tuple[float, float]]
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class CohortBounds:
+    """Limits of all organs of a cohort.
+
+    Attributes:
+        epsilon: share in percent that the percentile limits cut off, half at each end.
+        min_samples: fewest samples that limits were learnt from.
+        organs: by label value.
+    """
+
+    epsilon: float
+    min_samples: int
+    organs: Mapping[int, OrganBounds]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.epsilon < 100:
+            raise ConfigError(f"epsilon must be a percentage from 0 to below 100, got {self.epsilon}")
+        if self.min_samples < 1:
+            raise ConfigError(f"min_samples must be at least 1, got {self.min_samples}")
+
+    def limits(self, label: int, feature: str) -> tuple[float, float]:
+        """(lowest, highest) ordinary value, NaN where unknown."""
+        organ = self.organs.get(int(label))
+        return organ.limits.get(feature, (np.nan, np.nan)) if organ else (np.nan, np.nan)
+
+    def save(self, path: Path) -> None:
+        """Write as JSON, atomically."""
+        organs = {
+            str(label): {
+                "name": organ.name,
+                "cases": organ.cases,
+                "limits": {feature: list(pair) for feature, pair in organ.limits.items()},
+            }
+            for label, organ in sorted(self.organs.items())
+        }
+        write_json(path, {"epsilon": self.epsilon, "min_samples": self.min_samples, "organs": organs})
+
+    @classmethod
+    def load(cls, path: Path) -> CohortBounds:
+        """Read a file that ``save`` wrote.
+
+        Raises:
+            DatasetError: missing, or not a bounds file.
+        """
+        content = read_json(path, "bounds file")
+        try:
+            organs = {int(label): _organ_from_json(entry) for label, entry in content["organs"].items()}
+            return cls(float(content["epsilon"]), int(content["min_samples"]), organs)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DatasetError(
+                f"{path} is not a bounds file ({error!r}); use the bounds.json that ukbob_filter wrote"
+            ) from error
+
+
+def learn_bounds(
+    features: pd.DataFrame,
+    epsilon: float = EPSILON,
+    min_samples: int = MIN_SAMPLES,
+    names: Mapping[int, str] | None = None,
+) -> CohortBounds:
+    """Learn every organ's limits from a cohort.
+
+    The three SOLF features get the percentiles [P_{epsilon/2}, P_{100 - epsilon/2}] (numpy's linear interpolation);
+    ``volume_mm3``, where the table has it, gets Tukey's fences [Q1 - 1.5 IQR, Q3 + 1.5 IQR].
+
+    Args:
+        features: one row per case and label; NaN and infinite values are left out.
+        epsilon: percent, 0 to below 100.
+        min_samples: a feature with fewer finite values than this in an organ gets no limits there.
+        names: organ names by label value.
+
+    Raises:
+        ConfigError: epsilon or min_samples out of range.
+    """
+    bounds = CohortBounds(float(epsilon), min_samples, {})  # validates before the work
+    organs = {}
+    for label, rows in _by_label(features):
+        limits = {}
+        for feature in (*SOLF_FEATURES, PLAIN_VOLUME):
+            if feature not in features.columns:
+                continue
+            values = features[feature].to_numpy(np.float64)[rows]
+            values = values[np.isfinite(values)]
+            if len(values) >= min_samples:
+                limits[feature] = _fences(values) if feature == PLAIN_VOLUME else _percentiles(values, bounds.epsilon)
+        organs[label] = OrganBounds(len(rows), limits, (names or {}).get(label, ""))
+    return CohortBounds(bounds.epsilon, bounds.min_samples, organs)
+
+
+def outside(features: pd.DataFrame, feature: str, bounds: CohortBounds) -> np.ndarray:
+    """Whether each row's feature lies beyond its organ's limits; False where value or limits are unknown.
+
+    Args:
+        features: table with ``label`` and ``feature``.
+
+    Returns:
+        (rows,) bool, in row order.
+    """
+    result = np.zeros(len(features), dtype=bool)
+    values = features[feature].to_numpy(np.float64)
+    for label, rows in _by_label(features):
+        low, high = bounds.limits(label, feature)
+        here = values[rows]
+        result[rows] = np.isfinite(here) & ((here < low) | (here > high))
+    return result
+
+
+def excess(features: pd.DataFrame, feature: str, bounds: CohortBounds) -> np.ndarray:
+    """How far each row's feature lies beyond the nearer limit, in widths of its organ's bounds.
+
+    Returns:
+        (rows,) float64: 0 inside or where value or limits are unknown; inf outside bounds of width 0.
+    """
+    result = np.zeros(len(features))
+    values = features[feature].to_numpy(np.float64)
+    for label, rows in _by_label(features):
+        low, high = bounds.limits(label, feature)
+        beyond = np.fmax(np.fmax(low - values[rows], values[rows] - high), 0.0)
+        result[rows] = beyond / (high - low) if high > low else np.where(beyond > 0, np.inf, 0.0)
+    return result
+
+
+def _by_label(features: pd.DataFrame) -> Iterator[tuple[int, np.ndarray]]:
+    """(label, row positions) of every label, ascending."""
+    labels = features["label"].to_numpy()
+    if not len(labels):
+        return
+    order = np.argsort(labels, kind="stable")
+    values, starts = np.unique(labels[order], return_index=True)
+    for label, rows in zip(values, np.split(order, starts[1:]), strict=True):
+        yield int(label), rows
+
+
+def _percentiles(values: np.ndarray, epsilon: float) -> tuple[float, float]:
+    low, high = np.percentile(values, (epsilon / 2, 100 - epsilon / 2))
+    return float(low), float(high)
+
+
+def _fences(values: np.ndarray) -> tuple[float, float]:
+    first, third = np.percentile(values, (25, 75))
+    reach = IQR_FACTOR * (third - first)
+    return float(first - reach), float(third + reach)
+
+
+def _organ_from_json(entry: Mapping[str, Any]) -> OrganBounds:
+    limits = {str(feature): (float(low), float(high)) for feature, (low, high) in entry["limits"].items()}
+    return OrganBounds(int(entry["cases"]), limits, str(entry["name"]))
