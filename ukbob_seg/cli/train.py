@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.no_validation:
         return
 
-    from ukbob_seg.cli.tables import print_summary
+    from ukbob_seg.cli.evaluate import print_summary
     from ukbob_seg.evaluation.validate_fold import validate_fold
 
     summary = validate_fold(folder.parent, arguments.fold, roots, device, max_cases=config.validation_cases)
