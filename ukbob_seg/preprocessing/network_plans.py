@@ -121,15 +121,17 @@ def plan_plain_conv_unet(given: PlanningInput) -> tuple[NetworkPlan, str]:
     while True:
         patch, strides, kernels = _conv_topology(wish, given.spacing_mm)
         memory = _conv_memory(given, patch, least_batch, strides)
-        if given.patch_size is not None or memory <= given.memory_gb or max(patch) <= 2 * CONV_MIN_EDGE:
+        if given.patch_size is not None or memory <= given.memory_gb:
             break
-        # Shrink the axis that covers most of the median case.
-        axis = int(np.argmax([edge / n for edge, n in zip(patch, given.median_shape, strict=True)]))
-        pooled = int(np.prod([stride[axis] for stride in strides]))
+        # Shrink the axis that covers most of the median case, by one unit of its pooling.
+        units = [int(np.prod([stride[axis] for stride in strides])) for axis in range(3)]
+        room = [patch[axis] - units[axis] >= CONV_MIN_EDGE for axis in range(3)]
+        if not any(room):
+            break
+        share = [patch[axis] / given.median_shape[axis] if room[axis] else 0.0 for axis in range(3)]
+        axis = int(np.argmax(share))
         edges = list(patch)
-        edges[axis] = max(edges[axis] - pooled, CONV_MIN_EDGE)
-        if tuple(edges) == tuple(wish):
-            break
+        edges[axis] -= units[axis]
         wish = (edges[0], edges[1], edges[2])
     if given.patch_size is not None and patch != given.patch_size:
         raise ConfigError(f"plain_conv_unet: patch {given.patch_size} is not divisible by its pooling; try {patch}")
