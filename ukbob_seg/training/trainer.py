@@ -104,32 +104,34 @@ def train(
     left_right_axis = setup.description.plans["left_right_axis"]
     transforms = make_augmentation(setup, config, left_right_axis)
     loss = make_loss(setup)
-    state = _start(setup, config, options)
-    patches = PatchDataset(setup.arrays, setup.train, _patch_settings(setup, config))
-    batches = _batches(patches, config, options, state.epoch)
-    log.info(
-        "%s fold %s: %d training and %d validation cases, %s, patch %s, batch %d, epochs %d..%d on %s",
-        setup.spec.name, fold, len(setup.train), len(setup.val), network,
-        "x".join(map(str, setup.network.patch_size)), setup.network.batch_size, state.epoch, config.epochs - 1,
-        options.device,
-    )  # fmt: skip
-    bar = tqdm(
-        total=config.epochs * config.iterations_per_epoch,
-        initial=state.epoch * config.iterations_per_epoch,
-        desc=f"training fold {fold}", unit="step", disable=options.quiet,
-    )  # fmt: skip
-    with bar:
-        while state.epoch < config.epochs:
-            started = time.perf_counter()
-            mean_loss = _run_epoch(state, config, batches, transforms, loss, options.device, bar)
-            score = None
-            if (state.epoch + 1) % config.validation_every == 0 or state.epoch + 1 == config.epochs:
-                score = _validate(state, setup, options.device)
-            _record(state, config, mean_loss, score, time.perf_counter() - started)
-            bar.set_postfix_str(f"loss {mean_loss:.3f}, best Dice {max(state.best_dice, 0):.3f}")
-            state.epoch += 1
-            _save(state, setup, config, improved=score is not None and score.mean == state.best_dice)
-    _finish(state, setup, config)
+    gpus = [torch.device(options.device)] if options.device.startswith("cuda") else []
+    with torch.random.fork_rng(devices=gpus):  # leaves the caller's random state as it was
+        state = _start(setup, config, options)
+        patches = PatchDataset(setup.arrays, setup.train, _patch_settings(setup, config))
+        batches = _batches(patches, config, options, state.epoch)
+        log.info(
+            "%s fold %s: %d training and %d validation cases, %s, patch %s, batch %d, epochs %d..%d on %s",
+            setup.spec.name, fold, len(setup.train), len(setup.val), network,
+            "x".join(map(str, setup.network.patch_size)), setup.network.batch_size, state.epoch, config.epochs - 1,
+            options.device,
+        )  # fmt: skip
+        bar = tqdm(
+            total=config.epochs * config.iterations_per_epoch,
+            initial=state.epoch * config.iterations_per_epoch,
+            desc=f"training fold {fold}", unit="step", disable=options.quiet,
+        )  # fmt: skip
+        with bar:
+            while state.epoch < config.epochs:
+                started = time.perf_counter()
+                mean_loss = _run_epoch(state, config, batches, transforms, loss, options.device, bar)
+                score = None
+                if (state.epoch + 1) % config.validation_every == 0 or state.epoch + 1 == config.epochs:
+                    score = _validate(state, setup, options.device)
+                _record(state, config, mean_loss, score, time.perf_counter() - started)
+                bar.set_postfix_str(f"loss {mean_loss:.3f}, best Dice {max(state.best_dice, 0):.3f}")
+                state.epoch += 1
+                _save(state, setup, config, improved=score is not None and score.mean == state.best_dice)
+        _finish(state, setup, config)
     return setup.folder
 
 
@@ -143,8 +145,7 @@ def _start(setup: TrainingSetup, config: TrainingConfig, options: RunOptions) ->
             f"{setup.folder} already holds a training run; go on with --resume or start afresh with --overwrite"
         )
     ensure_writable(setup.folder)
-    generator_state = torch.random.get_rng_state()
-    torch.manual_seed(config.seed)  # initial weights are drawn from torch's global generator by every library
+    torch.manual_seed(config.seed)  # every library draws initial weights from torch's global generator
     network = setup.description.build().to(options.device)
     state = TrainState(network, make_optimizer(network, config))
     if options.resume:
@@ -156,8 +157,6 @@ def _start(setup: TrainingSetup, config: TrainingConfig, options: RunOptions) ->
             options.pretrained, len(report.loaded), len(report.missing), len(report.unexpected),
             len(report.shape_mismatch),
         )  # fmt: skip
-    else:
-        torch.random.set_rng_state(generator_state)
     if not options.resume:
         for name in NAMES.values():
             (setup.folder / name).unlink(missing_ok=True)
@@ -166,7 +165,10 @@ def _start(setup: TrainingSetup, config: TrainingConfig, options: RunOptions) ->
 
 
 def _restore(state: TrainState, setup: TrainingSetup, config: TrainingConfig, path: Path) -> None:
-    """Bring network, optimizer, history and random state back to the end of the last finished epoch."""
+    """Bring network, optimizer and history back to the end of the last finished epoch.
+
+    Nothing else has a state: batches, augmentation, learning rate and dropout are functions of seed and step.
+    """
     description, content = read_checkpoint(path)
     if description.network != setup.description.network:
         raise CheckpointError(f"{path} is of {description.network}, not {setup.description.network}")
@@ -183,7 +185,6 @@ def _restore(state: TrainState, setup: TrainingSetup, config: TrainingConfig, pa
     state.optimizer.load_state_dict(content["optimizer_state"])
     state.epoch, state.history = content["epoch"], json.loads(content["history"])
     state.best_dice = content["best_dice"]
-    torch.random.set_rng_state(content["rng_state"])
     log.info("resuming after epoch %d of %d", state.epoch - 1, config.epochs)
 
 
@@ -222,11 +223,11 @@ def _run_epoch(
 ) -> float:
     """Train one epoch; returns the mean loss over its steps."""
     state.network.train()
+    torch.manual_seed(_step_seed(config, state.epoch * config.iterations_per_epoch))  # dropout draws from it
     total, counted, bad = torch.zeros((), device=device), 0, 0
     for _ in range(config.iterations_per_epoch):
         step, batch = next(batches)
-        # Seeded by the step, so that a resumed run draws what the uninterrupted one would have drawn.
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed(_step_seed(config, step))
         batch = augment(batch, transforms, generator)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
@@ -250,6 +251,11 @@ def _run_epoch(
         state.optimizer.step()
         total, counted = total + value.detach(), counted + 1
     return float(total) / max(counted, 1)
+
+
+def _step_seed(config: TrainingConfig, step: int) -> int:
+    """Seed of one step, so that a resumed run draws what the uninterrupted one would have drawn."""
+    return config.seed * 1_000_003 + step
 
 
 def _validate(state: TrainState, setup: TrainingSetup, device: str) -> ValidationScore:
@@ -295,7 +301,6 @@ def _training_state(state: TrainState, setup: TrainingSetup, config: TrainingCon
         "history": json.dumps(state.history),
         "config": config.to_json(),
         "cases": [case.name for case in setup.train],
-        "rng_state": torch.random.get_rng_state(),
     }
 
 

@@ -1,0 +1,293 @@
+"""Prediction end to end: geometry, folds, probabilities, resume, bad input; with networks that need no training."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ukbob_seg.dataset.image_io import Geometry, read_image, read_labels, write_image
+from ukbob_seg.dataset.spec import DatasetSpec
+from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError
+from ukbob_seg.inference.etta import EttaConfig
+from ukbob_seg.inference.predict import find_jobs, predict
+from ukbob_seg.inference.predictor import PredictionSettings, Predictor
+from ukbob_seg.preprocessing.normalization import ChannelNormalization
+from ukbob_seg.preprocessing.plans import ConfigurationPlan, NetworkPlan, Plans
+from ukbob_seg.preprocessing.storage import open_array
+from ukbob_seg.training.checkpoint import ModelDescription, save_checkpoint
+
+DATASET = {
+    "channel_names": {"0": "noNorm"},
+    "labels": {"background": 0, "low": 2, "high": 7},
+    "file_ending": ".nii.gz",
+}
+
+
+class Identity(nn.Module):
+    """Segments by thresholds of the intensity, so that the right answer is known for any image.
+
+    ``norm`` gives it something to adapt: an affine LayerNorm over one value is a constant 0 plus bias.
+    """
+
+    def __init__(self, in_channels, out_channels, sharpness=50.0):
+        super().__init__()
+        self.norm = nn.LayerNorm(1)
+        self.scale = nn.Parameter(torch.tensor(float(sharpness)))
+
+    def forward(self, x):
+        x = x[:, 0] + 0 * self.norm(x[:, 0, ..., None])[..., 0]
+        bumps = [x.new_full(x.shape, 0.5), x, 3 * x - 2.4]  # argmax: < 0.5, 0.5..1.2, > 1.2
+        return torch.stack(bumps, dim=1) * self.scale
+
+
+def _plans(spacing=(1.0, 1.0, 1.0)):
+    network = NetworkPlan((16, 16, 16), 1, {}, 0.1)
+    configuration = ConfigurationPlan(spacing, (20, 20, 20), 1, {"identity": network})
+    return Plans("Dataset001_Identity", "default", 1.0, (ChannelNormalization("no_norm"),), 2,
+                 {"3d_fullres": configuration})  # fmt: skip
+
+
+def _predictor(settings=None, spacing=(1.0, 1.0, 1.0), dataset=None, networks=None, mirror=(0, 1, 2)):
+    description = ModelDescription(
+        "identity", {}, "3d_fullres", "0", "softmax", mirror, _plans(spacing).to_json(), dataset or DATASET
+    )
+    return Predictor(networks or [Identity(1, 3).eval()], description, settings=settings)
+
+
+def _truth(image):
+    return np.where(image[0] > 1.2, 7, np.where(image[0] > 0.5, 2, 0)).astype(np.uint8)
+
+
+def _blobs(shape, seed=0):
+    """A smooth image whose labels are large compared with a voxel."""
+    generator = np.random.default_rng(seed)
+    coarse = generator.normal(0.7, 0.6, (4, 4, 4))
+    from ukbob_seg.preprocessing.resampling import resample_image
+
+    return resample_image(coarse[None], shape, 3)
+
+
+COS, SIN = math.cos(0.3), math.sin(0.3)
+DIRECTIONS = {
+    "LPS": (1.0, 0, 0, 0, 1, 0, 0, 0, 1),
+    "flipped": (-1.0, 0, 0, 0, -1, 0, 0, 0, 1),
+    "sagittal": (0.0, 0, 1, 1, 0, 0, 0, -1, 0),
+    "oblique": (COS, -SIN, 0, SIN, COS, 0, 0, 0, 1),
+}
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (2.0, 1.0, 0.7)])
+def test_labels_overlay_the_image_in_any_orientation(tmp_path, direction, spacing):
+    image = _blobs((22, 31, 27))
+    geometry = Geometry((22, 31, 27), spacing, (5.0, -7.0, 11.0), DIRECTIONS[direction])
+    write_image(image[0], geometry, tmp_path / "case_0000.nii.gz")
+    _predictor(spacing=spacing).predict_case([tmp_path / "case_0000.nii.gz"], tmp_path / "out.nii.gz")
+    labels, found = read_labels(tmp_path / "out.nii.gz")
+    assert geometry.difference(found, ("input", "output")) is None
+    assert np.array_equal(labels, _truth(image))
+
+
+@pytest.mark.parametrize("axes", [(0,), (1,), (2,), (0, 1, 2)])
+def test_a_flipped_image_gives_flipped_labels(axes):
+    """Exactly: cropping, windows and resampling must not favour a side."""
+    image = _blobs((22, 31, 27))
+    geometry = Geometry((22, 31, 27), (2.0, 1.0, 0.7))
+    predictor = _predictor(spacing=(1.5, 1.5, 1.5))
+    plain = predictor.predict_array(image, geometry).labels
+    flipped = np.ascontiguousarray(np.flip(image, [a + 1 for a in axes]))
+    result = predictor.predict_array(flipped, geometry).labels
+    different = np.flip(result, axes) != plain
+    assert different.mean() < 2e-3  # only where interpolated logits tie
+    assert plain.max() == 7
+
+
+def test_resampled_predictions_follow_the_image():
+    image = _blobs((22, 31, 27))
+    labels = _predictor(spacing=(1.5, 1.0, 1.2)).predict_array(image, Geometry((22, 31, 27), (1.0, 1.0, 1.0))).labels
+    truth = _truth(image)
+    dice = 2 * ((labels == 7) & (truth == 7)).sum() / ((labels == 7).sum() + (truth == 7).sum())
+    assert dice > 0.93
+
+
+def test_empty_borders_are_cropped_and_put_back():
+    image = np.zeros((1, 40, 40, 40), np.float32)
+    image[:, 12:30, 9:33, 15:31] = np.abs(_blobs((18, 24, 16))) + 0.01
+    labels = _predictor().predict_array(image, Geometry((40, 40, 40), (1.0, 1.0, 1.0))).labels
+    assert np.array_equal(labels, _truth(image))
+
+
+def test_an_image_smaller_than_the_patch():
+    image = _blobs((5, 9, 16))
+    labels = _predictor().predict_array(image, Geometry((5, 9, 16), (1.0, 1.0, 1.0))).labels
+    assert np.array_equal(labels, _truth(image))
+
+
+@pytest.mark.parametrize("settings", [
+    PredictionSettings(tta=True),
+    PredictionSettings(window_batch=3, step=0.3),
+    PredictionSettings(etta=EttaConfig(steps=2)),
+])  # fmt: skip
+def test_settings_do_not_change_a_perfect_network(settings):
+    image = _blobs((22, 31, 27))
+    result = _predictor(settings).predict_array(image, Geometry((22, 31, 27), (1.0, 1.0, 1.0)))
+    assert np.array_equal(result.labels, _truth(image))
+    assert bool(result.etta) == (settings.etta is not None)
+
+
+def test_regions_are_written_in_order():
+    dataset = {**DATASET, "labels": {"background": 0, "whole": [2, 7], "core": [7]}, "regions_class_order": [2, 7]}
+
+    class Regions(nn.Module):
+        def forward(self, x):
+            return torch.stack([x[:, 0] - 0.5, x[:, 0] - 1.2], dim=1)
+
+    for spacing in ((1.0, 1.0, 1.0), (1.4, 1.0, 1.0)):
+        predictor = _predictor(dataset=dataset, networks=[Regions()], spacing=spacing)
+        image = _blobs((22, 31, 27))
+        labels = predictor.predict_array(image, Geometry((22, 31, 27), (1.0, 1.0, 1.0))).labels
+        agree = (labels == _truth(image)).mean()
+        assert agree == 1 if spacing[0] == 1.0 else agree > 0.95
+
+
+def test_probabilities(tmp_path):
+    image = np.zeros((1, 20, 20, 20), np.float32)
+    image[:, 3:18, 2:19, 4:20] = np.abs(_blobs((15, 17, 16))) + 0.01
+    path = tmp_path / "p.b2nd"
+    labels = _predictor(networks=[Identity(1, 3, sharpness=2.0).eval()]).predict_array(
+        image, Geometry((20, 20, 20), (1.0, 1.0, 1.0)), probabilities=path
+    ).labels  # fmt: skip
+    stored = open_array(path)
+    assert stored.shape == (3, 20, 20, 20)
+    assert stored.dtype == np.float16
+    probabilities = stored[:].astype(float)
+    assert np.abs(probabilities.sum(0) - 1).max() < 2e-3
+    assert (probabilities[0][image[0] == 0] == 1).all()
+    x = torch.from_numpy(image[None])
+    expected = Identity(1, 3, sharpness=2.0)(x).softmax(1)[0].detach().numpy()
+    inside = image[0] > 0
+    assert np.abs(probabilities - expected)[:, inside].max() < 2e-3
+    assert np.array_equal(labels, _truth(image))
+
+
+def _model_folder(tmp_path, folds=("0", "1")):
+    import sys
+
+    sys.modules.setdefault("identity_network", sys.modules[__name__])
+    plans = _plans().to_json()
+    plans["configurations"]["3d_fullres"]["networks"]["identity_network:Identity"] = plans["configurations"][
+        "3d_fullres"
+    ]["networks"].pop("identity")
+    folder = tmp_path / "3d_fullres__identity"
+    for fold in folds:
+        network = Identity(1, 3, sharpness=float(fold) + 1)
+        description = ModelDescription(
+            "identity_network:Identity", {}, "3d_fullres", fold, "softmax", (0,), plans, DATASET
+        )
+        save_checkpoint(folder / f"fold_{fold}" / "checkpoint_best.pt", description, network.state_dict())
+    return folder
+
+
+def test_a_model_folder_predicts_a_folder_and_resumes(tmp_path):
+    folder = _model_folder(tmp_path)
+    for i in range(3):
+        write_image(_blobs((20, 20, 20), i)[0], Geometry((20, 20, 20), (1, 1, 1)), tmp_path / f"in/c{i}_0000.nii.gz")
+    with Predictor.from_model_folder(folder) as predictor:
+        written = predict(predictor, tmp_path / "in", tmp_path / "out", quiet=True, arguments={"folds": None})
+        assert [path.name for path in written] == ["c0.nii.gz", "c1.nii.gz", "c2.nii.gz"]
+        for i, path in enumerate(written):
+            assert np.array_equal(read_labels(path)[0], _truth(_blobs((20, 20, 20), i)))
+        assert json.loads((tmp_path / "out" / "dataset.json").read_text()) == DATASET
+        assert (tmp_path / "out" / "plans.json").is_file()
+        assert json.loads((tmp_path / "out" / "predict_args.json").read_text()) == {"folds": None}
+        written[1].unlink()
+        before = written[0].stat().st_mtime_ns
+        predict(predictor, tmp_path / "in", tmp_path / "out", resume=True, quiet=True)
+        assert written[1].is_file()
+        assert written[0].stat().st_mtime_ns == before
+        predict(predictor, tmp_path / "in", tmp_path / "out", quiet=True)
+        assert written[0].stat().st_mtime_ns > before
+
+
+def test_etta_leaves_a_record_and_any_order_gives_the_same(tmp_path):
+    folder = _model_folder(tmp_path, ("0",))
+    cases = [_blobs((20, 20, 20), i) for i in range(2)]
+    geometry = Geometry((20, 20, 20), (1.0, 1.0, 1.0))
+    with Predictor.from_model_folder(folder, settings=PredictionSettings(etta=EttaConfig(steps=1))) as predictor:
+        first = [predictor.predict_array(case, geometry) for case in cases]
+        second = [predictor.predict_array(case, geometry) for case in reversed(cases)][::-1]
+        for a, b in zip(first, second, strict=True):
+            assert np.array_equal(a.labels, b.labels)
+            assert a.etta == b.etta
+        write_image(cases[0][0], geometry, tmp_path / "one_0000.nii.gz")
+        predictor.predict_case([tmp_path / "one_0000.nii.gz"], tmp_path / "one.nii.gz")
+    (record,) = json.loads((tmp_path / "one_etta.json").read_text())["folds"]
+    assert record["adapted_parameters"] == 2
+    assert set(record) >= {"decision", "entropy_before", "entropy_after", "voxels_changed", "steps"}
+
+
+def test_folds_that_are_not_there(tmp_path):
+    folder = _model_folder(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no checkpoint_best\.pt for fold 3 \(trained: 0, 1\)"):
+        Predictor.from_model_folder(folder, ["0", "3"])
+    with pytest.raises(CheckpointError, match=r"no checkpoint_final\.pt for fold any \(trained: none\)"):
+        Predictor.from_model_folder(folder, checkpoint="final")
+    with pytest.raises(CheckpointError, match="does not exist; train first"):
+        Predictor.from_model_folder(tmp_path / "nothing")
+    (folder / "fold_1" / "checkpoint_best.pt").write_bytes(b"broken")
+    with pytest.raises(CheckpointError, match="damaged"):
+        Predictor.from_model_folder(folder)
+
+
+def test_flips_need_training_with_flips():
+    with pytest.raises(ConfigError, match="trained without any"):
+        _predictor(PredictionSettings(tta=True), mirror=())
+
+
+def test_finding_jobs(tmp_path):
+    spec = DatasetSpec.from_json({**DATASET, "channel_names": {"0": "fat", "1": "water"}}, "Dataset001_X")
+    for name in ("a_0000", "a_0001", "b_0000"):
+        write_image(np.ones((2, 2, 2), np.float32), Geometry((2, 2, 2), (1, 1, 1)), tmp_path / f"in/{name}.nii.gz")
+    with pytest.raises(DatasetError, match=r"case b: missing channel b_0001\.nii\.gz"):
+        find_jobs(tmp_path / "in", tmp_path / "out", spec)
+    (job,) = find_jobs(tmp_path / "in" / "a_0000.nii.gz", tmp_path / "out.nii.gz", spec)
+    assert [path.name for path in job.images] == ["a_0000.nii.gz", "a_0001.nii.gz"]
+    assert job.output == tmp_path / "out.nii.gz"
+    with pytest.raises(DatasetError, match="takes 2 channels; missing"):
+        find_jobs(tmp_path / "in" / "b_0000.nii.gz", tmp_path / "out", spec)
+    with pytest.raises(DatasetError, match="does not exist"):
+        find_jobs(tmp_path / "none", tmp_path / "out", spec)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetError, match="no cases in"):
+        find_jobs(tmp_path / "empty", tmp_path / "out", spec)
+
+
+def test_unusable_images(tmp_path):
+    predictor = _predictor()
+    geometry = Geometry((4, 4, 4), (1.0, 1.0, 1.0))
+    with pytest.raises(DatasetError, match="NaN"):
+        predictor.predict_array(np.full((1, 4, 4, 4), np.nan, np.float32), geometry)
+    with pytest.raises(DatasetError, match="2 channels"):
+        predictor.predict_array(np.ones((2, 4, 4, 4), np.float32), geometry)
+    blank = predictor.predict_array(np.zeros((1, 4, 4, 4), np.float32), geometry)
+    assert (blank.labels == 0).all()
+    write_image(np.ones((4, 4, 4), np.float32), geometry, tmp_path / "in" / "a_0000.nii.gz")
+    with pytest.raises(ConfigError, match="is the input folder"):
+        predict(predictor, tmp_path / "in", tmp_path / "in", quiet=True)
+    with pytest.raises(ConfigError, match="--step-size"):
+        PredictionSettings(step=0)
+
+
+def test_real_image_round_trip(data_root, tmp_path):
+    """Labels predicted on the real CT lie on its grid, voxel for voxel."""
+    source = data_root / "totalsegmentator_ct" / "ct_0000.nii.gz"
+    predictor = _predictor(PredictionSettings(step=1.0), spacing=(3.0, 3.0, 3.0))
+    predictor.predict_case([source], tmp_path / "o.nii.gz")
+    image, geometry = read_image([source])
+    labels, found = read_labels(tmp_path / "o.nii.gz")
+    assert geometry.difference(found, ("a", "b")) is None
+    if np.allclose(geometry.spacing_mm, 3.0, atol=1e-6):
+        assert np.array_equal(labels, _truth(image))

@@ -1,0 +1,242 @@
+"""Training end to end at small size: resume is exact, flags and options act, errors are sentences."""
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from ukbob_seg.dataset.paths import Roots
+from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError
+from ukbob_seg.filtering.policies import LabelTrust
+from ukbob_seg.preprocessing.pipeline import plan_and_preprocess
+from ukbob_seg.preprocessing.planner import PlanOptions
+from ukbob_seg.training.checkpoint import read_checkpoint
+from ukbob_seg.training.config import TrainingConfig
+from ukbob_seg.training.setup import choose_config, label_swap, output_swap, prepare
+from ukbob_seg.training.trainer import RunOptions, train
+
+CONFIG = TrainingConfig(
+    epochs=3, iterations_per_epoch=2, learning_rate=1e-3, schedule="one_cycle", validation_every=2, validation_cases=1
+)
+QUIET = RunOptions(quiet=True)
+
+
+@pytest.fixture
+def roots(make_dataset, tmp_path, monkeypatch):
+    """A tiny preprocessed dataset, planned for a network that trains in seconds."""
+    make_dataset(cases=5)
+    plan_and_preprocess(7, Roots.below(tmp_path), PlanOptions(memory_gb=2, batch_size=2, feature_size=12), workers=1)
+    path = tmp_path / "preprocessed" / "Dataset007_Blobs" / "plans.json"
+    content = json.loads(path.read_text())
+    networks = content["configurations"]["3d_fullres"]["networks"]
+    networks["tests_tiny:Tiny"] = {
+        "patch_size": [16, 16, 16], "batch_size": 2, "arguments": {"width": 4}, "estimated_memory_gb": 0.1
+    }  # fmt: skip
+    path.write_text(json.dumps(content))
+    (tmp_path / "tests_tiny.py").write_text(
+        "from torch import nn\n"
+        "class Tiny(nn.Sequential):\n"
+        "    def __init__(self, in_channels, out_channels, width):\n"
+        "        super().__init__(nn.Conv3d(in_channels, width, 3, padding=1), nn.InstanceNorm3d(width, affine=True),\n"
+        "                         nn.ReLU(), nn.Dropout(0.2), nn.Conv3d(width, out_channels, 1))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return Roots.below(tmp_path)
+
+
+def _train(roots, config=CONFIG, options=QUIET, **more):
+    return train(7, 0, roots, config, options, network="tests_tiny:Tiny", **more)
+
+
+def _weights(folder, name="final"):
+    return read_checkpoint(folder / f"checkpoint_{name}.pt")[1]["network_weights"]
+
+
+def _same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_run_leaves_everything_a_model_needs(roots):
+    folder = _train(roots)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"checkpoint_best.pt", "checkpoint_final.pt", "progress.csv", "progress.png", "training.json"}
+    assert {path.name for path in folder.parent.iterdir()} == {"fold_0", "plans.json", "dataset.json"}
+    assert folder.parent.name == "3d_fullres__tests_tiny.Tiny"
+    with open(folder / "progress.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    assert [bool(row["val_mean_dice"]) for row in rows] == [False, True, True]
+    description, content = read_checkpoint(folder / "checkpoint_best.pt")
+    assert (description.network, description.fold, description.head) == ("tests_tiny:Tiny", "0", "softmax")
+    assert description.mirror_axes == (0, 1, 2)
+    best = max(float(row["val_mean_dice"]) for row in rows if row["val_mean_dice"])
+    assert content["best_dice"] == pytest.approx(best, rel=1e-5)
+
+
+def test_training_learns(roots):
+    config = dataclasses.replace(CONFIG, epochs=4, iterations_per_epoch=60, learning_rate=2e-2, validation_every=4)
+    folder = _train(roots, config)
+    with open(folder / "progress.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[-1]["train_loss"]) < 0.6 * float(rows[0]["train_loss"])
+    assert float(rows[-1]["val_mean_dice"]) > 0.5
+
+
+def test_two_runs_with_one_seed_are_equal_and_another_seed_is_not(roots):
+    first = _weights(_train(roots))
+    again = _weights(_train(roots, options=dataclasses.replace(QUIET, overwrite=True)))
+    other = _weights(_train(roots, dataclasses.replace(CONFIG, seed=1), dataclasses.replace(QUIET, overwrite=True)))
+    assert _same(first, again)
+    assert not _same(first, other)
+
+
+def test_sigkill_and_resume_give_the_same_bits(roots, tmp_path):
+    """The whole point of the checkpoint: kill the real command at a random moment, resume, compare."""
+    config = dataclasses.replace(CONFIG, epochs=6, iterations_per_epoch=4)
+    uninterrupted = _weights(_train(roots, config))
+    flags = ["--epochs", "6", "--iterations-per-epoch", "4", "--lr", "1e-3", "--schedule", "one_cycle",
+             "--validation-every", "2", "--validation-cases", "1", "--no-validation", "--device", "cpu",
+             "--network", "tests_tiny:Tiny", "--raw", str(roots.raw), "--preprocessed", str(roots.preprocessed),
+             "--results", str(tmp_path / "killed")]  # fmt: skip
+    command = [sys.executable, "-c", "import sys; from ukbob_seg.cli.train import main; sys.exit(main())", "7", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    process = subprocess.Popen([*command, *flags], env=environment, stderr=subprocess.DEVNULL)
+    folder = tmp_path / "killed" / "Dataset007_Blobs" / "3d_fullres__tests_tiny.Tiny" / "fold_0"
+    deadline = time.time() + 120
+    while not (folder / "checkpoint_latest.pt").is_file() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "checkpoint_final.pt").exists(), "the run ended before it could be killed"
+    stopped = read_checkpoint(folder / "checkpoint_latest.pt")[1]["epoch"]
+    assert 1 <= stopped < 6
+    done = subprocess.run([*command, *flags, "--resume"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert _same(_weights(folder), uninterrupted)
+    with open(folder / "progress.csv") as file:
+        assert len(list(csv.DictReader(file))) == 6
+
+
+def test_a_finished_run_can_be_extended(roots):
+    _train(roots, dataclasses.replace(CONFIG, schedule="constant"))
+    folder = _train(
+        roots, dataclasses.replace(CONFIG, schedule="constant", epochs=5), dataclasses.replace(QUIET, resume=True)
+    )
+    straight = _train(
+        roots, dataclasses.replace(CONFIG, schedule="constant", epochs=5), dataclasses.replace(QUIET, overwrite=True)
+    )
+    extended = _weights(folder)
+    assert _same(extended, _weights(straight))
+
+
+def test_resuming_is_refused_where_it_cannot_be_exact(roots):
+    resume = dataclasses.replace(QUIET, resume=True)
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        _train(roots, options=resume)
+    folder = _train(roots)
+    with pytest.raises(ConfigError, match="already holds a training run"):
+        _train(roots)
+    with pytest.raises(ConfigError, match=r"another recipe \(learning_rate 0.001 -> 0.01\)"):
+        _train(roots, dataclasses.replace(CONFIG, learning_rate=1e-2), resume)
+    with pytest.raises(ConfigError, match="already trained 3 epochs"):
+        _train(roots, dataclasses.replace(CONFIG, epochs=2), resume)
+    whole = (folder / "checkpoint_final.pt").read_bytes()
+    (folder / "checkpoint_final.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"checkpoint_final\.pt is damaged"):
+        _train(roots, dataclasses.replace(CONFIG, epochs=5), resume)
+
+
+def test_a_checkpoint_of_another_network_is_refused(roots, tmp_path):
+    folder = _train(roots)
+    plans = roots.preprocessed / "Dataset007_Blobs" / "plans.json"
+    content = json.loads(plans.read_text())
+    content["configurations"]["3d_fullres"]["networks"]["tests_tiny:Tiny"]["arguments"]["width"] = 5
+    plans.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"is of another network: 0 weights missing.*of another shape"):
+        _train(roots, dataclasses.replace(CONFIG, epochs=5), dataclasses.replace(QUIET, resume=True))
+    assert (folder / "checkpoint_final.pt").is_file()
+
+
+def test_pretrained_weights_are_loaded(roots, tmp_path):
+    first = _train(roots)
+    config = dataclasses.replace(CONFIG, epochs=1, iterations_per_epoch=1, learning_rate=1e-12, weight_decay=0.0)
+    options = dataclasses.replace(QUIET, overwrite=True, pretrained=tmp_path / "given.pt")
+    (tmp_path / "given.pt").write_bytes((first / "checkpoint_final.pt").read_bytes())
+    given = _weights(first)
+    tuned = _weights(_train(roots, config, options))
+    assert all(torch.allclose(given[key], tuned[key], atol=1e-6) for key in given)
+
+
+def test_the_filters_flags_reach_the_loss(roots):
+    import pandas as pd
+
+    folder = roots.preprocessed / "Dataset007_Blobs" / "solf"
+    from ukbob_seg.filtering.cohort import FilterConfig, solf_filter
+
+    solf_filter(roots.raw / "Dataset007_Blobs", folder, FilterConfig(rule="none", report=False, quiet=True))
+    flags = pd.read_parquet(folder / "flags.parquet")
+    first = flags.case.iloc[0]
+    flags.loc[(flags.case == first) & (flags.label == 2), "flagged"] = True
+    flags.to_parquet(folder / "flags.parquet")
+    assert LabelTrust.load(folder).flagged_values(first) == (2,)
+    setup = prepare(7, "all", roots, CONFIG, "3d_fullres", "swin_unetr", use_filter=True)
+    tables = {case.name: case.lookup for case in setup.train}
+    assert tables[first][2] == 255
+    assert tables[first][1] == 1
+    assert all(table is None for name, table in tables.items() if name != first)
+    ignored = prepare(7, "all", roots, CONFIG, "3d_fullres", "swin_unetr", use_filter=False)
+    assert all(case.lookup is None for case in ignored.train)
+
+
+def test_options_choose_cases(roots):
+    setup = prepare(7, "0", roots, dataclasses.replace(CONFIG, subset_fraction=0.5), "3d_fullres", "swin_unetr", True)
+    whole = prepare(7, "0", roots, CONFIG, "3d_fullres", "swin_unetr", True)
+    assert len(whole.train) == 4
+    assert len(setup.train) == 2
+    assert len(whole.val) == 1
+    with pytest.raises(ConfigError, match=r"fold must be 0\.\.4 or 'all', got '7'"):
+        prepare(7, "7", roots, CONFIG, "3d_fullres", "swin_unetr", True)
+    with pytest.raises(ConfigError, match="no configuration '2d'"):
+        prepare(7, "0", roots, CONFIG, "2d", "swin_unetr", True)
+
+
+def test_not_preprocessed(roots):
+    for path in (roots.preprocessed / "Dataset007_Blobs" / "3d_fullres").iterdir():
+        path.unlink()
+    with pytest.raises(DatasetError, match="is not preprocessed for 3d_fullres; run ukbob_preprocess"):
+        _train(roots)
+
+
+def test_the_recipe_follows_preset_and_flags(roots):
+    assert choose_config(7, roots, "swin_unetr").epochs == 500
+    assert choose_config(7, roots, "plain_conv_unet").optimizer == "sgd"
+    assert choose_config(7, roots, "swin_unetr", learning_rate=0.5, seed=None).learning_rate == 0.5
+    assert choose_config(7, roots, "swin_unetr", pretrained=True).warmup_epochs == 50
+    assert choose_config(7, roots, "swin_unetr", pretrained=True, epochs=10).warmup_epochs == 0
+
+
+def test_a_loss_that_stays_nan_stops_with_a_sentence(roots):
+    from ukbob_seg.errors import UkbobError
+
+    config = dataclasses.replace(CONFIG, iterations_per_epoch=60, learning_rate=1e30, gradient_clip=0.0)
+    with pytest.raises(UkbobError, match="the loss was not finite for 20 steps in a row"):
+        _train(roots, config)
+
+
+def test_left_right_tables():
+    from ukbob_seg.dataset.labels import LabelScheme
+
+    scheme = LabelScheme.from_json({"background": 0, "kidney_left": 3, "liver": 5, "kidney_right": 9}, None)
+    table = label_swap(scheme)
+    assert table[[0, 1, 2, 3, 255]].tolist() == [0, 3, 2, 1, 255]
+    assert output_swap(scheme) == (0, 3, 2, 1)
+    assert output_swap(LabelScheme.from_json({"background": 0, "liver": 5}, None)) is None
+    assert np.array_equal(table[table], np.arange(256))
