@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,16 +101,18 @@ def test_two_runs_with_one_seed_are_equal_and_another_seed_is_not(roots):
 
 def test_sigkill_and_resume_give_the_same_bits(roots, tmp_path):
     """The whole point of the checkpoint: kill the real command at a random moment, resume, compare."""
-    config = dataclasses.replace(CONFIG, epochs=6, iterations_per_epoch=4)
-    uninterrupted = _weights(_train(roots, config))
     flags = ["--epochs", "6", "--iterations-per-epoch", "4", "--lr", "1e-3", "--schedule", "one_cycle",
              "--validation-every", "2", "--validation-cases", "1", "--no-validation", "--device", "cpu",
              "--network", "tests_tiny:Tiny", "--raw", str(roots.raw), "--preprocessed", str(roots.preprocessed),
-             "--results", str(tmp_path / "killed")]  # fmt: skip
+             "--results"]  # fmt: skip
     command = [sys.executable, "-c", "import sys; from ukbob_seg.cli.train import main; sys.exit(main())", "7", "0"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    model = Path("Dataset007_Blobs", "3d_fullres__tests_tiny.Tiny", "fold_0")
+    subprocess.run([*command, *flags, str(tmp_path / "whole")], env=environment, check=True, stderr=subprocess.DEVNULL)
+    uninterrupted = _weights(tmp_path / "whole" / model)
+    flags.append(str(tmp_path / "killed"))
+    folder = tmp_path / "killed" / model
     process = subprocess.Popen([*command, *flags], env=environment, stderr=subprocess.DEVNULL)
-    folder = tmp_path / "killed" / "Dataset007_Blobs" / "3d_fullres__tests_tiny.Tiny" / "fold_0"
     deadline = time.time() + 120
     while not (folder / "checkpoint_latest.pt").is_file() and process.poll() is None and time.time() < deadline:
         time.sleep(0.01)

@@ -223,11 +223,12 @@ def _run_epoch(
 ) -> float:
     """Train one epoch; returns the mean loss over its steps."""
     state.network.train()
-    torch.manual_seed(_step_seed(config, state.epoch * config.iterations_per_epoch))  # dropout draws from it
     total, counted, bad = torch.zeros((), device=device), 0, 0
     for _ in range(config.iterations_per_epoch):
         step, batch = next(batches)
-        generator = torch.Generator().manual_seed(_step_seed(config, step))
+        seed = config.seed * 1_000_003 + step  # a resumed run draws what the uninterrupted one would have drawn
+        generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)  # dropout draws from the global generator
         batch = augment(batch, transforms, generator)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
@@ -251,11 +252,6 @@ def _run_epoch(
         state.optimizer.step()
         total, counted = total + value.detach(), counted + 1
     return float(total) / max(counted, 1)
-
-
-def _step_seed(config: TrainingConfig, step: int) -> int:
-    """Seed of one step, so that a resumed run draws what the uninterrupted one would have drawn."""
-    return config.seed * 1_000_003 + step
 
 
 def _validate(state: TrainState, setup: TrainingSetup, device: str) -> ValidationScore:
