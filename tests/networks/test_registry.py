@@ -6,7 +6,7 @@ from torch import nn
 
 from ukbob_seg.errors import CheckpointError, ConfigError
 from ukbob_seg.networks.pretrained import load_weights
-from ukbob_seg.networks.registry import build_network, set_deep_supervision
+from ukbob_seg.networks.registry import NETWORKS, build_network, set_deep_supervision
 
 CONV = {
     "features_per_stage": [4, 8, 16],
@@ -55,6 +55,67 @@ def test_a_network_by_dotted_path(monkeypatch):
         build_network("pathlib:Path", 2, 3, {})
 
 
+def test_nnunets_networks_start_from_nnunets_weights():
+    dynamic = pytest.importorskip("dynamic_network_architectures.architectures.unet")
+    common = {key: CONV[key] for key in CONV if key != "n_conv_per_stage"} | {
+        "input_channels": 2, "num_classes": 5, "n_stages": 3, "conv_op": nn.Conv3d, "conv_bias": True,
+        "norm_op": nn.InstanceNorm3d, "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "nonlin": nn.LeakyReLU, "nonlin_kwargs": {"inplace": True},
+    }  # fmt: skip
+    for name, kind, blocks in (
+        ("plain_conv_unet", dynamic.PlainConvUNet, "n_conv_per_stage"),
+        ("residual_encoder_unet", dynamic.ResidualEncoderUNet, "n_blocks_per_stage"),
+    ):
+        torch.manual_seed(3)
+        reference = kind(**common, **{blocks: [2, 2, 2]})
+        reference.apply(reference.initialize)
+        torch.manual_seed(3)
+        found = build_network(name, 2, 5, CONV).state_dict()
+        assert found.keys() == reference.state_dict().keys()
+        assert all(torch.equal(found[key], value) for key, value in reference.state_dict().items())
+
+
+def test_patches_must_be_divisible_by_what_the_entry_says():
+    assert NETWORKS["swin_unetr"].divisor({}) == (32, 32, 32)
+    assert NETWORKS["plain_conv_unet"].divisor(CONV) == (2, 4, 4)
+    assert NETWORKS["plain_conv_unet"].divisor({"strides": [1, 2, [1, 2, 2]]}) == (2, 4, 4)
+    assert "dynamic-network-architectures" in NETWORKS["residual_encoder_unet"].requires
+
+
+def test_wrong_arguments_are_explained():
+    pytest.importorskip("dynamic_network_architectures")
+    with pytest.raises(ConfigError, match="needs the arguments features_per_stage, strides"):
+        build_network("plain_conv_unet", 1, 2, {"n_conv_per_stage": [2], "n_conv_per_stage_decoder": []})
+    with pytest.raises(ConfigError, match="n_conv_per_stage_decoder must have 2 entries, got 3"):
+        build_network("plain_conv_unet", 1, 2, {**CONV, "n_conv_per_stage_decoder": [2, 2, 2]})
+    with pytest.raises(ConfigError, match="norm must be one of instance, batch"):
+        build_network("plain_conv_unet", 1, 2, {**CONV, "norm": "layer"})
+    with pytest.raises(ConfigError, match="cannot be imported"):
+        build_network(":Network", 1, 2, {})
+
+
+def test_a_missing_package_names_its_remedy(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "dynamic_network_architectures.architectures.unet", None)
+    with pytest.raises(ConfigError, match="pip install --no-deps dynamic-network-architectures"):
+        build_network("plain_conv_unet", 1, 2, CONV)
+
+
+def test_a_fault_inside_a_users_network_keeps_its_traceback(monkeypatch):
+    import sys
+
+    class Faulty(nn.Module):
+        def __init__(self, in_channels, out_channels):
+            super().__init__()
+            len(in_channels)
+
+    monkeypatch.setattr(sys.modules[__name__], "Faulty", Faulty, raising=False)
+    monkeypatch.setitem(sys.modules, "own_networks", sys.modules[__name__])
+    with pytest.raises(TypeError, match="has no len"):
+        build_network("own_networks:Faulty", 1, 2, {})
+
+
 def test_unknown_names_list_the_choices():
     with pytest.raises(ConfigError, match=r"unknown network 'unet'; choose from swin_unetr, plain_conv_unet"):
         build_network("unet", 1, 2, {})
@@ -80,9 +141,11 @@ def test_the_self_supervised_encoder_release():
             torch.full_like(value, 0.25) if value.is_floating_point() else value
         for name, value in network.state_dict().items() if name.startswith("swinViT.")
     }  # fmt: skip
+    released["module.out.conv.conv.bias"] = torch.zeros(3)  # one full name must not hide 126 encoder names
     report = load_weights(network, {"state_dict": released})
+    released.pop("module.out.conv.conv.bias")
     assert len(report.loaded) == len(released)
-    assert report.unexpected == ()
+    assert report.unexpected == ("swinViT.out.conv.conv.bias",)
     assert (network.swinViT.layers3[0].blocks[1].mlp.linear2.weight == 0.25).all()
     assert all(not name.startswith("swinViT") for name in report.missing)
 

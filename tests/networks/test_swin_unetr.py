@@ -10,6 +10,8 @@ from ukbob_seg.networks.window_attention import (
     MERGING_ORDERS,
     DropPath,
     PatchMerging,
+    WindowAttention,
+    _BiasedAttention,
     fit_window,
     merge_windows,
     partition_windows,
@@ -97,6 +99,61 @@ def test_a_checkpoint_without_affine_norms_loads_unchanged():
         assert torch.allclose(affine(x), ours(x), atol=1e-6)
 
 
+def test_affine_norms_have_monais_names_and_numbers():
+    reference = nets.SwinUNETR(2, 3, feature_size=12, norm_name=("instance", {"affine": True})).eval()
+    for name, parameter in reference.named_parameters():
+        if ".norm" in name:
+            torch.nn.init.normal_(parameter)
+    ours = SwinUNETR(2, 3, feature_size=12).eval()
+    assert len(ours.state_dict()) == 159 + 52
+    ours.load_state_dict(reference.state_dict())
+    x = torch.randn(1, 2, 32, 64, 32)
+    with torch.no_grad():
+        expected = reference(x)
+        assert (ours(x) - expected).abs().max() <= 1e-4 * max(1.0, expected.abs().max().item())
+
+
+@pytest.mark.parametrize("scores", [1, 150, 10**6])  # one window at a time, some, all
+def test_attention_that_stores_nothing_has_the_exact_gradient(scores, monkeypatch):
+    monkeypatch.setattr("ukbob_seg.networks.window_attention.BACKWARD_SCORES", scores)
+    torch.manual_seed(0)
+    qkv = [torch.randn(5, 2, 6, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    bias = torch.randn(2, 6, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(_BiasedAttention.apply, (*qkv, bias))
+
+
+def test_training_stores_no_attention_matrix():
+    network, sizes = SwinUNETR(1, 2, feature_size=12), []
+
+    def note(tensor):
+        sizes.append(tuple(tensor.shape))
+        return tensor.detach()  # the tensor itself would tie the graph to itself
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        network(torch.randn(1, 1, 64, 32, 32))
+    assert any(len(s) == 4 and s[2] == 343 for s in sizes)  # queries, keys, values of whole windows are there
+    assert not any(len(s) == 4 and s[2] == s[3] == 343 and s[0] > 1 for s in sizes)
+
+
+def test_gradients_are_the_same_bits_every_time_on_two_threads():
+    torch.manual_seed(0)
+    layer, windows, threads = (
+        WindowAttention(12, 3, (7, 7, 7)),
+        torch.randn(1, 2, 1, 1, 343, 12),
+        torch.get_num_threads(),
+    )
+    torch.set_num_threads(2)
+    try:
+        found = []
+        for _ in range(4):
+            layer.zero_grad()
+            layer(windows, (7, 7, 7), (3, 0, 0)).square().sum().backward()
+            found.append([p.grad.clone() for p in layer.parameters()])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
 def test_checkpointing_changes_nothing():
     torch.manual_seed(0)
     plain = SwinUNETR(1, 2, feature_size=12)
@@ -150,6 +207,14 @@ def test_bad_inputs_are_explained():
         network(torch.zeros(1, 1, 48, 64, 64))
     with pytest.raises(ConfigError, match="one voxel at the bottleneck"):
         network(torch.zeros(1, 1, 32, 32, 32))
+    with pytest.raises(ConfigError, match=r"takes \(batch, 1, z, y, x\), got an input of \(1, 2, 32, 64, 64\)"):
+        network(torch.zeros(1, 2, 32, 64, 64))
+    with pytest.raises(ConfigError, match=r"takes \(batch, 1, z, y, x\)"):
+        network(torch.zeros(1, 32, 64, 64))
+    with pytest.raises(ConfigError, match="need 4 entries"):
+        SwinUNETR(1, 2, depths=(2, 2))
+    with pytest.raises(ConfigError, match="must divide feature_size"):
+        SwinUNETR(1, 2, num_heads=(5, 6, 12, 24))
     with pytest.raises(ConfigError, match="multiple of 12"):
         SwinUNETR(1, 2, feature_size=20)
     with pytest.raises(ConfigError, match="patch_merging"):

@@ -42,9 +42,10 @@ def load_weights(network: nn.Module, source: Path | Mapping[str, Any]) -> LoadRe
     content = source if isinstance(source, Mapping) else _read(Path(source))
     given = _clean_names(_find_state_dict(content))
     wanted = network.state_dict()
-    if not set(given) & set(wanted):
-        # An encoder-only release names its weights from the encoder on.
-        given = {f"swinViT.{name}": value for name, value in given.items()}
+    # An encoder-only release names its weights from the encoder on; a stray name of ours must not hide that.
+    prefixed = {f"swinViT.{name}": value for name, value in given.items()}
+    if len(set(prefixed) & set(wanted)) > len(set(given) & set(wanted)):
+        given = prefixed
     loaded = sorted(k for k in set(given) & set(wanted) if given[k].shape == wanted[k].shape)
     mismatched = sorted(k for k in set(given) & set(wanted) if given[k].shape != wanted[k].shape)
     if not loaded:
@@ -63,7 +64,7 @@ def load_weights(network: nn.Module, source: Path | Mapping[str, Any]) -> LoadRe
 
 def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
-        raise CheckpointError(f"pretrained weights {path} do not exist")
+        raise CheckpointError(f"pretrained weights {path} do not exist, or are no file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # arbitrary bytes make the unpickler raise anything

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import signature
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -20,10 +22,14 @@ class NetworkEntry:
     Attributes:
         build: called with (in_channels, out_channels, arguments).
         description: one line for help texts.
+        divisor: called with the arguments; the patch (z, y, x) must be divisible by what it returns.
+        requires: how to install what the network needs beyond this package; empty where nothing is.
     """
 
     build: Callable[[int, int, Mapping[str, Any]], nn.Module]
     description: str
+    divisor: Callable[[Mapping[str, Any]], tuple[int, int, int]]
+    requires: str = ""
 
 
 def build_network(name: str, in_channels: int, out_channels: int, arguments: Mapping[str, Any]) -> nn.Module:
@@ -39,16 +45,12 @@ def build_network(name: str, in_channels: int, out_channels: int, arguments: Map
     Raises:
         ConfigError: unknown name, missing package, or arguments that the constructor does not take.
     """
-    try:
-        if ":" in name:
-            return _import_class(name)(in_channels=in_channels, out_channels=out_channels, **arguments)
-        if name not in NETWORKS:
-            raise ConfigError(
-                f"unknown network {name!r}; choose from {', '.join(NETWORKS)} or give package.module:Class"
-            )
-        return NETWORKS[name].build(in_channels, out_channels, arguments)
-    except TypeError as error:
-        raise ConfigError(f"network {name!r} cannot be built with {dict(arguments)}: {error}") from error
+    if ":" in name:
+        found = _import_class(name)
+        return _construct(found, name, {"in_channels": in_channels, "out_channels": out_channels, **arguments})
+    if name not in NETWORKS:
+        raise ConfigError(f"unknown network {name!r}; choose from {', '.join(NETWORKS)} or give package.module:Class")
+    return NETWORKS[name].build(in_channels, out_channels, arguments)
 
 
 def set_deep_supervision(network: nn.Module, enabled: bool) -> None:
@@ -59,55 +61,106 @@ def set_deep_supervision(network: nn.Module, enabled: bool) -> None:
 
 
 def _swin_unetr(in_channels: int, out_channels: int, arguments: Mapping[str, Any]) -> nn.Module:
-    return SwinUNETR(in_channels, out_channels, **arguments)
+    given = {"in_channels": in_channels, "out_channels": out_channels, **arguments}
+    return _construct(SwinUNETR, "swin_unetr", given)
 
 
-def _dynamic(class_name: str) -> Callable[[int, int, Mapping[str, Any]], nn.Module]:
-    """Builder of nnU-Net's own networks, with the settings that nnU-Net gives them."""
+def _swin_divisor(arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    edge = 16 * int(arguments.get("patch_size", 2))
+    return edge, edge, edge
+
+
+def _conv_divisor(arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Product of the strides along each axis; a stride may be one number for all three."""
+    strides = [(s, s, s) if isinstance(s, int) else tuple(s) for s in arguments["strides"]]
+    z, y, x = (prod(stride[axis] for stride in strides) for axis in range(3))
+    return z, y, x
+
+
+def _dynamic(
+    name: str, class_name: str, blocks: str = "n_conv_per_stage"
+) -> Callable[[int, int, Mapping[str, Any]], nn.Module]:
+    """Builder of nnU-Net's own networks, with the settings and the initial weights that nnU-Net gives them.
+
+    ``blocks`` is what the class calls the convolutions (or residual blocks) per encoder stage.
+    """
 
     def build(in_channels: int, out_channels: int, arguments: Mapping[str, Any]) -> nn.Module:
         try:
             module = import_module("dynamic_network_architectures.architectures.unet")
         except ImportError as error:
-            raise ConfigError(
-                "nnU-Net's networks need a package that is not installed: "
-                "pip install --no-deps dynamic-network-architectures"
-            ) from error
+            raise ConfigError(f"network {name!r} needs a package that is not installed: {_DYNAMIC_PACKAGE}") from error
         given = dict(arguments)
+        if "n_conv_per_stage" in given and blocks not in given:
+            given[blocks] = given.pop("n_conv_per_stage")
+        _check_stages(name, given, blocks)
         norm = given.pop("norm", "instance")
         if norm not in _NORMS:
             raise ConfigError(f"norm must be one of {', '.join(_NORMS)}, got {norm!r}")
-        return getattr(module, class_name)(
-            input_channels=in_channels,
-            num_classes=out_channels,
-            n_stages=len(given["features_per_stage"]),
-            conv_op=nn.Conv3d,
-            conv_bias=True,
-            norm_op=_NORMS[norm],
-            norm_op_kwargs={"eps": 1e-5, "affine": True},
-            nonlin=nn.LeakyReLU,
-            nonlin_kwargs={"inplace": True},
-            **given,
-        )
+        fixed = {
+            "input_channels": in_channels,
+            "num_classes": out_channels,
+            "n_stages": len(given["features_per_stage"]),
+            "conv_op": nn.Conv3d,
+            "conv_bias": True,
+            "norm_op": _NORMS[norm],
+            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+            "nonlin": nn.LeakyReLU,
+            "nonlin_kwargs": {"inplace": True},
+        }
+        kind = getattr(module, class_name)
+        network = _construct(kind, name, {**fixed, **given})
+        network.apply(kind.initialize)  # the package leaves He initialisation to its caller, as nnU-Net does it
+        return network
 
     return build
+
+
+def _check_stages(name: str, given: Mapping[str, Any], blocks: str) -> None:
+    """The package asserts or fails deep inside on lists of different lengths."""
+    needed = ("features_per_stage", "strides", "kernel_sizes", blocks, "n_conv_per_stage_decoder")
+    absent = [key for key in needed if key not in given]
+    if absent:
+        raise ConfigError(f"network {name!r} needs the arguments {', '.join(absent)}")
+    stages = len(given["features_per_stage"])
+    for key in needed[1:]:
+        expected = stages - (key == "n_conv_per_stage_decoder")
+        if not isinstance(given[key], int) and len(given[key]) != expected:
+            raise ConfigError(f"network {name!r}: {key} must have {expected} entries, got {len(given[key])}")
+
+
+def _construct(factory: Callable[..., nn.Module], name: str, given: Mapping[str, Any]) -> nn.Module:
+    """Call a constructor; only arguments that it does not take are the user's error, not a fault inside it."""
+    try:
+        signature(factory).bind(**given)
+    except TypeError as error:
+        raise ConfigError(f"network {name!r} cannot be built with {dict(given)}: {error}") from error
+    return factory(**given)
 
 
 def _import_class(path: str) -> Callable[..., nn.Module]:
     module, _, name = path.partition(":")
     try:
         found = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"network {path!r} cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ConfigError(f"network {path!r} is not a torch.nn.Module class")
     return found
 
 
+_DYNAMIC_PACKAGE = "pip install --no-deps dynamic-network-architectures"
 _NORMS = {"instance": nn.InstanceNorm3d, "batch": nn.BatchNorm3d}
 
 NETWORKS: dict[str, NetworkEntry] = {
-    "swin_unetr": NetworkEntry(_swin_unetr, "Swin-UNETR, the paper's network (Swin-BOB)"),
-    "plain_conv_unet": NetworkEntry(_dynamic("PlainConvUNet"), "nnU-Net's standard U-Net"),
-    "residual_encoder_unet": NetworkEntry(_dynamic("ResidualEncoderUNet"), "nnU-Net's residual-encoder U-Net"),
+    "swin_unetr": NetworkEntry(_swin_unetr, "Swin-UNETR, the paper's network (Swin-BOB)", _swin_divisor),
+    "plain_conv_unet": NetworkEntry(
+        _dynamic("plain_conv_unet", "PlainConvUNet"), "nnU-Net's standard U-Net", _conv_divisor, _DYNAMIC_PACKAGE
+    ),
+    "residual_encoder_unet": NetworkEntry(
+        _dynamic("residual_encoder_unet", "ResidualEncoderUNet", "n_blocks_per_stage"),
+        "nnU-Net's residual-encoder U-Net",
+        _conv_divisor,
+        _DYNAMIC_PACKAGE,
+    ),
 }

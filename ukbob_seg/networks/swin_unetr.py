@@ -39,7 +39,7 @@ class SwinUNETR(nn.Module):
         patch_merging: ``distinct`` (MONAI after #8285), or ``legacy`` for checkpoints trained before.
 
     Raises:
-        ConfigError: feature_size is no multiple of 12, or patch_merging is unknown.
+        ConfigError: feature_size is no multiple of 12, depths or heads do not fit, or patch_merging is unknown.
     """
 
     def __init__(
@@ -63,7 +63,12 @@ class SwinUNETR(nn.Module):
             raise ConfigError(f"feature_size must be a multiple of 12, got {feature_size}")
         if patch_merging not in MERGING_ORDERS:
             raise ConfigError(f"patch_merging must be one of {', '.join(MERGING_ORDERS)}, got {patch_merging!r}")
+        if len(depths) != STAGES or len(num_heads) != STAGES:
+            raise ConfigError(f"depths and num_heads need {STAGES} entries, got {tuple(depths)} and {tuple(num_heads)}")
+        if any(feature_size * 2**i % heads for i, heads in enumerate(num_heads)):
+            raise ConfigError(f"num_heads {tuple(num_heads)} must divide feature_size {feature_size} x (1, 2, 4, 8)")
         f, affine = feature_size, norm_affine
+        self.in_channels = in_channels
         self.divisor = patch_size * 2**STAGES
         self.swinViT = SwinEncoder(
             in_channels, f, depths, num_heads, window_size, patch_size, mlp_ratio, qkv_bias, drop_path_rate,
@@ -87,7 +92,7 @@ class SwinUNETR(nn.Module):
         Raises:
             ConfigError: an edge is not divisible, or the bottleneck would be a single voxel, which has no statistics.
         """
-        self._check(tuple(x.shape[2:]))
+        self._check(tuple(x.shape))
         tokens, stage1, stage2, stage3, stage4 = self.swinViT(x)
         x4 = self.decoder5(self.encoder10(stage4), stage3)
         x3 = self.decoder4(x4, self.encoder4(stage2))
@@ -95,7 +100,10 @@ class SwinUNETR(nn.Module):
         x1 = self.decoder2(x2, self.encoder2(tokens))
         return self.out(self.decoder1(x1, self.encoder1(x)))
 
-    def _check(self, shape: tuple[int, ...]) -> None:
+    def _check(self, whole: tuple[int, ...]) -> None:
+        if len(whole) != 5 or whole[1] != self.in_channels:
+            raise ConfigError(f"Swin-UNETR takes (batch, {self.in_channels}, z, y, x), got an input of {whole}")
+        shape = whole[2:]
         if any(n % self.divisor for n in shape):
             raise ConfigError(f"Swin-UNETR needs edges divisible by {self.divisor}, got an input of {shape}")
         if all(n == self.divisor for n in shape):

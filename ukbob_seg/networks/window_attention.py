@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import functools
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 Triple = tuple[int, int, int]
 OUT_OF_REGION = -100.0  # added to the attention between voxels that the cyclic shift made neighbours
+BACKWARD_SCORES = 2_000_000  # attention scores recomputed at a time, so that they stay in the processor's cache
 
 
 def partition_windows(x: Tensor, window: Triple) -> Tensor:
@@ -65,6 +68,59 @@ def shift_mask(window: Triple, shift: Triple, last: tuple[bool, bool, bool], dev
     return torch.zeros(apart.shape, device=device).masked_fill(apart.to(device), OUT_OF_REGION)
 
 
+class _BiasedAttention(torch.autograd.Function):
+    """Attention with a learned additive bias that stores no attention matrix: the backward pass recomputes it.
+
+    The fused CPU kernel has no gradient for the bias, so torch would fall back to storing windows x heads x tokens^2
+    values for each block: more than everything else a small network stores. CUDA's fused kernel does not need this.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        """(W, heads, tokens, channels) three times and (heads, tokens, tokens) -> (W, heads, tokens, channels)."""
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.unsqueeze(0))
+        ctx.save_for_backward(query, key, value, bias, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of the four inputs, a few windows at a time."""
+        query, key, value, bias, output = ctx.saved_tensors
+        scale = query.shape[-1] ** -0.5
+        grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        grad_bias = torch.zeros_like(bias)
+        along = (gradient * output).sum(-1, keepdim=True)  # equals sum_j p_ij (dL/dp)_ij
+        step = max(1, BACKWARD_SCORES // bias.numel())
+        for start in range(0, len(query), step):
+            part = slice(start, start + step)
+            q, k, v, g = query[part], key[part], value[part], gradient[part]
+            weights = torch.matmul(q * scale, k.transpose(-2, -1)).add_(bias).softmax(-1)
+            grads[2][part] = torch.matmul(weights.transpose(-2, -1), g)
+            scores = torch.matmul(g, v.transpose(-2, -1)).sub_(along[part]).mul_(weights)
+            grad_bias += scores.sum(0)
+            grads[0][part] = torch.matmul(scores, k).mul_(scale)
+            grads[1][part] = torch.matmul(scores.transpose(-2, -1), q).mul_(scale)
+        return *grads, grad_bias
+
+
+def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Softmax attention with an additive bias, by the cheapest way that gives the gradients needed.
+
+    Args:
+        query: (W, heads, tokens, channels); key and value alike.
+        key: see query.
+        value: see query.
+        bias: (heads, tokens, tokens), the same for all W windows.
+
+    Returns:
+        (W, heads, tokens, channels).
+    """
+    if torch.is_grad_enabled() and bias.requires_grad and bias.device.type == "cpu":
+        return _BiasedAttention.apply(query, key, value, bias.to(query.dtype))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.unsqueeze(0).to(query.dtype))
+
+
 class WindowAttention(nn.Module):
     """Multi-head self-attention inside windows, with a learned bias per relative position.
 
@@ -96,8 +152,9 @@ class WindowAttention(nn.Module):
         A window that was cut to a small feature map has fewer tokens; MONAI then takes the flat prefix of the index
         (not the positions of the smaller window), and every published checkpoint was trained so.
         """
-        index = self.relative_position_index[:tokens, :tokens].reshape(-1)
-        return self.relative_position_bias_table[index].view(tokens, tokens, -1).permute(2, 0, 1)
+        index = self.relative_position_index[:tokens, :tokens]
+        # Not table[index]: its gradient may be summed by several threads in any order, and resuming must be exact.
+        return F.embedding(index, self.relative_position_bias_table).permute(2, 0, 1)
 
     def forward(self, windows: Tensor, window: Triple, shift: Triple) -> Tensor:
         """Attend inside each window.
@@ -131,7 +188,7 @@ class WindowAttention(nn.Module):
         b, nz, ny, nx, tokens, c = windows.shape
         qkv = self.qkv(windows).view(-1, tokens, 3, self.num_heads, c // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (windows, heads, tokens, channels of a head)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.unsqueeze(0).to(query.dtype))
+        mixed = biased_attention(query, key, value, bias)
         return self.proj(mixed.transpose(1, 2).reshape(b, nz, ny, nx, tokens, c))
 
 
