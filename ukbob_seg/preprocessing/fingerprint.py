@@ -80,10 +80,7 @@ class Fingerprint:
         """
         content = read_json(path, "fingerprint")
         try:
-            content["cases"] = tuple(
-                CaseFingerprint(**{k: tuple(v) if isinstance(v, list) else v for k, v in case.items()})
-                for case in content["cases"]
-            )
+            content["cases"] = tuple(CaseFingerprint(**_with_tuples(case)) for case in content["cases"])
             content["intensities"] = tuple(IntensityStatistics(**entry) for entry in content["intensities"])
             fingerprint = cls(**content)
         except (KeyError, TypeError) as error:
@@ -155,6 +152,10 @@ def file_stamps(case: Case) -> list[Any]:
     """Name, size and time of every file of a case: what tells whether it has changed."""
     files = [*case.images, *([case.label] if case.label else [])]
     return [case.name, *([str(path.name), path.stat().st_size, path.stat().st_mtime_ns] for path in files)]
+
+
+def _with_tuples(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
 
 
 def _load_if_valid(path: Path) -> Fingerprint | None:

@@ -193,7 +193,7 @@ class _Preprocessor:
         save_array(image_path, image, patch)
         save_array(label_path, np.ascontiguousarray(labels), patch)
         with atomic_path(table_path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **locations)
+            np.savez(file, **locations)  # type: ignore[arg-type]
         # The record is written last: a case without it, or with other sizes in it, is done again.
         write_json(
             self.folder / f"{case.name}.json",

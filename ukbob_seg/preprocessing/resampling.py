@@ -108,7 +108,7 @@ def logits_to_indices(logits: np.ndarray, new_shape: Shape, coarse_axis: int | N
         ``new_shape`` class indices, uint8 (uint16 past 256 classes); equal logits go to the lower class.
     """
     result = np.empty(tuple(int(n) for n in new_shape), dtype=np.uint8 if len(logits) <= 256 else np.uint16)
-    _best_class(_as_float32(logits), *_all_taps(logits, new_shape, coarse_axis), result)
+    _best_class(_as_float32(logits), *_all_taps(logits, new_shape, coarse_axis), result)  # type: ignore[call-arg]
     return result
 
 
@@ -124,7 +124,7 @@ def logits_to_regions(logits: np.ndarray, new_shape: Shape, coarse_axis: int | N
         ``new_shape``: 0 where no region is positive, else 1 + the index of the last positive region.
     """
     result = np.empty(tuple(int(n) for n in new_shape), dtype=np.uint8 if len(logits) < 256 else np.uint16)
-    _last_positive(_as_float32(logits), *_all_taps(logits, new_shape, coarse_axis), result)
+    _last_positive(_as_float32(logits), *_all_taps(logits, new_shape, coarse_axis), result)  # type: ignore[call-arg]
     return result
 
 

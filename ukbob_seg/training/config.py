@@ -93,7 +93,8 @@ class TrainingConfig:
         unknown = sorted(set(content) - known)
         if unknown:
             raise ConfigError(f"training configuration: unknown entry {', '.join(unknown)}")
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in content.items()})
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
+        return cls(**values)
 
 
 # The recipes that users start from; every field can be overridden by a flag of ukbob_train.
@@ -114,7 +115,8 @@ RECIPES: dict[str, TrainingConfig] = {
 def recipe(network: str, preset: str, pretrained: bool = False) -> TrainingConfig:
     """The recipe that a run starts from."""
     if preset == "ukbob":
-        return dataclasses.replace(RECIPES["ukbob"], **({"epochs": 500, "warmup_epochs": 50} if pretrained else {}))
+        paper = RECIPES["ukbob"]
+        return dataclasses.replace(paper, epochs=500, warmup_epochs=50) if pretrained else paper
     if pretrained and network == "swin_unetr":
         return RECIPES["finetune"]
     return RECIPES.get(network, RECIPES["swin_unetr"])

@@ -126,8 +126,8 @@ def read_patch(array: Any, start: tuple[int, int, int], patch_size: tuple[int, i
     if part.shape[-3:] == tuple(patch_size):
         return part
     patch = np.zeros((*leading, *patch_size), dtype=part.dtype)
-    target = tuple(slice(i.start - s, i.stop - s) for i, s in zip(inside, start, strict=True))
-    patch[(..., *target)] = part
+    z, y, x = (slice(i.start - s, i.stop - s) for i, s in zip(inside, start, strict=True))
+    patch[..., z, y, x] = part
     return patch
 
 

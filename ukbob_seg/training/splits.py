@@ -70,10 +70,10 @@ def make_splits(names: Sequence[str], groups: Mapping[str, str], scheme: str = "
         hold = max(1, round(HOLDOUT_SHARES[1] * len(subjects)))
         test = order[hold : 2 * hold] if len(subjects) > 2 else order[:0]
         train = order[hold + len(test) :]
-        return [Split(members(train), members(order[:hold]), members(test))]
+        return [Split(members(train.tolist()), members(order[:hold].tolist()), members(test.tolist()))]
     folds = np.array_split(order, min(FOLDS, len(subjects)))
     return [
-        Split(members([i for i in range(len(subjects)) if i not in set(fold.tolist())]), members(fold))
+        Split(members([i for i in range(len(subjects)) if i not in set(fold.tolist())]), members(fold.tolist()))
         for fold in folds
     ]
 

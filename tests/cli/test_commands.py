@@ -1,0 +1,235 @@
+"""The commands as a user meets them: the whole chain on a small dataset, and one clear sentence for every bad input."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from ukbob_seg.cli import (
+    evaluate,
+    extract_fingerprint,
+    plan,
+    plan_and_preprocess,
+    predict,
+    preprocess,
+    train,
+)
+from ukbob_seg.dataset.image_io import read_geometry, read_labels
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Call a command in-process; returns (exit code, stdout, stderr)."""
+    roots = ["raw", "preprocessed", "results"]
+
+    def call(command, *arguments, folders=None):
+        names = folders if folders is not None else {
+            plan_and_preprocess: roots[:2], extract_fingerprint: roots[:2], plan: roots[:2], preprocess: roots[:2],
+            train: roots, predict: roots[2:], evaluate: [],
+        }[command]  # fmt: skip
+        flags = [part for name in names for part in (f"--{name}", str(tmp_path / name))]
+        try:
+            code = command.main([*map(str, arguments), *flags])
+        except SystemExit as stop:
+            code = stop.code
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+def _error(result):
+    """The one sentence of a refused call: exit code 2, no traceback."""
+    code, _, err = result
+    assert code == 2, result
+    assert "Traceback" not in err
+    return next(line for line in reversed(err.splitlines()) if "error:" in line)
+
+
+PLAN = ["--memory-gb", "2", "--feature-size", "12", "--batch-size", "1", "--patch-size", "64", "32", "32"]
+TRAIN = ["--epochs", "1", "--iterations-per-epoch", "2", "--device", "cpu", "--validation-cases", "1"]
+
+
+def test_the_whole_chain(run, make_dataset, tmp_path):
+    folder = make_dataset(cases=5, test_cases=2, shape=(24, 28, 20), spacing_mm=(1.5, 1.0, 1.0))
+    code, out, _ = run(plan_and_preprocess, "-d", 7, "--verify", *PLAN)
+    assert code == 0
+    assert "verified 5 cases: no problems" in out
+    assert "patch 64x32x32" in out
+    assert "preprocessed 5 cases (0 were up to date)" in out
+    assert run(plan_and_preprocess, "-d", 7, *PLAN)[1].count("preprocessed 0 cases (5 were up to date)") == 1
+    code, out, err = run(train, 7, 0, *TRAIN)
+    assert code == 0, err
+    model = tmp_path / "results" / "Dataset007_Blobs" / "3d_fullres__swin_unetr"
+    assert (model / "fold_0" / "validation" / "summary.json").is_file()
+    assert "first" in out
+    for extra in ([], ["--etta", "--etta-steps", "1"], ["--tta", "--step-size", "1"]):
+        code, out, err = run(predict, "-i", folder / "imagesTs", "-o", tmp_path / "out", "-d", 7, "-f", 0,
+                             "--device", "cpu", *extra)  # fmt: skip
+        assert code == 0, err
+    labels, _ = read_labels(tmp_path / "out" / "blob_005.nii.gz")
+    image = folder / "imagesTs" / "blob_005_0000.nii.gz"
+    assert read_geometry(image).difference(read_geometry(tmp_path / "out" / "blob_005.nii.gz"), ("a", "b")) is None
+    assert set(np.unique(labels)) <= {0, 1, 2}
+    assert (tmp_path / "out" / "blob_005_etta.json").is_file()
+    code, out, _ = run(evaluate, tmp_path / "out", folder / "labelsTs")
+    assert code == 0
+    assert "mean" in out
+    single = run(predict, "-i", image, "-o", tmp_path / "one.nii.gz", "-m", model, "--device", "cpu")
+    assert single[0] == 0
+    assert (tmp_path / "one.nii.gz").is_file()
+
+
+def test_the_steps_one_by_one(run, make_dataset, tmp_path):
+    make_dataset(cases=2)
+    assert "no preprocessed" not in run(extract_fingerprint, "-d", 7)[1]
+    code, out, _ = run(plan, "-d", 7, *PLAN)
+    assert code == 0
+    assert "Target spacing 1 x 1 x 1 mm" in out
+    assert run(preprocess, "-d", 7)[1].startswith("3d_fullres: 2 cases preprocessed")
+    assert run(preprocess, "-d", 7)[1].startswith("3d_fullres: 0 cases preprocessed")
+
+
+def test_roots_from_the_environment(run, make_dataset, tmp_path, monkeypatch):
+    make_dataset(cases=2)
+    monkeypatch.setenv("UKBOB_RAW", str(tmp_path / "raw"))
+    monkeypatch.setenv("UKBOB_PREPROCESSED", str(tmp_path / "elsewhere"))
+    assert run(extract_fingerprint, "-d", "Dataset007_Blobs", folders=[])[0] == 0
+    assert (tmp_path / "elsewhere" / "Dataset007_Blobs" / "fingerprint.json").is_file()
+
+
+def _edit(path, change):
+    image = sitk.ReadImage(str(path))
+    edited = sitk.GetImageFromArray(change(sitk.GetArrayFromImage(image)))
+    edited.CopyInformation(image)
+    sitk.WriteImage(edited, str(path))
+
+
+def _write(array, path):
+    sitk.WriteImage(sitk.GetImageFromArray(array, isVector=False), str(path))
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+SPOIL = {
+    "truncated image": (lambda f: _truncate(f / "imagesTr/blob_001_0000.nii.gz"), "blob_001", "cannot be read"),
+    "missing channel": (lambda f: (f / "imagesTr/blob_001_0001.nii.gz").unlink(), "blob_001", "missing channel"),
+    "label without image": (
+        lambda f: [(f / f"imagesTr/blob_001_000{c}.nii.gz").unlink() for c in (0, 1)], "blob_001", "has no image",
+    ),
+    "image without label": (lambda f: (f / "labelsTr/blob_001.nii.gz").unlink(), "blob_001", "no label file"),
+    "unknown label": (
+        lambda f: _edit(f / "labelsTr/blob_001.nii.gz", lambda a: a * 9), "blob_001", "unknown label values 9",
+    ),
+    "NaN": (
+        lambda f: _edit(f / "imagesTr/blob_001_0000.nii.gz", lambda a: np.where(a > 100, np.nan, a).astype("f4")),
+        "blob_001", "NaN",
+    ),
+    "empty image": (
+        lambda f: _edit(f / "imagesTr/blob_001_0000.nii.gz", np.zeros_like), "blob_001", "every voxel is 0",
+    ),
+    "all background": (lambda f: _edit(f / "labelsTr/blob_001.nii.gz", np.zeros_like), "blob_001", "all background"),
+    "flat file": (
+        lambda f: _write(np.ones((4, 5), "f4"), f / "imagesTr/blob_001_0000.nii.gz"),
+        "blob_001", "2 dimensions",
+    ),
+    "4D file": (
+        lambda f: _write(np.ones((2, 4, 5, 6), "f4"), f / "imagesTr/blob_001_0000.nii.gz"),
+        "blob_001", "4 dimensions",
+    ),
+    "duplicate case": (
+        lambda f: [os.link(f / p, f / p.replace("blob_001", "BLOB_001")) for p in
+                   ("imagesTr/blob_001_0000.nii.gz", "imagesTr/blob_001_0001.nii.gz", "labelsTr/blob_001.nii.gz")],
+        "BLOB_001", "duplicate case id",
+    ),
+    "no description": (lambda f: (f / "dataset.json").unlink(), "dataset.json", "does not exist"),
+    "broken description": (lambda f: (f / "dataset.json").write_text("{"), "dataset.json", "not valid JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SPOIL)
+def test_bad_datasets(run, make_dataset, what):
+    spoil, where, message = SPOIL[what]
+    folder = make_dataset(cases=3, channel_names=("fat", "water"))
+    spoil(folder)
+    for command in ([plan_and_preprocess, "-d", 7, *PLAN], [plan_and_preprocess, "-d", 7, "--verify-only"]):
+        error = _error(run(*command))
+        whole = error
+        assert message in whole, whole
+        assert where in whole, whole
+
+
+def test_geometry_mismatch(run, make_dataset):
+    folder = make_dataset(cases=2)
+    path = folder / "labelsTr" / "blob_000.nii.gz"
+    image = sitk.ReadImage(str(path))
+    image.SetOrigin((9.0, 9.0, 9.0))
+    sitk.WriteImage(image, str(path))
+    error = _error(run(plan_and_preprocess, "-d", 7, *PLAN))
+    assert "case blob_000: origin_mm differs: (3, -5, 7) in the image, (9, 9, 9) in the label" in error
+
+
+def test_wrong_roots_ids_and_options(run, make_dataset, tmp_path):
+    assert "does not exist; give it with --raw" in _error(run(plan_and_preprocess, "-d", 7, *PLAN))
+    make_dataset(cases=5)
+    assert "no dataset '9'" in _error(run(plan_and_preprocess, "-d", 9, *PLAN))
+    assert "multiple of 12" in _error(run(plan_and_preprocess, "-d", 7, "--memory-gb", 2, "--feature-size", 10))
+    assert "no configuration '2d'" in _error(run(plan_and_preprocess, "-d", 7, *PLAN, "-c", "2d"))
+    assert "--workers must be at least 1" in _error(run(plan_and_preprocess, "-d", 7, *PLAN, "--workers", 0))
+    assert run(plan_and_preprocess, "-d", 7, *PLAN)[0] == 0
+    assert "fold must be 0..4 or 'all', got '9'" in _error(run(train, 7, 9, *TRAIN))
+    assert "holds no network" not in _error(run(train, 7, 0, *TRAIN, "--device", "cuda:7"))
+    assert "the plans hold no network 'unet'" in _error(run(train, 7, 0, *TRAIN, "--network", "unet"))
+    assert "nothing to resume" in _error(run(train, 7, 0, *TRAIN, "--resume"))
+    assert "learning_rate must be positive" in _error(run(train, 7, 0, *TRAIN, "--lr", "-1"))
+    assert "(trained: none)" in _error(run(predict, "-i", tmp_path, "-o", tmp_path / "o", "-d", 7, "--device", "cpu"))
+    missing = run(predict, "-i", tmp_path, "-o", tmp_path / "o", "-m", tmp_path / "none", "--device", "cpu")
+    assert "does not exist; train first" in _error(missing)
+    assert "either as -d ID or as -m" in _error(run(predict, "-i", tmp_path, "-o", tmp_path / "o"))
+    assert "need --etta" in _error(run(predict, "-i", tmp_path, "-o", tmp_path / "o", "-d", 7, "--etta-lr", "0.1"))
+
+
+def test_edited_plans_with_a_typing_error(run, make_dataset, tmp_path):
+    make_dataset(cases=5)
+    run(plan_and_preprocess, "-d", 7, *PLAN)
+    path = tmp_path / "preprocessed" / "Dataset007_Blobs" / "plans.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "memory": 3}))
+    assert "unknown entry memory" in _error(run(train, 7, 0, *TRAIN))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_output(run, make_dataset, tmp_path):
+    make_dataset(cases=2)
+    (tmp_path / "preprocessed").mkdir(mode=0o500)
+    assert "cannot write" in _error(run(plan_and_preprocess, "-d", 7, *PLAN))
+
+
+def test_an_output_that_is_a_file(run, make_dataset, tmp_path):
+    make_dataset(cases=2)
+    (tmp_path / "preprocessed").write_text("in the way")
+    assert "cannot write" in _error(run(plan_and_preprocess, "-d", 7, *PLAN))
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    """The rename never happens when the write fails, so what was there stays."""
+    import errno
+
+    from ukbob_seg.errors import UkbobError
+    from ukbob_seg.files import atomic_path, write_text
+
+    write_text(tmp_path / "a.txt", "old")
+
+    def fill_the_disk():
+        with atomic_path(tmp_path / "a.txt") as temporary:
+            temporary.write_text("ne")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UkbobError, match=r"cannot write .*a\.txt: No space left on device; check"):
+        fill_the_disk()
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
