@@ -1,0 +1,71 @@
+"""The CUDA paths: the same code as on the CPU, checked where there is a device."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from ukbob_seg.dataset.image_io import Geometry
+from ukbob_seg.dataset.paths import Roots
+from ukbob_seg.inference.etta import EttaConfig
+from ukbob_seg.inference.predictor import PredictionSettings, Predictor
+from ukbob_seg.networks.swin_unetr import SwinUNETR
+from ukbob_seg.preprocessing.pipeline import plan_and_preprocess
+from ukbob_seg.preprocessing.planner import PlanOptions
+from ukbob_seg.training.config import TrainingConfig
+from ukbob_seg.training.trainer import RunOptions, train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def test_swin_unetr_on_the_device_equals_the_cpu():
+    torch.manual_seed(0)
+    network = SwinUNETR(2, 3, feature_size=12).eval()
+    x = torch.randn(1, 2, 64, 32, 96)
+    with torch.no_grad():
+        expected = network(x)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        found = network.cuda()(x.cuda()).cpu()
+    assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("network", ["swin_unetr", "plain_conv_unet"])
+def test_train_predict_and_adapt(make_dataset, tmp_path, network):
+    if network == "plain_conv_unet":
+        pytest.importorskip("dynamic_network_architectures")
+    make_dataset(cases=5, shape=(40, 40, 40))
+    roots = Roots.below(tmp_path)
+    plan_and_preprocess(7, roots, PlanOptions(memory_gb=3, batch_size=2, feature_size=12), workers=1)
+    config = TrainingConfig(
+        epochs=4, iterations_per_epoch=40, learning_rate=2e-3, schedule="one_cycle", validation_every=4
+    )
+    folder = train(7, 0, roots, config, RunOptions(device="cuda", quiet=True), network=network)
+    rows = (folder / "progress.csv").read_text().splitlines()
+    assert float(rows[-1].split(",")[3]) > 0.5  # mean validation Dice
+    image = np.random.default_rng(0).normal(100, 30, (1, 40, 44, 36)).astype(np.float32)
+    geometry = Geometry((40, 44, 36), (1.0, 1.0, 1.0))
+    results = {}
+    for device in ("cpu", "cuda"):
+        with Predictor.from_model_folder(folder.parent, device=device) as predictor:
+            results[device] = predictor.predict_array(image, geometry).labels
+    assert (results["cpu"] == results["cuda"]).mean() > 0.98  # half precision moves some borders
+    settings = PredictionSettings(etta=EttaConfig(steps=2), tta=True)
+    with Predictor.from_model_folder(folder.parent, device="cuda", settings=settings) as predictor:
+        adapted = predictor.predict_array(image, geometry)
+    assert adapted.etta[0]["adapted_parameters"] > 0
+    assert json.dumps(adapted.etta)
+
+
+def test_resume_on_the_device(make_dataset, tmp_path):
+    make_dataset(cases=5, shape=(40, 40, 40))
+    roots = Roots.below(tmp_path)
+    plan_and_preprocess(7, roots, PlanOptions(memory_gb=3, batch_size=2, feature_size=12), workers=1)
+    config = TrainingConfig(epochs=2, iterations_per_epoch=3, schedule="constant", validation_every=5)
+    train(7, 0, roots, config, RunOptions(device="cuda", quiet=True))
+    longer = TrainingConfig(epochs=3, iterations_per_epoch=3, schedule="constant", validation_every=5)
+    folder = train(7, 0, roots, longer, RunOptions(device="cuda", quiet=True, resume=True))
+    assert len((folder / "progress.csv").read_text().splitlines()) == 4
