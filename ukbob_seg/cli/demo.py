@@ -17,9 +17,9 @@ def main(argv: list[str] | None = None) -> None:
         "  ukbob_demo\n  ukbob_demo -o my_demo --train-cases 40 --steps 60",
     )
     parser.add_argument("-o", "--output", type=Path, default=Path("ukbob_demo"), help="folder (default: ./ukbob_demo)")
-    parser.add_argument("--train-cases", type=int, metavar="N", help="synthetic training cases (default: 80)")
+    parser.add_argument("--train-cases", type=int, metavar="N", help="synthetic training cases (default: 100)")
     parser.add_argument("--test-cases", type=int, metavar="N", help="synthetic test cases (default: 6)")
-    parser.add_argument("--steps", type=int, metavar="N", help="training steps (default: 160)")
+    parser.add_argument("--steps", type=int, metavar="N", help="training steps (default: 260)")
     parser.add_argument("--fault-fraction", type=float, metavar="F", help="share of labels to spoil (default: 0.02)")
     parser.add_argument("--shift", type=float, metavar="S", help="strangeness of the test scanner (default: 0.5)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")

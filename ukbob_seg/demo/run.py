@@ -30,6 +30,10 @@ from ukbob_seg.training.trainer import RunOptions, train
 log = logging.getLogger(__name__)
 
 MARKER = ".ukbob_demo"
+# Small enough for a CPU; the network and every stage are those of a real run.
+SHAPE = (64, 28, 40)
+PATCH = (64, 32, 32)
+ETTA = EttaConfig(steps=3, max_patches=2, candidates=4)
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,9 @@ class DemoConfig:
         seed: of everything.
     """
 
-    train_cases: int = 80
+    train_cases: int = 100
     test_cases: int = 6
-    steps: int = 160
+    steps: int = 260
     fault_fraction: float = 0.02
     test_shift: float = 0.5
     device: str = "cpu"
@@ -100,7 +104,7 @@ def run_demo(folder: Path, config: DemoConfig | None = None) -> DemoResult:
 
     cohort = write_cohort(
         roots.raw,
-        CohortConfig(seed=config.seed),
+        CohortConfig(shape=SHAPE, seed=config.seed),
         config.train_cases,
         config.test_cases,
         config.fault_fraction,
@@ -108,7 +112,7 @@ def run_demo(folder: Path, config: DemoConfig | None = None) -> DemoResult:
         workers=choose_workers(None, config.train_cases),
     )
     clock.lap("synthetic cohort")
-    options = PlanOptions(memory_gb=4.0, patch_size=(64, 32, 64), batch_size=2, feature_size=12)
+    options = PlanOptions(memory_gb=4.0, patch_size=PATCH, batch_size=2, feature_size=12)
     prepared = plan_and_preprocess(DATASET, roots, options)
     clock.lap("plan and preprocess")
     solf_filter(cohort.folder, prepared.folder / "solf", FilterConfig())
@@ -155,9 +159,9 @@ def _train(roots: Roots, config: DemoConfig) -> Path:
         "swin_unetr",
         epochs=epochs,
         iterations_per_epoch=max(1, config.steps // epochs),
-        learning_rate=2e-3,
+        learning_rate=4e-3,
         schedule="one_cycle",
-        mirror_axes=(2,),
+        mirror_axes=(),
         validation_every=max(1, epochs // 2),
         validation_cases=2,
         seed=config.seed,
@@ -169,7 +173,7 @@ def _train(roots: Roots, config: DemoConfig) -> Path:
 def _predict_and_score(
     model: Path, cohort: WrittenCohort, output: Path, config: DemoConfig, etta: bool
 ) -> EvaluationSummary:
-    settings = PredictionSettings(etta=EttaConfig() if etta else None)
+    settings = PredictionSettings(etta=ETTA if etta else None)
     with Predictor.from_model_folder(model, ["0"], "final", config.device, settings) as predictor:
         predict(predictor, cohort.folder / "imagesTs", output, arguments=dataclasses.asdict(config))
     images = cohort.folder / "imagesTs"
