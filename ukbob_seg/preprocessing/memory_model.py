@@ -1,4 +1,4 @@
-"""How much memory a training step takes, by network and size. Coefficients come from benchmarks/memory_model.py."""
+"""How much memory a training step takes, by network and size; checked by benchmarks/memory_model.py."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ STATES_PER_WEIGHT = 4  # value, gradient, and two AdamW moments
 
 # Float32 values held per input voxel of a patch, per unit of feature size / per output class.
 SWIN_PER_FEATURE = 40.0
+# Attention with fewer than 16 channels per head (feature sizes below 48) is not fused on CUDA and keeps its matrices;
+# on the CPU they are recomputed, so that the model errs on the high side there.
+SWIN_UNFUSED_ATTENTION = 800.0
+SWIN_FUSED_FEATURE_SIZE = 48
 SWIN_PER_OUTPUT = 7.0
 CONV_PER_FEATURE = 3.2
 CONV_PER_OUTPUT = 7.0
@@ -33,6 +37,8 @@ def swin_unetr_memory_gb(
     weights = 27_000 * feature_size**2  # 62.2 M at feature size 48; all large layers grow with its square
     voxels = batch * float(np.prod(patch))
     per_voxel = SWIN_PER_FEATURE * feature_size + SWIN_PER_OUTPUT * out_channels + 2 * in_channels
+    if feature_size < SWIN_FUSED_FEATURE_SIZE:
+        per_voxel += SWIN_UNFUSED_ATTENTION
     return BASE_GB + FLOAT * (STATES_PER_WEIGHT * weights + voxels * per_voxel) / GIB
 
 
