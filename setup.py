@@ -45,7 +45,7 @@ setup(
     ],
     extras_require={
         "nnunet": ["dynamic-network-architectures>=0.4"],
-        "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6", "monai>=1.5", "einops", "psutil"],
+        "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6", "monai>=1.5", "einops", "scikit-learn", "psutil"],
         "dev": ["ruff>=0.6", "mypy>=1.10", "pre-commit"],
     },
     entry_points={

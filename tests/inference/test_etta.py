@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from ukbob_seg.errors import ConfigError
-from ukbob_seg.inference.etta import EttaConfig, adapt, adapted, norm_layers, voxel_entropy
+from ukbob_seg.inference.etta import EttaConfig, OutputMeaning, adapt, adapted, norm_layers, voxel_entropy
 from ukbob_seg.inference.sliding_window import WindowSettings
 
 WINDOWS = WindowSettings((8, 8, 8))
+SOFTMAX = OutputMeaning()
 
 
 def _network(norm, outputs=3):
@@ -50,7 +51,9 @@ def test_entropy_closed_forms():
 @pytest.mark.parametrize("norm", NORMS)
 def test_entropy_falls_and_only_norm_layers_move(image, norm, head):
     network = _network(NORMS[norm]())
-    own, record = adapt(network, image, WINDOWS, head, EttaConfig(steps=8, learning_rate=0.02))
+    own, record = adapt(
+        network, image, WINDOWS, OutputMeaning(head), EttaConfig(steps=8, learning_rate=0.02, max_patches=4)
+    )
     assert record.decision == "adapted"
     assert record.steps >= 1
     moved = {name for (name, a), (_, b) in zip(own.named_parameters(), network.named_parameters(), strict=True)
@@ -67,7 +70,7 @@ def test_the_network_is_restored_bit_for_bit(image):
     network[0].weight.requires_grad_(False)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     plain = network(image[None])
-    with adapted(network, image, WINDOWS, "softmax"):
+    with adapted(network, image, WINDOWS, SOFTMAX):
         inside = network(image[None])
         assert not torch.equal(inside, plain)
     after = network.state_dict()
@@ -82,7 +85,7 @@ def test_the_network_is_restored_bit_for_bit(image):
 def test_restored_even_when_prediction_fails(image):
     network = _network(NORMS["instance"]())
     before = network[1].weight.detach().clone()
-    with pytest.raises(ZeroDivisionError), adapted(network, image, WINDOWS, "softmax"):
+    with pytest.raises(ZeroDivisionError), adapted(network, image, WINDOWS, SOFTMAX):
         raise ZeroDivisionError
     assert torch.equal(network[1].weight, before)
 
@@ -91,7 +94,7 @@ def test_order_of_cases_does_not_matter(image):
     network = _network(NORMS["batch"]())
 
     def predict(case):
-        with adapted(network, case, WINDOWS, "softmax"), torch.no_grad():
+        with adapted(network, case, WINDOWS, SOFTMAX), torch.no_grad():
             return network(case[None])
 
     first, other = predict(image), predict(image * 3)
@@ -103,19 +106,19 @@ def test_statistics_are_those_of_the_case():
     """One window that covers the image: running statistics must equal the layer's input statistics."""
     network = _network(nn.BatchNorm3d(6))
     image = torch.randn(1, 8, 8, 8) * 5 - 2
-    own, record = adapt(network, image, WINDOWS, "softmax", EttaConfig(steps=1, learning_rate=1e-9))
+    own, record = adapt(network, image, WINDOWS, SOFTMAX, EttaConfig(steps=1, learning_rate=1e-9))
     features = network[0](image[None])
     assert record.statistics_layers == 1
     assert torch.allclose(own[1].running_mean, features.mean((0, 2, 3, 4)), atol=1e-5)
     assert torch.allclose(own[1].running_var, features.var((0, 2, 3, 4)), rtol=1e-4)
-    half, _ = adapt(network, image, WINDOWS, "softmax", EttaConfig(steps=1, learning_rate=1e-9, statistics_share=0.5))
+    half, _ = adapt(network, image, WINDOWS, SOFTMAX, EttaConfig(steps=1, learning_rate=1e-9, statistics_share=0.5))
     assert torch.allclose(half[1].running_mean, own[1].running_mean / 2, atol=1e-5)
 
 
 def test_nothing_to_adapt_is_an_error(image):
     for norm in (nn.Identity(), nn.InstanceNorm3d(6, affine=False)):
         with pytest.raises(ConfigError, match="nothing for --etta to adapt"):
-            adapt(_network(norm), image, WINDOWS, "softmax")
+            adapt(_network(norm), image, WINDOWS, SOFTMAX)
 
 
 def test_collapse_falls_back(image):
@@ -123,9 +126,7 @@ def test_collapse_falls_back(image):
     network = _network(NORMS["instance"]())
     with torch.no_grad():
         network[4].bias.copy_(torch.tensor([1.5, 0.0, 0.0]))
-    own, record = adapt(
-        network, image, WINDOWS, "softmax", EttaConfig(steps=30, learning_rate=0.5, least_foreground=1.0)
-    )
+    own, record = adapt(network, image, WINDOWS, SOFTMAX, EttaConfig(steps=30, learning_rate=0.5, least_foreground=1.0))
     if record.foreground_after < record.foreground_before:
         assert record.decision.startswith("fell back")
         assert torch.equal(own[1].weight, network[1].weight)
@@ -139,8 +140,18 @@ def test_layer_norm_counts():
 
 
 @pytest.mark.parametrize(
-    "change", [{"steps": 0}, {"learning_rate": 0.0}, {"statistics_share": 1.5}, {"candidates": 2, "max_patches": 4}]
+    "change", [{"steps": 0}, {"learning_rate": 0.0}, {"statistics_share": 1.5}, {"candidates": 1, "max_patches": 2}]
 )
 def test_bad_configurations(change):
     with pytest.raises(ConfigError):
         EttaConfig(**change)
+
+
+def test_regions_have_no_background_channel(image):
+    """Channel 0 of a region head is a region; nothing is background only where no region is positive."""
+    meaning = OutputMeaning("sigmoid", has_regions=True)
+    logits = torch.tensor([[1.0, -1.0], [-1.0, -1.0], [1.0, 2.0]]).view(3, 2, 1, 1, 1)
+    assert meaning.decide(logits).ravel().tolist() == [1, 0, 2]
+    assert OutputMeaning("sigmoid").decide(logits).ravel().tolist() == [0, 0, 1]
+    _, record = adapt(_network(NORMS["instance"](), outputs=2), image, WINDOWS, meaning, EttaConfig(steps=1))
+    assert record.foreground_before > 0

@@ -40,8 +40,8 @@ class EttaConfig:
 
     steps: int = 5
     learning_rate: float = 4e-3
-    max_patches: int = 4
-    candidates: int = 8
+    max_patches: int = 2
+    candidates: int = 6
     statistics_share: float = 1.0
     least_foreground: float = 0.5
 
@@ -96,8 +96,28 @@ def voxel_entropy(logits: Tensor, head: str) -> Tensor:
     return (F.softplus(logits) - logits * logits.sigmoid()).sum(dim=1)
 
 
+@dataclass(frozen=True)
+class OutputMeaning:
+    """What the logits of a network mean.
+
+    Attributes:
+        head: ``softmax`` (one distribution over all outputs) or ``sigmoid`` (a binary one each).
+        has_regions: outputs may overlap and none stands for background.
+    """
+
+    head: str = "softmax"
+    has_regions: bool = False
+
+    def decide(self, logits: Tensor) -> Tensor:
+        """(B, K, z, y, x) -> (B, z, y, x): 0 is background."""
+        if not self.has_regions:
+            return logits.argmax(dim=1)
+        order = torch.arange(1, logits.shape[1] + 1, device=logits.device).view(1, -1, 1, 1, 1)
+        return ((logits > 0) * order).amax(dim=1)
+
+
 def adapt(
-    network: nn.Module, image: Tensor, windows: WindowSettings, head: str, config: EttaConfig | None = None
+    network: nn.Module, image: Tensor, windows: WindowSettings, meaning: OutputMeaning, config: EttaConfig | None = None
 ) -> tuple[nn.Module, EttaRecord]:
     """Adapt a copy of a network to one image; the network itself is untouched.
 
@@ -105,27 +125,27 @@ def adapt(
         network: any network of the toolkit, in evaluation mode.
         image: (C, Z, Y, X), preprocessed, on the network's device.
         windows: the windows that prediction will use.
-        head: ``softmax`` or ``sigmoid``.
+        meaning: of the network's outputs.
         config: limits.
 
     Raises:
         ConfigError: the network has no normalization layer that could adapt.
     """
     own = copy.deepcopy(network)
-    record = _adapt_in_place(own, image, windows, head, config or EttaConfig())
+    record = _adapt_in_place(own, image, windows, meaning, config or EttaConfig())
     return own, record
 
 
 @contextmanager
 def adapted(
-    network: nn.Module, image: Tensor, windows: WindowSettings, head: str, config: EttaConfig | None = None
+    network: nn.Module, image: Tensor, windows: WindowSettings, meaning: OutputMeaning, config: EttaConfig | None = None
 ) -> Iterator[EttaRecord]:
     """Adapt a network to one image inside a ``with`` block and restore it, bit for bit, at its end."""
     tensors = {name: value.detach().clone() for name, value in _adaptable_state(network).items()}
     flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     modes = [(module, module.training) for module in network.modules()]
     try:
-        yield _adapt_in_place(network, image, windows, head, config or EttaConfig())
+        yield _adapt_in_place(network, image, windows, meaning, config or EttaConfig())
     finally:
         with torch.no_grad():
             for name, value in _adaptable_state(network).items():
@@ -157,7 +177,7 @@ def _adaptable_state(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _adapt_in_place(
-    network: nn.Module, image: Tensor, windows: WindowSettings, head: str, config: EttaConfig
+    network: nn.Module, image: Tensor, windows: WindowSettings, meaning: OutputMeaning, config: EttaConfig
 ) -> EttaRecord:
     layers = norm_layers(network)
     parameters = [p for layer in layers for p in layer.parameters(recurse=False)]
@@ -169,15 +189,15 @@ def _adapt_in_place(
         )
     record = EttaRecord(adapted_parameters=sum(p.numel() for p in parameters), statistics_layers=len(with_statistics))
     network.eval().requires_grad_(False)
-    patches = _choose_patches(network, image, windows, head, config)
+    patches = _choose_patches(network, image, windows, meaning, config)
     record.patches = len(patches)
-    record.entropy_before, before = _measure(network, patches, head)
+    record.entropy_before, before = _measure(network, patches, meaning)
     record.foreground_before = _foreground(before)
     start = {name: value.detach().clone() for name, value in _adaptable_state(network).items()}
     _reestimate_statistics(network, with_statistics, patches, config.statistics_share)
     if parameters:
-        record.steps = _descend(network, parameters, patches, head, config)
-    record.entropy_after, after = _measure(network, patches, head)
+        record.steps = _descend(network, parameters, patches, meaning.head, config)
+    record.entropy_after, after = _measure(network, patches, meaning)
     record.foreground_after = _foreground(after)
     if record.foreground_after < config.least_foreground * record.foreground_before:
         record.decision = "fell back: the predicted foreground collapsed"
@@ -200,7 +220,7 @@ def _forward(network: nn.Module, patch: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _choose_patches(
-    network: nn.Module, image: Tensor, windows: WindowSettings, head: str, config: EttaConfig
+    network: nn.Module, image: Tensor, windows: WindowSettings, meaning: OutputMeaning, config: EttaConfig
 ) -> list[Tensor]:
     """Windows (1, C, z, y, x) that show foreground and are uncertain, from evenly spread candidates."""
     patch = windows.patch_size
@@ -220,26 +240,21 @@ def _choose_patches(
     scores = []
     for position, candidate in enumerate(patches):
         logits = _forward(network, candidate)
-        entropy = float(voxel_entropy(logits, head).mean())
-        scores.append((_foreground([_decide(logits)]) > 0, entropy, -position))
+        entropy = float(voxel_entropy(logits, meaning.head).mean())
+        scores.append((_foreground([meaning.decide(logits)]) > 0, entropy, -position))
     best = sorted(range(len(patches)), key=lambda i: scores[i], reverse=True)[: config.max_patches]
     return [patches[i] for i in sorted(best)]
 
 
 @torch.no_grad()
-def _measure(network: nn.Module, patches: Sequence[Tensor], head: str) -> tuple[float, list[Tensor]]:
+def _measure(network: nn.Module, patches: Sequence[Tensor], meaning: OutputMeaning) -> tuple[float, list[Tensor]]:
     """Mean entropy over the patches, and the decision of each."""
     entropies, decisions = [], []
     for patch in patches:
         logits = _forward(network, patch)
-        entropies.append(float(voxel_entropy(logits, head).mean()))
-        decisions.append(_decide(logits))
+        entropies.append(float(voxel_entropy(logits, meaning.head).mean()))
+        decisions.append(meaning.decide(logits))
     return sum(entropies) / len(entropies), decisions
-
-
-def _decide(logits: Tensor) -> Tensor:
-    """Most probable output of each voxel, (B, z, y, x)."""
-    return logits.argmax(dim=1)
 
 
 def _foreground(decisions: Sequence[Tensor]) -> int:

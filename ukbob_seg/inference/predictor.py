@@ -16,7 +16,7 @@ from torch import nn
 from ukbob_seg.dataset.image_io import Geometry, read_image, write_labels
 from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError
 from ukbob_seg.files import write_json
-from ukbob_seg.inference.etta import EttaConfig, adapted
+from ukbob_seg.inference.etta import EttaConfig, OutputMeaning, adapted
 from ukbob_seg.inference.export import decide, decide_resampled, save_probabilities, to_file_values
 from ukbob_seg.inference.passes import AveragedPasses, Mirroring
 from ukbob_seg.inference.sliding_window import WindowSettings, predict_logits, segment
@@ -208,10 +208,9 @@ class Predictor:
     def _adapted_networks(self, image: torch.Tensor) -> Iterator[tuple[list[nn.Module], list[dict[str, Any]]]]:
         """The networks as trained, or adapted to this image for the duration of the block."""
         with ExitStack() as stack:
+            meaning = OutputMeaning(self.description.head, self.spec.labels.has_regions)
             records = [
-                stack.enter_context(
-                    adapted(network, image, self._windows, self.description.head, self.settings.etta)
-                ).to_json()
+                stack.enter_context(adapted(network, image, self._windows, meaning, self.settings.etta)).to_json()
                 for network in (self._networks if self.settings.etta is not None else [])
             ]
             yield self._networks, records

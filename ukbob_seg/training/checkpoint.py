@@ -12,7 +12,7 @@ from torch import nn
 from ukbob_seg.dataset.spec import DatasetSpec
 from ukbob_seg.errors import CheckpointError, ConfigError
 from ukbob_seg.files import atomic_path
-from ukbob_seg.networks.registry import build_network
+from ukbob_seg.networks.registry import build_network, set_deep_supervision
 from ukbob_seg.preprocessing.plans import Plans
 
 FORMAT_VERSION = 1
@@ -130,4 +130,5 @@ def load_network(path: Path, device: str = "cpu") -> tuple[nn.Module, ModelDescr
     except ConfigError as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from error
     load_into(network, content, path)
+    set_deep_supervision(network, False)  # prediction needs the finest output only
     return network.to(device).eval(), description
