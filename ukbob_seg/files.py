@@ -55,9 +55,14 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def json_text(content: Any) -> str:
+    """Indented JSON; the same content always gives the same text."""
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=True) + "\n"
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as indented JSON, atomically; the same content always gives the same bytes."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=True) + "\n")
+    """Write ``content`` as indented JSON, atomically."""
+    write_text(path, json_text(content))
 
 
 def read_json(path: Path, what: str = "file") -> Any:

@@ -180,6 +180,19 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
         _plan(fingerprint).save(tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert Plans.load(tmp_path / "a") == _plan(fingerprint)
+    _plan(fingerprint).save(tmp_path / "a")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
+def test_plans_that_were_edited_are_kept(tmp_path):
+    fingerprint = _fingerprint([(100, 90, 80)] * 5, [(1.0, 0.9, 0.8)] * 5)
+    path = tmp_path / "plans.json"
+    _plan(fingerprint).save(path)
+    edited = path.read_text().replace('"image_order": 3', '"image_order": 1')
+    path.write_text(edited)
+    _plan(fingerprint).save(path)
+    assert Plans.load(path).configuration("3d_fullres").image_order == 3
+    assert (tmp_path / "plans.previous.json").read_text() == edited
 
 
 def test_edited_plans_are_checked():

@@ -243,3 +243,23 @@ def test_left_right_tables():
     assert output_swap(scheme) == (0, 3, 2, 1)
     assert output_swap(LabelScheme.from_json({"background": 0, "liver": 5}, None)) is None
     assert np.array_equal(table[table], np.arange(256))
+
+
+def test_arrays_of_other_plans_are_refused(roots):
+    path = roots.preprocessed / "Dataset007_Blobs" / "plans.json"
+    content = json.loads(path.read_text())
+    content["configurations"]["3d_fullres"]["spacing_mm"] = [2.0, 2.0, 2.0]
+    path.write_text(json.dumps(content))
+    with pytest.raises(DatasetError, match=r"case blob_\d+ was preprocessed before plans\.json .* run ukbob_preprocess"):
+        _train(roots)
+
+
+def test_resuming_with_another_batch_size_is_refused(roots):
+    _train(roots)
+    path = roots.preprocessed / "Dataset007_Blobs" / "plans.json"
+    content = json.loads(path.read_text())
+    content["configurations"]["3d_fullres"]["networks"]["tests_tiny:Tiny"]["batch_size"] = 3
+    path.write_text(json.dumps(content))
+    longer = dataclasses.replace(CONFIG, epochs=5)
+    with pytest.raises(ConfigError, match="the patch and batch size changed since"):
+        _train(roots, longer, dataclasses.replace(QUIET, resume=True))

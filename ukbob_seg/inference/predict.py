@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,8 +117,3 @@ def model_folder(results: Path, dataset: str, configuration: str, network: str) 
     from ukbob_seg.dataset.paths import find_dataset
 
     return find_dataset(results, dataset) / f"{configuration}__{network.replace(':', '.')}"
-
-
-def trained_models(folder: Path) -> Sequence[str]:
-    """Names of the model folders of a dataset, for error messages."""
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and "__" in path.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -135,10 +136,10 @@ class Predictor:
         loaded = [load_network(found[fold], device) for fold in chosen]
         descriptions = [description for _, description in loaded]
         for other in descriptions[1:]:
-            if (other.network, other.arguments, other.plans) != (
-                descriptions[0].network, descriptions[0].arguments, descriptions[0].plans,
-            ):  # fmt: skip
-                raise CheckpointError(f"{folder}: folds {chosen} were trained with different plans; predict them apart")
+            if dataclasses.replace(other, fold=descriptions[0].fold) != descriptions[0]:
+                raise CheckpointError(
+                    f"{folder}: folds {chosen} were trained with different plans or recipes; predict them apart"
+                )
         log.info("model %s, fold %s (%s)", folder, ", ".join(chosen), NAMES[checkpoint])
         return cls([network for network, _ in loaded], descriptions[0], device, settings)
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ukbob_seg.errors import ConfigError
-from ukbob_seg.files import read_json, write_json
+from ukbob_seg.files import json_text, read_json, write_json
 from ukbob_seg.preprocessing.normalization import ChannelNormalization
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 
@@ -149,7 +152,13 @@ class Plans:
         return cls.from_json(read_json(path, "plans"), str(path))
 
     def save(self, path: Path) -> None:
-        """Write plans.json; equal plans give equal bytes."""
+        """Write plans.json; equal plans give equal bytes. Different plans that were there, edited by hand perhaps,
+        are kept as ``plans.previous.json``.
+        """
+        path = Path(path)
+        if path.is_file() and path.read_text(encoding="utf-8") != json_text(self.to_json()):
+            path.replace(path.with_name(f"{path.stem}.previous.json"))
+            log.warning("%s: the plans that were there are kept as %s.previous.json", path, path.stem)
         write_json(path, self.to_json())
 
 

@@ -138,16 +138,7 @@ def preprocess(
     folder = Path(output_folder) / configuration
     ensure_writable(folder)
     write_json(Path(output_folder) / "dataset.json", spec.content)
-    recipe = digest(
-        [
-            FORMAT_VERSION,
-            [dataclasses.asdict(entry) for entry in plans.normalization],
-            plan.spacing_mm,
-            plan.image_order,
-            spec.content["labels"],
-            allow_empty,
-        ]
-    )
+    recipe = preprocessing_recipe(plans, plan, spec)
     worker = _Preprocessor(spec.labels, plans, plan, folder, recipe, allow_empty)
     todo = [case for case in cases if not is_current(folder, case, recipe)]
     gigabytes = WORKING_COPIES * len(spec.channel_names) * float(np.prod(plan.median_shape)) * 4 / 2**30
@@ -156,6 +147,12 @@ def preprocess(
         count = 1
     map_cases(worker, todo, workers=count, description=f"preprocessing {spec.name} {configuration}", quiet=quiet)
     return len(todo)
+
+
+def preprocessing_recipe(plans: Plans, plan: ConfigurationPlan, spec: DatasetSpec) -> str:
+    """Hash of everything in the plans and labels that decides a preprocessed array."""
+    normalization = [dataclasses.asdict(entry) for entry in plans.normalization]
+    return digest([FORMAT_VERSION, normalization, plan.spacing_mm, plan.image_order, spec.content["labels"]])
 
 
 def is_current(folder: Path, case: Case, recipe: str) -> bool:
@@ -199,6 +196,7 @@ class _Preprocessor:
             self.folder / f"{case.name}.json",
             {
                 "key": digest([self.recipe, stamps]),
+                "recipe": self.recipe,
                 "files": {path.name: path.stat().st_size for path in (image_path, label_path, table_path)},
                 "properties": dataclasses.asdict(properties),
                 "voxels_per_label": counts,

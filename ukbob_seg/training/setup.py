@@ -19,7 +19,9 @@ from ukbob_seg.dataset.spec import DatasetSpec
 from ukbob_seg.errors import ConfigError, DatasetError
 from ukbob_seg.files import write_json
 from ukbob_seg.filtering.policies import LabelTrust, case_lookup
+from ukbob_seg.preprocessing.fingerprint import Fingerprint
 from ukbob_seg.preprocessing.plans import ConfigurationPlan, NetworkPlan, Plans
+from ukbob_seg.preprocessing.preprocessor import load_record, preprocessing_recipe
 from ukbob_seg.training.augmentation import AugmentationSetup, Transform, make_transforms
 from ukbob_seg.training.checkpoint import ModelDescription
 from ukbob_seg.training.config import TrainingConfig, recipe
@@ -96,15 +98,16 @@ def prepare(
     plan = plans.configuration(configuration)
     network_plan = plan.network(network)
     arrays = folder / configuration
-    names = sorted(path.stem for path in arrays.glob("*.json") if not path.name.startswith("."))
-    if not names:
+    if not any(arrays.glob("*.json")):
         raise DatasetError(f"{folder.name} is not preprocessed for {configuration}; run ukbob_preprocess -d {dataset}")
+    names = [case.name for case in Fingerprint.load(folder / "fingerprint.json").cases]
     raw = roots.raw / folder.name
     groups = load_groups(raw / "groups.csv", names)
     scheme = "80-10-10" if plans.preset == "ukbob" else "5-fold"
     splits = None if fold == "all" else load_or_make_splits(folder, names, groups, scheme)
     split = choose_split(splits, fold, names)
     train = take_subset(split.train, config.subset_fraction, config.seed, groups)
+    _check_arrays(arrays, (*train, *split.val), preprocessing_recipe(plans, plan, spec))
     trust = LabelTrust.load(folder / "solf") if use_filter else None
     head = "sigmoid" if spec.labels.has_regions or config.loss == "bce_dice" else "softmax"
     description = ModelDescription(
@@ -130,6 +133,20 @@ def prepare(
         train=_trusted(train, trust, spec.labels, "training"),
         val=_trusted(split.val[: config.validation_cases or None], trust, spec.labels, "validation"),
     )
+
+
+def _check_arrays(arrays: Path, names: Sequence[str], recipe: str) -> None:
+    """Refuse arrays that were made by other plans than those in force.
+
+    Raises:
+        DatasetError: names the case.
+    """
+    for name in names:
+        if load_record(arrays, name).get("recipe") != recipe:
+            raise DatasetError(
+                f"case {name} was preprocessed before plans.json or the labels in dataset.json changed; "
+                "run ukbob_preprocess again"
+            )
 
 
 def _trusted(

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from ukbob_seg.dataset.paths import Roots
 from ukbob_seg.errors import CheckpointError, ConfigError, UkbobError
-from ukbob_seg.files import ensure_writable, write_json
+from ukbob_seg.files import digest, ensure_writable, write_json
 from ukbob_seg.networks.pretrained import load_weights
 from ukbob_seg.training.augmentation import Batch, Transform, augment
 from ukbob_seg.training.checkpoint import NAMES, load_into, read_checkpoint, save_checkpoint
@@ -178,8 +179,9 @@ def _restore(state: TrainState, setup: TrainingSetup, config: TrainingConfig, pa
     if changed:
         listing = ", ".join(f"{key} {before.get(key)} -> {now[key]}" for key in changed)
         raise ConfigError(f"cannot resume {path} with another recipe ({listing}); give the same flags or --overwrite")
-    if content["cases"] != [case.name for case in setup.train]:
-        raise ConfigError(f"cannot resume {path}: the training cases have changed since; start with --overwrite")
+    for what, value in _fixed_inputs(setup).items():
+        if content[what] != value:
+            raise ConfigError(f"cannot resume {path}: the {what} changed since; restore them or start with --overwrite")
     if config.epochs < content["epoch"]:
         raise ConfigError(f"{path} has already trained {content['epoch']} epochs, --epochs is {config.epochs}")
     state.optimizer.load_state_dict(content["optimizer_state"])
@@ -296,7 +298,18 @@ def _training_state(state: TrainState, setup: TrainingSetup, config: TrainingCon
         "best_dice": state.best_dice,
         "history": json.dumps(state.history),
         "config": config.to_json(),
-        "cases": [case.name for case in setup.train],
+        **_fixed_inputs(setup),
+    }
+
+
+def _fixed_inputs(setup: TrainingSetup) -> dict[str, Any]:
+    """What besides the recipe must be the same for a run to go on exactly."""
+    flags = {case.name: np.flatnonzero(case.lookup != np.arange(len(case.lookup))).tolist()
+             for case in setup.train if case.lookup is not None}  # fmt: skip
+    return {
+        "training cases": [case.name for case in setup.train],
+        "patch and batch size": [*setup.network.patch_size, setup.network.batch_size],
+        "filter flags": digest(flags),
     }
 
 
