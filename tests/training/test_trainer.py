@@ -250,7 +250,7 @@ def test_arrays_of_other_plans_are_refused(roots):
     content = json.loads(path.read_text())
     content["configurations"]["3d_fullres"]["spacing_mm"] = [2.0, 2.0, 2.0]
     path.write_text(json.dumps(content))
-    with pytest.raises(DatasetError, match=r"case blob_\d+ was preprocessed before plans\.json .* run ukbob_preprocess"):
+    with pytest.raises(DatasetError, match=r"blob_\d+ was preprocessed before plans\.json .* run ukbob_preprocess"):
         _train(roots)
 
 
