@@ -13,7 +13,7 @@ def nonzero_box(image: np.ndarray) -> tuple[slice, slice, slice]:
         image: (C, Z, Y, X).
 
     Returns:
-        Slices (z, y, x); the whole volume when every voxel is zero.
+        Slices (z, y, x); the whole volume when every voxel is zero. A NaN is not zero.
     """
     slices = []
     for axis in range(1, 4):
@@ -26,5 +26,15 @@ def nonzero_box(image: np.ndarray) -> tuple[slice, slice, slice]:
 
 
 def nonzero_mask(image: np.ndarray) -> np.ndarray:
-    """(Z, Y, X) bool: nonzero in any channel, holes filled (nnU-Net's mask for masked normalization)."""
+    """Voxels that belong to the object: nonzero in any channel, with the holes inside filled, as nnU-Net does.
+
+    A hole is what no path of face neighbours connects to the border, so filling changes neither ``nonzero_box`` nor,
+    after cropping to it, the result.
+
+    Args:
+        image: (C, Z, Y, X).
+
+    Returns:
+        (Z, Y, X) bool.
+    """
     return binary_fill_holes((image != 0).any(axis=0))

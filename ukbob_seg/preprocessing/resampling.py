@@ -1,81 +1,63 @@
-"""Resampling of images, label maps and logits.
+"""Resampling of images, label maps and logits; shapes are (z, y, x).
 
-All of them use the same map of coordinates, that of ``scipy.ndimage.zoom(grid_mode=True)``, ``skimage.resize`` and
-nnU-Net: voxel centres, edges clamped. Shapes are (z, y, x).
+All of them share one map of coordinates, that of scipy's ``zoom(grid_mode=True)`` and nnU-Net (``resampling_taps``).
+Large arrays are shared between as many threads as numba is allowed (NUMBA_NUM_THREADS; one inside worker processes).
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+import numba
 import numpy as np
-from numba import njit, prange
-from scipy import ndimage
+
+from ukbob_seg.preprocessing import resampling_kernels as kernels
+from ukbob_seg.preprocessing.resampling_taps import LinearTaps, linear_taps, nearest_voxels, spline_taps
 
 Shape = Sequence[int]
-TIE = 1e-9  # votes closer than this are equal
+SMALL = 1 << 18  # arrays with fewer values than this are not worth a second thread
+PLANES_AT_ONCE = 8  # output planes for which logits are brought to contiguous float32 together
 
 
 def resample_image(image: np.ndarray, new_shape: Shape, order: int = 3, coarse_axis: int | None = None) -> np.ndarray:
-    """Resample every channel by spline interpolation.
+    """Resample every channel by spline interpolation, equal to ``scipy.ndimage.zoom(mode="nearest", grid_mode=True)``.
 
-    Spline resampling is linear and separable, so each axis is one matrix product with the (new, old) matrix that
-    scipy's own routine gives for the unit vectors: exactly scipy's result, at the speed of BLAS.
+    Splines are separable and linear: each axis is one banded matrix whose entries scipy computes.
 
     Args:
-        image: (C, Z, Y, X), any real type.
+        image: (C, Z, Y, X), any real type and memory order; finite (a NaN spreads to its neighbourhood).
         new_shape: voxels (z, y, x) wanted.
-        order: spline order, 0 to 5.
+        order: spline order, 0 (nearest) to 5.
         coarse_axis: axis that takes its nearest voxels instead (nnU-Net's treatment of anisotropic images).
 
     Returns:
-        (C, *new_shape) float32.
+        (C, *new_shape) float32, never a view of ``image``.
+
+    Raises:
+        ValueError: not four axes, or a shape, order or axis that cannot be.
     """
-    result = np.ascontiguousarray(image, dtype=np.float32)
-    # Shrinking axes first keeps the products small.
-    for axis in sorted(range(3), key=lambda a: new_shape[a] / image.shape[a + 1]):
-        old, new = image.shape[axis + 1], int(new_shape[axis])
+    shape = _checked(image.shape[1:], new_shape, coarse_axis)
+    if order not in range(6):
+        raise ValueError(f"order must be 0 to 5, got {order}")
+    result = np.array(image, dtype=np.float32, order="C")
+    # Shrinking axes first keeps the later passes small.
+    for axis in sorted(range(3), key=lambda a: shape[a] / image.shape[a + 1]):
+        old, new = result.shape[axis + 1], shape[axis]
         if old == new:
             continue
         if axis == coarse_axis or order == 0:
             result = np.take(result, nearest_voxels(old, new), axis=axis + 1)
         else:
-            result = _apply_matrix(result, interpolation_matrix(old, new, order), axis + 1)
-    return result if result is not image else result.copy()
-
-
-@functools.lru_cache(maxsize=256)
-def interpolation_matrix(old: int, new: int, order: int) -> np.ndarray:
-    """(new, old) float32 matrix that resamples a line of ``old`` voxels to ``new``, as scipy does."""
-    if old == 1:
-        return np.ones((new, 1), dtype=np.float32)
-    unit = np.eye(old)
-    columns = ndimage.zoom(unit, (new / old, 1), order=order, mode="nearest", grid_mode=True)
-    return np.ascontiguousarray(columns, dtype=np.float32)
-
-
-def nearest_voxels(old: int, new: int) -> np.ndarray:
-    """(new,) index of the nearest old voxel of each new one."""
-    position = (np.arange(new) + 0.5) * (old / new) - 0.5
-    return np.clip(np.floor(position + 0.5), 0, old - 1).astype(np.intp)
-
-
-def _apply_matrix(array: np.ndarray, matrix: np.ndarray, axis: int) -> np.ndarray:
-    """Multiply a (C, Z, Y, X) array along one axis."""
-    c, z, y, x = array.shape
-    if axis == 3:
-        return (array.reshape(-1, x) @ matrix.T).reshape(c, z, y, -1)
-    if axis == 2:
-        return np.matmul(matrix, array)
-    return np.matmul(matrix, array.reshape(c, z, y * x)).reshape(c, -1, y, x)
+            result = _spline_axis(result, new, order, axis + 1)
+    return result
 
 
 def resample_labels(labels: np.ndarray, new_shape: Shape, nearest_axis: int | None = None) -> np.ndarray:
     """Resample a label map: the eight neighbours vote with their trilinear weights, the label with most votes wins.
 
-    The same result as resampling a one-hot map per label linearly and taking the argmax, in one pass and without the
-    holes that thresholding label by label leaves where three labels meet.
+    The same as resampling a one-hot map per label linearly and taking the argmax, in one pass, and without the holes
+    that thresholding label by label leaves where three labels meet.
 
     Args:
         labels: (Z, Y, X), any integer type and memory order.
@@ -83,16 +65,19 @@ def resample_labels(labels: np.ndarray, new_shape: Shape, nearest_axis: int | No
         nearest_axis: axis along which only the nearest voxel counts.
 
     Returns:
-        ``new_shape`` array of the same type. Equal votes go to the label of the nearest voxel, then to the lower one.
+        ``new_shape`` array of the same type (native byte order), never a view. Equal votes go to the label of the
+        nearest voxel (of two equally near ones the upper, as scipy rounds), then to the lower value.
+
+    Raises:
+        ValueError: not three axes, or a shape or axis that cannot be.
     """
-    if tuple(labels.shape) == tuple(new_shape):
-        return labels.copy()
-    z, y, x = (
-        _linear_taps(old, int(new), axis == nearest_axis)
-        for axis, (old, new) in enumerate(zip(labels.shape, new_shape, strict=True))
-    )
-    result = np.empty(tuple(int(n) for n in new_shape), dtype=labels.dtype)
-    _vote(np.ascontiguousarray(labels), *z, *y, *x, result)
+    shape = _checked(labels.shape, new_shape, nearest_axis)
+    source = np.ascontiguousarray(labels, dtype=labels.dtype.newbyteorder("="))
+    if source.shape == shape:
+        return source.copy()
+    z, y, x = _taps(source.shape, shape, nearest_axis)
+    result = np.empty(shape, dtype=source.dtype)
+    _share(lambda start, stop: kernels.vote_labels(source, z, y, x, result, start, stop), shape[0], result.size)
     return result
 
 
@@ -100,163 +85,151 @@ def logits_to_indices(logits: np.ndarray, new_shape: Shape, coarse_axis: int | N
     """Interpolate class logits linearly and take the most probable class, one plane and one class at a time.
 
     Args:
-        logits: (K, Z, Y, X) float.
+        logits: (K, Z, Y, X) floating point, any memory order.
         new_shape: voxels (z, y, x) wanted.
         coarse_axis: axis along which only the nearest voxel counts.
 
     Returns:
         ``new_shape`` class indices, uint8 (uint16 past 256 classes); equal logits go to the lower class.
+
+    Raises:
+        ValueError: not four axes, no class, or a shape or axis that cannot be.
     """
-    result = np.empty(tuple(int(n) for n in new_shape), dtype=np.uint8 if len(logits) <= 256 else np.uint16)
-    _best_class(_as_float32(logits), *_all_taps(logits, new_shape, coarse_axis), result)  # type: ignore[call-arg]
-    return result
+    kind = np.uint8 if len(logits) <= 256 else np.uint16
+    return _decide(kernels.best_class, logits, new_shape, coarse_axis, kind)
 
 
 def logits_to_regions(logits: np.ndarray, new_shape: Shape, coarse_axis: int | None = None) -> np.ndarray:
     """Interpolate region logits linearly and take the last region with a positive one.
 
     Args:
-        logits: (R, Z, Y, X) float.
+        logits: (R, Z, Y, X) floating point, any memory order.
         new_shape: voxels (z, y, x) wanted.
         coarse_axis: axis along which only the nearest voxel counts.
 
     Returns:
-        ``new_shape``: 0 where no region is positive, else 1 + the index of the last positive region.
+        ``new_shape``: 0 where no region is positive, else 1 + the index of the last positive region; uint8 (uint16
+        past 255 regions).
+
+    Raises:
+        ValueError: not four axes, no region, or a shape or axis that cannot be.
     """
-    result = np.empty(tuple(int(n) for n in new_shape), dtype=np.uint8 if len(logits) < 256 else np.uint16)
-    _last_positive(_as_float32(logits), *_all_taps(logits, new_shape, coarse_axis), result)  # type: ignore[call-arg]
-    return result
+    kind = np.uint8 if len(logits) < 256 else np.uint16
+    return _decide(kernels.last_positive, logits, new_shape, coarse_axis, kind)
 
 
 def resample_logits_planes(
     logits: np.ndarray, new_shape: Shape, z_start: int, z_stop: int, coarse_axis: int | None = None
 ) -> np.ndarray:
-    """Interpolated logits (K, z_stop - z_start, Y', X') float32 of some planes of the resampled volume."""
-    z, y, x = (
-        _linear_taps(old, int(new), axis == coarse_axis)
-        for axis, (old, new) in enumerate(zip(logits.shape[1:], new_shape, strict=True))
-    )
-    low, high, weight = (taps[z_start:z_stop] for taps in z)
-    w = weight.astype(np.float32)[None, :, None, None]
-    planes = logits[:, low] * (1 - w) + logits[:, high] * w
-    low, high, weight = y
-    w = weight.astype(np.float32)[None, None, :, None]
-    planes = planes[:, :, low] * (1 - w) + planes[:, :, high] * w
-    low, high, weight = x
-    w = weight.astype(np.float32)
-    return (planes[..., low] * (1 - w) + planes[..., high] * w).astype(np.float32, copy=False)
+    """The interpolated logits of some planes, bit for bit those that ``logits_to_indices`` compares.
+
+    Args:
+        logits: (K, Z, Y, X) floating point, any memory order.
+        new_shape: voxels (z, y, x) of the whole resampled volume.
+        z_start: first output plane wanted.
+        z_stop: one past the last.
+        coarse_axis: axis along which only the nearest voxel counts.
+
+    Returns:
+        (K, z_stop - z_start, Y', X') float32.
+
+    Raises:
+        ValueError: planes outside the volume, not four axes, no class, or a shape or axis that cannot be.
+    """
+    shape = _checked(logits.shape[1:], new_shape, coarse_axis)
+    if not 0 <= z_start <= z_stop <= shape[0]:
+        raise ValueError(f"planes {z_start} to {z_stop} are not within the {shape[0]} of the volume")
+    result = np.empty((len(logits), z_stop - z_start, *shape[1:]), dtype=np.float32)
+    z, y, x = _float_taps(logits.shape[1:], shape, coarse_axis)
+
+    def work(start: int, stop: int) -> None:
+        source, z_part = _planes_needed(logits, z, start + z_start, stop + z_start)
+        kernels.interpolate_planes(source, z_part, y, x, result[:, start:stop], 0, stop - start)
+
+    _share(work, z_stop - z_start, result.size, PLANES_AT_ONCE)
+    return result
 
 
-Taps = tuple[np.ndarray, np.ndarray, np.ndarray]
+FloatTaps = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def _linear_taps(old: int, new: int, nearest: bool) -> Taps:
-    """Lower and upper neighbour of each new voxel and the weight of the upper one."""
-    if nearest:
-        index = nearest_voxels(old, new)
-        return index, index, np.zeros(new)
-    position = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)
-    low = np.minimum(position.astype(np.intp), max(old - 2, 0))
-    high = np.minimum(low + 1, old - 1)
-    return low, high, position - low
+def _checked(old_shape: Shape, new_shape: Shape, axis: int | None) -> tuple[int, int, int]:
+    """The new shape as three integers."""
+    shape = tuple(int(n) for n in new_shape)
+    if len(old_shape) != 3 or len(shape) != 3 or min(*old_shape, *shape) < 1:
+        raise ValueError(f"shapes must have three axes of at least one voxel, got {tuple(old_shape)} to {shape}")
+    if axis not in (None, 0, 1, 2):
+        raise ValueError(f"the coarse axis must be 0, 1, 2 or None, got {axis}")
+    return shape[0], shape[1], shape[2]
 
 
-def _all_taps(logits: np.ndarray, new_shape: Shape, coarse_axis: int | None) -> list[np.ndarray]:
-    return [
-        part
-        for axis, (old, new) in enumerate(zip(logits.shape[1:], new_shape, strict=True))
-        for part in _linear_taps(old, int(new), axis == coarse_axis)
-    ]
+def _taps(old_shape: Shape, shape: Shape, nearest_axis: int | None) -> list[LinearTaps]:
+    return [linear_taps(old_shape[axis], shape[axis], axis == nearest_axis) for axis in range(3)]
 
 
-def _as_float32(logits: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(logits, dtype=np.float32)
+def _float_taps(old_shape: Shape, shape: Shape, nearest_axis: int | None) -> list[FloatTaps]:
+    return [(taps.low, taps.high, taps.weight) for taps in _taps(old_shape, shape, nearest_axis)]
 
 
-@njit(parallel=True, cache=True, nogil=True)
-def _vote(labels, z0, z1, wz, y0, y1, wy, x0, x1, wx, result):  # type: ignore[no-untyped-def]
-    for k in prange(result.shape[0]):
-        values = np.empty(8, dtype=labels.dtype)
-        votes = np.empty(8, dtype=np.float64)
-        for j in range(result.shape[1]):
-            for i in range(result.shape[2]):
-                first = labels[z0[k], y0[j], x0[i]]
-                same = True
-                n = 0
-                for a in range(2):
-                    z = z1[k] if a else z0[k]
-                    for b in range(2):
-                        y = y1[j] if b else y0[j]
-                        for c in range(2):
-                            value = labels[z, y, x1[i] if c else x0[i]]
-                            if value != first:
-                                same = False
-                            values[n] = value
-                            n += 1
-                if same:
-                    result[k, j, i] = first
-                    continue
-                for n in range(8):
-                    w = wz[k] if n & 4 else 1.0 - wz[k]
-                    w *= wy[j] if n & 2 else 1.0 - wy[j]
-                    w *= wx[i] if n & 1 else 1.0 - wx[i]
-                    votes[n] = w
-                nearest = values[(4 if wz[k] >= 0.5 else 0) + (2 if wy[j] >= 0.5 else 0) + (1 if wx[i] >= 0.5 else 0)]
-                best = first
-                best_votes = -1.0
-                for n in range(8):
-                    total = 0.0
-                    for m in range(8):
-                        if values[m] == values[n]:
-                            total += votes[m]
-                    if total > best_votes + TIE:
-                        best, best_votes = values[n], total
-                    elif total > best_votes - TIE and (values[n] == nearest or (best != nearest and values[n] < best)):
-                        best, best_votes = values[n], max(total, best_votes)
-                result[k, j, i] = best
+def _spline_axis(array: np.ndarray, new: int, order: int, axis: int) -> np.ndarray:
+    """Resample one axis (1, 2 or 3) of a contiguous float32 (C, Z, Y, X) array."""
+    old = array.shape[axis]
+    first, weights = spline_taps(old, new, order)
+    result = np.empty((*array.shape[:axis], new, *array.shape[axis + 1 :]), dtype=np.float32)
+    inner = int(np.prod(array.shape[axis + 1 :]))
+    if inner == 1:
+        lines, targets = array.reshape(-1, old), result.reshape(-1, new)
+        groups = -(-len(lines) // kernels.LINES)
+        _share(lambda a, b: kernels.spline_lines(lines, first, weights, targets, a, b), groups, result.size)
+    else:
+        rows, filtered = array.reshape(-1, old, inner), result.reshape(-1, new, inner)
+        blocks = len(rows) * -(-inner // kernels.BLOCK)
+        _share(lambda a, b: kernels.spline_rows(rows, first, weights, filtered, a, b), blocks, result.size)
+    return result
 
 
-@njit(cache=True, nogil=True)
-def _interpolate_plane(source, z0, z1, wz, y0, y1, wy, x0, x1, wx, line, plane):  # type: ignore[no-untyped-def]
-    """One output plane of one class, (Y', X') float32."""
-    a, b = np.float32(1.0 - wz), np.float32(wz)
-    for j in range(plane.shape[0]):
-        c, d = np.float32(1.0 - wy[j]), np.float32(wy[j])
-        for x in range(source.shape[2]):
-            upper = a * source[z0, y0[j], x] + b * source[z1, y0[j], x]
-            lower = a * source[z0, y1[j], x] + b * source[z1, y1[j], x]
-            line[x] = c * upper + d * lower
-        for i in range(plane.shape[1]):
-            w = np.float32(wx[i])
-            plane[j, i] = (np.float32(1.0) - w) * line[x0[i]] + w * line[x1[i]]
+def _decide(
+    kernel: Callable[..., None], logits: np.ndarray, new_shape: Shape, coarse_axis: int | None, kind: type
+) -> np.ndarray:
+    """Run a kernel that turns logits into one decision per voxel, a few planes at a time."""
+    shape = _checked(logits.shape[1:], new_shape, coarse_axis)
+    if not len(logits):
+        raise ValueError("logits need at least one class")
+    result: np.ndarray = np.empty(shape, dtype=kind)
+    z, y, x = _float_taps(logits.shape[1:], shape, coarse_axis)
+
+    def work(start: int, stop: int) -> None:
+        source, z_part = _planes_needed(logits, z, start, stop)
+        kernel(source, z_part, y, x, result[start:stop], 0, stop - start)
+
+    _share(work, shape[0], result.size * len(logits), PLANES_AT_ONCE)
+    return result
 
 
-@njit(parallel=True, cache=True, nogil=True)
-def _best_class(logits, z0, z1, wz, y0, y1, wy, x0, x1, wx, result):  # type: ignore[no-untyped-def]
-    for k in prange(result.shape[0]):
-        line = np.empty(logits.shape[3], dtype=np.float32)
-        plane = np.empty(result.shape[1:], dtype=np.float32)
-        best = np.empty(result.shape[1:], dtype=np.float32)
-        result[k] = 0
-        _interpolate_plane(logits[0], z0[k], z1[k], wz[k], y0, y1, wy, x0, x1, wx, line, best)
-        for c in range(1, logits.shape[0]):
-            _interpolate_plane(logits[c], z0[k], z1[k], wz[k], y0, y1, wy, x0, x1, wx, line, plane)
-            for j in range(plane.shape[0]):
-                for i in range(plane.shape[1]):
-                    if plane[j, i] > best[j, i]:
-                        best[j, i] = plane[j, i]
-                        result[k, j, i] = c
+def _planes_needed(logits: np.ndarray, z: FloatTaps, start: int, stop: int) -> tuple[np.ndarray, FloatTaps]:
+    """Contiguous float32 logits for some output planes, and their z neighbours counted within them.
+
+    Float32 logits in C order are passed on as they are; others are converted for these planes alone, so that half
+    precision never exists twice as a whole.
+    """
+    low, high, weight = (part[start:stop] for part in z)
+    if logits.dtype == np.float32 and logits.flags.c_contiguous:
+        return logits, (low, high, weight)
+    first = int(low[0])
+    planes = np.ascontiguousarray(logits[:, first : int(high[-1]) + 1], dtype=np.float32)
+    return planes, (low - first, high - first, weight)
 
 
-@njit(parallel=True, cache=True, nogil=True)
-def _last_positive(logits, z0, z1, wz, y0, y1, wy, x0, x1, wx, result):  # type: ignore[no-untyped-def]
-    for k in prange(result.shape[0]):
-        line = np.empty(logits.shape[3], dtype=np.float32)
-        plane = np.empty(result.shape[1:], dtype=np.float32)
-        result[k] = 0
-        for c in range(logits.shape[0]):
-            _interpolate_plane(logits[c], z0[k], z1[k], wz[k], y0, y1, wy, x0, x1, wx, line, plane)
-            for j in range(plane.shape[0]):
-                for i in range(plane.shape[1]):
-                    if plane[j, i] > 0:
-                        result[k, j, i] = c + 1
+def _share(work: Callable[[int, int], None], count: int, values: int, step: int | None = None) -> None:
+    """Call ``work(start, stop)`` for pieces of ``range(count)``, in threads when there are many values to compute."""
+    threads = numba.config.NUMBA_NUM_THREADS if values >= SMALL else 1  # type: ignore[attr-defined]
+    step = step or max(1, -(-count // (4 * threads)) if threads > 1 else count)
+    starts = range(0, count, step)
+    stops = [min(start + step, count) for start in starts]
+    if threads == 1 or len(starts) == 1:
+        for start, stop in zip(starts, stops, strict=True):
+            work(start, stop)
+        return
+    with ThreadPoolExecutor(min(threads, len(starts))) as pool:
+        for _ in pool.map(work, starts, stops):
+            pass  # consuming the results raises what a thread raised

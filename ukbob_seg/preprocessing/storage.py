@@ -1,7 +1,13 @@
-"""Preprocessed arrays on disk: Blosc2 in chunks near the patch size, so that a patch decompresses little else."""
+"""Preprocessed arrays on disk: Blosc2 in chunks near the patch size, so that a patch decompresses little else.
+
+Blosc2 itself notices a file that was cut short but not a changed byte, so every chunk carries a checksum, which is
+tested when the chunk is first read.
+"""
 
 from __future__ import annotations
 
+import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,59 +18,133 @@ import numpy as np
 from ukbob_seg.errors import DatasetError
 from ukbob_seg.files import atomic_path
 
-CODEC = blosc2.Codec.ZSTD
-LEVEL = 3
-BLOCK_EDGE = 32  # a block of 32^3 float32 voxels is 128 KiB, near the second-level cache
+BLOCK_BYTES = 1 << 17  # what is decompressed at a time; fits the second-level cache
+HEADER_BYTES = 32  # of a Blosc2 chunk; the last one tells what a chunk without data stands for
+CHECKSUMS = "ukbob_checksums"
+MAP_MODE = {"mode": "r"} if os.name == "nt" else {"mmap_mode": "r"}  # mapped files read up to twice as fast
 
 
 def save_array(path: Path, array: np.ndarray, patch_size: Sequence[int]) -> None:
     """Write a (Z, Y, X) or (C, Z, Y, X) array, atomically.
 
     Args:
-        path: ``.b2nd`` file.
+        path: ``.b2nd`` file; folders are made.
         array: any numeric type and memory order.
         patch_size: voxels (z, y, x) that readers will ask for at a time; chunks are no larger, one channel each.
+
+    Raises:
+        UkbobError: the file cannot be written.
+        ValueError: an array of fewer than three axes.
     """
+    if array.ndim < 3 or len(patch_size) != 3:
+        raise ValueError(f"need a (C, Z, Y, X) or (Z, Y, X) array and a 3D patch, got {array.shape} and {patch_size}")
     leading = (1,) * (array.ndim - 3)
-    chunks = leading + tuple(max(1, min(p, n)) for p, n in zip(patch_size, array.shape[-3:], strict=True))
-    blocks = leading + tuple(min(BLOCK_EDGE, c) for c in chunks[-3:])
+    chunks = leading + tuple(max(1, min(int(p), n)) for p, n in zip(patch_size, array.shape[-3:], strict=True))
+    blocks = leading + choose_block(chunks[-3:], array.dtype.itemsize)
+    compression = _compression(array.dtype)
+    stored = blosc2.asarray(np.ascontiguousarray(array), chunks=chunks, blocks=blocks, cparams=compression)
+    # Made in memory and written by Python: a full disk is then an error, not a short file.
+    stored.schunk.vlmeta[CHECKSUMS] = {
+        "layout": _layout(stored),
+        "crc32": [_chunk_sum(stored, n) for n in range(stored.schunk.nchunks)],
+    }
     with atomic_path(Path(path)) as temporary:
-        blosc2.asarray(
-            np.ascontiguousarray(array),
-            urlpath=str(temporary),
-            mode="w",
-            chunks=chunks,
-            blocks=blocks,
-            cparams={"codec": CODEC, "clevel": LEVEL, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1},
-        )
+        temporary.write_bytes(stored.to_cframe())
 
 
-def open_array(path: Path) -> Any:
-    """Open a stored array for partial reads: ``shape``, ``dtype``, and slicing to numpy arrays.
+def open_array(path: Path) -> StoredArray:
+    """Open a stored array for partial reads.
 
     Raises:
         DatasetError: missing or damaged; names the file and the remedy.
     """
     if not Path(path).is_file():
         raise DatasetError(f"{path} does not exist; run ukbob_preprocess")
-    try:
-        return _CheckedArray(Path(path), blosc2.open(str(path), mode="r", dparams={"nthreads": 1}))
-    except (RuntimeError, ValueError, OSError) as error:
-        raise _damaged(path) from error
+    return StoredArray(Path(path))
 
 
-class _CheckedArray:
-    """A Blosc2 array whose read errors name the file."""
+class StoredArray:
+    """An array on disk: ``shape``, ``dtype``, and slicing to numpy arrays; for one thread at a time.
 
-    def __init__(self, path: Path, array: Any) -> None:
-        self._path, self._array = path, array
-        self.shape, self.dtype = tuple(array.shape), array.dtype
+    A read decompresses only the blocks that it needs. Damage that lies elsewhere goes unnoticed until it is read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._array = blosc2.open(str(path), dparams={"nthreads": 1}, **MAP_MODE)
+            self.shape: tuple[int, ...] = tuple(self._array.shape)
+            self.dtype: np.dtype[Any] = self._array.dtype
+            # A file that another program wrote has no checksums and is taken as it is.
+            found = CHECKSUMS in self._array.schunk.vlmeta
+            record = self._array.schunk.vlmeta[CHECKSUMS] if found else {"layout": _layout(self._array), "crc32": []}
+            self._sums = np.asarray(record["crc32"], dtype=np.int64)
+            damaged = record["layout"] != _layout(self._array)
+            damaged |= found and self._sums.shape != (self._array.schunk.nchunks,)
+        except Exception as error:  # what a mangled header raises is anyone's guess
+            raise _damaged(path) from error
+        if damaged:
+            raise _damaged(path)
+        self._unchecked = np.ones(len(self._sums), dtype=bool)
 
     def __getitem__(self, key: Any) -> np.ndarray:
+        """The selected part as a numpy array.
+
+        Raises:
+            DatasetError: a part of the file that is needed is damaged.
+        """
         try:
-            return self._array[key]
-        except (RuntimeError, ValueError, OSError) as error:
+            if self._unchecked.any():
+                for n in self._chunks_touched(key):
+                    if self._unchecked[n] and _chunk_sum(self._array, n) != self._sums[n]:
+                        raise _damaged(self._path)
+                    self._unchecked[n] = False
+            return np.asarray(self._array[key])
+        except RuntimeError as error:  # Blosc2's own
             raise _damaged(self._path) from error
+
+    def _chunks_touched(self, key: Any) -> list[int]:
+        """Numbers of the chunks that hold a selection (integers, slices, an ellipsis)."""
+        keys = list(key) if isinstance(key, tuple) else [key]
+        if Ellipsis not in keys:
+            keys.append(Ellipsis)
+        at = keys.index(Ellipsis)
+        keys[at : at + 1] = [slice(None)] * (len(self.shape) - len(keys) + 1)
+        per_axis = [
+            np.unique(np.atleast_1d(np.arange(n)[k]) // c)
+            for n, c, k in zip(self.shape, self._array.chunks, keys, strict=True)
+        ]
+        grid = [-(-n // c) for n, c in zip(self.shape, self._array.chunks, strict=True)]
+        return [int(n) for n in np.ravel_multi_index(np.ix_(*per_axis), grid).ravel()] if all(self.shape) else []
+
+
+def choose_block(chunk: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """Voxels (z, y, x) of a block: the chunk cut evenly, its longest edge first, until a block fits BLOCK_BYTES."""
+    parts = [1, 1, 1]
+    block = list(chunk)
+    while block[0] * block[1] * block[2] * itemsize > BLOCK_BYTES:
+        axis = max(range(3), key=lambda a: block[a])
+        parts[axis] += 1
+        block[axis] = -(-chunk[axis] // parts[axis])
+    return tuple(block)
+
+
+def _compression(dtype: np.dtype[Any]) -> dict[str, Any]:
+    """Chosen by measurement: level 3 makes images only 3% smaller than 1, level 5 makes label maps 24% smaller."""
+    if dtype.itemsize == 1:  # shuffling single bytes does nothing but take time
+        return {"codec": blosc2.Codec.ZSTD, "clevel": 5, "filters": [blosc2.Filter.NOFILTER], "nthreads": 1}
+    return {"codec": blosc2.Codec.ZSTD, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
+
+
+def _layout(array: Any) -> str:
+    """All that decides where a voxel lies in the file."""
+    return f"{tuple(array.shape)} {tuple(array.chunks)} {tuple(array.blocks)} {array.dtype.str}"
+
+
+def _chunk_sum(array: Any, number: int) -> int:
+    """CRC-32 of a compressed chunk; of an all-zero one, whose header Blosc2 makes up on reading, only its kind."""
+    chunk = array.schunk.get_chunk(number)
+    return zlib.crc32(chunk[HEADER_BYTES - 1 :] if len(chunk) == HEADER_BYTES else chunk)
 
 
 def _damaged(path: Path) -> DatasetError:
