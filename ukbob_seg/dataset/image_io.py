@@ -130,7 +130,8 @@ def read_image(paths: Sequence[Path]) -> tuple[np.ndarray, Geometry]:
     geometry = read_geometry(paths[0])
     array = np.empty((len(paths), *geometry.shape), dtype=np.float32)
     for channel, path in enumerate(paths):
-        difference = geometry.difference(read_geometry(path), (Path(paths[0]).name, Path(path).name))
+        here = geometry if channel == 0 else read_geometry(path)
+        difference = geometry.difference(here, (Path(paths[0]).name, Path(path).name))
         if difference is not None:
             raise DatasetError(f"{path}: {difference}; resample the channels to one grid")
         array[channel] = _read_voxels(path, geometry)

@@ -42,7 +42,9 @@ def save_array(path: Path, array: np.ndarray, patch_size: Sequence[int]) -> None
     chunks = leading + tuple(max(1, min(int(p), n)) for p, n in zip(patch_size, array.shape[-3:], strict=True))
     blocks = leading + choose_block(chunks[-3:], array.dtype.itemsize)
     compression = _compression(array.dtype)
-    stored = blosc2.asarray(np.ascontiguousarray(array), chunks=chunks, blocks=blocks, cparams=compression)
+    stored = blosc2.asarray(
+        np.ascontiguousarray(array), chunks=chunks, blocks=blocks, cparams=compression, contiguous=True
+    )
     # Made in memory and written by Python: a full disk is then an error, not a short file.
     stored.schunk.vlmeta[CHECKSUMS] = {
         "layout": _layout(stored),
