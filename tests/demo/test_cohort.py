@@ -6,10 +6,12 @@ import json
 
 import numpy as np
 import pytest
+from scipy.ndimage import binary_dilation
 
 from ukbob_seg.dataset.image_io import read_image, read_labels
 from ukbob_seg.dataset.spec import DatasetSpec, find_cases
 from ukbob_seg.dataset.verify import verify_dataset
+from ukbob_seg.demo import cohort
 from ukbob_seg.demo.anatomy import ORGANS, PAIRED, organ_names
 from ukbob_seg.demo.cohort import CohortConfig, make_case
 from ukbob_seg.demo.write import write_cohort
@@ -57,16 +59,40 @@ def test_volumes_vary_as_in_a_population(cases):
     for name, value in organ_names.items():
         volumes = np.array([(case.labels == value).sum() for case in cases], dtype=float)
         variation = volumes.std() / volumes.mean()
-        assert 0.03 < variation < 0.45, (name, variation)
+        assert 0.08 < variation < 0.4, (name, variation)
 
 
-def test_channels_follow_the_dixon_equations():
-    """With next to no noise: in-phase = water + fat, out-of-phase = |water - fat|, up to the scanner's gamma."""
-    case = make_case(dataclasses.replace(SMALL, shape=(48, 24, 32)), 3)
-    fat, water, together, apart = (case.image[c][case.body] for c in range(4))
-    assert np.corrcoef(fat + water, together)[0, 1] > 0.95
-    assert np.corrcoef(np.abs(water - fat), apart)[0, 1] > 0.9
-    assert (together >= np.maximum(fat, water) * 0.8).mean() > 0.9
+def test_large_bodies_have_large_organs_and_men_are_larger(cases):
+    bodies = np.array([case.body.sum() for case in cases], dtype=float)
+    organs = np.array([(case.labels > 0).sum() for case in cases], dtype=float)
+    assert np.corrcoef(bodies, organs)[0, 1] > 0.4
+    men = np.array([case.sex == "M" for case in cases])
+    assert 0 < men.sum() < len(cases)
+    assert bodies[men].mean() > bodies[~men].mean()
+
+
+def test_channels_follow_the_dixon_equations(monkeypatch):
+    """On a scanner without noise and contrast curve the identities are exact; bias field and gain are common."""
+    monkeypatch.setattr(cohort, "SCANNERS", ((200.0, 1.0, 0.0),))
+    case = make_case(SMALL, 3)
+    fat, water, together, apart = case.image
+    np.testing.assert_allclose(together, water + fat, rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(apart, np.abs(water - fat), rtol=1e-5, atol=1e-3)
+    tissue = {name: case.labels == value for name, value in organ_names.items()}
+    assert fat[tissue["liver"]].mean() < 0.2 * water[tissue["liver"]].mean()
+    assert fat[tissue["femur_left"]].mean() > water[tissue["femur_left"]].mean()
+    assert water[tissue["lung_left"]].mean() < 0.3 * water[tissue["liver"]].mean()
+
+
+def test_noise_in_air_is_rayleigh(monkeypatch):
+    """Magnitude noise without signal: mean = sigma sqrt(pi / 2), variance = sigma^2 (2 - pi / 2)."""
+    gain, sigma = 100.0, 0.05
+    monkeypatch.setattr(cohort, "SCANNERS", ((gain, 1.0, sigma),))
+    case = make_case(SMALL, 5)
+    air = case.image[:, ~binary_dilation(case.body | (case.labels > 0), iterations=5)]
+    assert air.shape[1] > 1000
+    assert air.mean() == pytest.approx(gain * sigma * np.sqrt(np.pi / 2), rel=0.02)
+    assert air.std() == pytest.approx(gain * sigma * np.sqrt(2 - np.pi / 2), rel=0.03)
 
 
 def test_the_shift_makes_another_scanner():
@@ -77,17 +103,23 @@ def test_the_shift_makes_another_scanner():
 
 
 def test_genuine_outliers_are_larger():
-    never = dataclasses.replace(SMALL, outlier_rate=0.0)
-    always = dataclasses.replace(SMALL, outlier_rate=1.0)
-    plain, large = make_case(never, 1), make_case(always, 1)
-    assert plain.large_organs == ()
-    assert set(large.large_organs) == set(organ_names)
-    spleen = organ_names["spleen"]
-    assert (large.labels == spleen).sum() > 1.1 * (plain.labels == spleen).sum()
+    """The same subjects with and without them: 30% more of the recorded organs, all else (nearly) as it was."""
+    growth, others = [], []
+    for index in range(40):
+        plain = make_case(dataclasses.replace(SMALL, outlier_rate=0.0), index)
+        large = make_case(dataclasses.replace(SMALL, outlier_rate=0.05), index)
+        assert plain.large_organs == ()
+        for name, value in organ_names.items():
+            ratio = (large.labels == value).sum() / (plain.labels == value).sum()
+            (growth if name in large.large_organs else others).append(ratio)
+    assert len(growth) > 10
+    assert min(growth) > 1.1
+    assert np.mean(growth) == pytest.approx(1.3, abs=0.06)
+    assert np.mean(others) == pytest.approx(1.0, abs=0.01)
 
 
 def test_unusable_configurations():
-    for change in ({"shape": (8, 40, 40)}, {"outlier_rate": 2.0}, {"shift": -1.0}):
+    for change in ({"shape": (8, 40, 40)}, {"outlier_rate": 2.0}, {"shift": -1.0}, {"shift": np.nan}, {"seed": -1}):
         with pytest.raises(ConfigError):
             dataclasses.replace(SMALL, **change)
 

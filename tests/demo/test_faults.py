@@ -74,7 +74,31 @@ def test_planting_is_recorded_and_repeatable(labels):
         for fault in faults:
             assert fault.dice_to_truth == pytest.approx(dice(spoilt == fault.label, labels == fault.label))
         kinds |= {fault.kind for fault in faults}
-    assert kinds == {"missing_half", "leakage", "fragments", "swapped_left_right"}
+    assert kinds - {"overrun"} == {"missing_half", "leakage", "fragments", "swapped_left_right"}
+
+
+def test_an_organ_that_another_leaked_over_is_recorded(labels):
+    labels[labels == 2] = 0
+    labels[18:22, 12:14, 13:15] = 3  # small, beside organ 1, and itself never a candidate
+    overrun = 0
+    for seed in range(40):
+        spoilt, faults = plant_faults(labels, "case", [1], [], np.random.default_rng(seed), 1.0)
+        wrong = {v for v in (1, 3) if dice(spoilt == v, labels == v) <= MAX_DICE}
+        assert {fault.label for fault in faults} == wrong
+        kinds = {fault.label: fault.kind for fault in faults}
+        if 3 in kinds:
+            overrun += 1
+            assert kinds[3] == "overrun"
+            assert kinds[1] == "leakage"
+    assert overrun > 0
+
+
+def test_an_organ_without_its_partner_is_not_swapped(labels):
+    labels[labels == 2] = 0
+    for seed in range(25):
+        _, faults = plant_faults(labels, "case", [1, 2], [(1, 2)], np.random.default_rng(seed), 1.0)
+        assert {fault.label for fault in faults} <= {1}
+        assert "swapped_left_right" not in {fault.kind for fault in faults}
 
 
 def test_nothing_to_plant(labels, rng):

@@ -56,8 +56,10 @@ class CohortConfig:
             raise ConfigError(f"a synthetic torso needs at least 16 voxels along each axis, got {self.shape}")
         if not 0 <= self.outlier_rate <= 1:
             raise ConfigError(f"outlier_rate must lie in [0, 1], got {self.outlier_rate}")
-        if self.shift < 0:
-            raise ConfigError(f"shift must not be negative, got {self.shift}")
+        if not 0 <= self.shift < float("inf"):
+            raise ConfigError(f"shift must be a finite number and not negative, got {self.shift}")
+        if self.seed < 0:
+            raise ConfigError(f"seed must not be negative, got {self.seed}")
 
     @property
     def geometry(self) -> Geometry:
