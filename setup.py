@@ -33,6 +33,7 @@ setup(
         "numpy>=1.26",
         "SimpleITK>=2.3",
         "nibabel>=5",
+        'isal>=1.5; platform_machine in "x86_64 AMD64 aarch64 arm64"',
         "scipy>=1.11",
         "scikit-image>=0.22",
         "tqdm",
@@ -44,8 +45,19 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
+        "dask": ["dask>=2024.1", "distributed>=2024.1"],
         "nnunet": ["dynamic-network-architectures>=0.4"],
-        "test": ["pytest>=8", "pytest-timeout", "hypothesis>=6", "monai>=1.5", "einops", "scikit-learn", "psutil"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout",
+            "hypothesis>=6",
+            "monai>=1.5",
+            "einops",
+            "scikit-learn",
+            "psutil",
+            "dask>=2024.1",
+            "distributed>=2024.1",
+        ],
         "dev": ["ruff>=0.6", "mypy>=1.10", "pre-commit"],
     },
     entry_points={

@@ -1,15 +1,46 @@
-"""The one place that fans work out over cases."""
+"""The one place that fans work out over cases: local processes, a Dask cluster, or parts of a job array."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from ukbob_seg.errors import ConfigError, UkbobError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+_CONNECT_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of several equal parts of the work, for job arrays. ``number`` counts from 1."""
+
+    number: int
+    total: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.total:
+            raise ConfigError(f"--part {self.number}/{self.total}: the parts are 1/{self.total} to {self.total}/N")
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """Read ``2/8``.
+
+        Raises:
+            ConfigError: another form, or out of range.
+        """
+        number, slash, total = text.partition("/")
+        if not (slash and number.strip().isdigit() and total.strip().isdigit()):
+            raise ConfigError(f"--part must look like 2/8 (the second of eight parts), got {text!r}")
+        return cls(int(number), int(total))
+
+    def has(self, index: int) -> bool:
+        """Whether the item with that position, counted from 0, belongs to this part."""
+        return index % self.total == self.number - 1
 
 
 def available_memory_gb() -> float:
@@ -62,36 +93,86 @@ def map_cases(
     workers: int = 1,
     description: str = "",
     quiet: bool = False,
+    *,
+    scheduler: str | None = None,
+    amounts: Sequence[int] | None = None,
 ) -> list[Result]:
     """Call ``function`` on every item, in ``workers`` processes, with one progress bar; results in item order.
 
     With one worker everything happens in this process. A case that fails with a ``UkbobError`` stops the work with
     that error (its message names the case); a worker that the system kills is reported as such.
 
+    Args:
+        function: picklable, when there are several workers.
+        items: what to call it on.
+        workers: local processes.
+        description: for the progress bar and for messages.
+        quiet: no progress bar.
+        scheduler: address of a Dask scheduler; its workers then do the work, and work of lost workers is done again.
+        amounts: how many cases each item stands for; 1 each when None.
+
     Raises:
-        UkbobError: from the function, or because a worker process died.
+        UkbobError: from the function, because a worker process died, or because the scheduler cannot be reached.
     """
     from tqdm import tqdm
 
-    results: list[Result] = []
-    with tqdm(total=len(items), desc=description, disable=quiet or not items, unit="case", leave=False) as bar:
-        if workers <= 1:
-            for item in items:
-                results.append(function(item))
-                bar.update()
-            return results
-        from joblib import Parallel, delayed
-        from joblib.externals.loky.process_executor import TerminatedWorkerError
+    amounts = [1] * len(items) if amounts is None else amounts
+    results: dict[int, Result] = {}
+    with tqdm(total=sum(amounts), desc=description, disable=quiet or not items, unit="case", leave=False) as bar:
+        if scheduler is not None and items:
+            done = _on_dask(function, items, scheduler, description)
+        elif workers <= 1:
+            done = ((index, function(item)) for index, item in enumerate(items))
+        else:
+            done = _in_processes(function, items, workers, description)
+        for index, result in done:
+            results[index] = result
+            bar.update(amounts[index])
+    return [results[index] for index in range(len(items))]
 
+
+def _in_processes(
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int, description: str
+) -> Iterator[tuple[int, Result]]:
+    from joblib import Parallel, delayed
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+    finished = 0
+    try:
+        pool = Parallel(n_jobs=workers, return_as="generator", inner_max_num_threads=1)
+        for result in pool(delayed(function)(item) for item in items):
+            finished += 1
+            yield finished - 1, result
+    except TerminatedWorkerError as error:
+        raise UkbobError(
+            f"a worker process was killed during {description or 'the work'} after {finished} of {len(items)} "
+            "steps, most likely for lack of memory; run again with fewer --workers (finished cases are kept)"
+        ) from error
+
+
+def _on_dask(
+    function: Callable[[Item], Result], items: Sequence[Item], scheduler: str, description: str
+) -> Iterator[tuple[int, Result]]:
+    """As they finish. The scheduler gives the work of a lost worker to another one."""
+    try:
+        from distributed import Client, as_completed
+        from distributed.scheduler import KilledWorker
+    except ImportError as error:
+        raise ConfigError("--scheduler needs Dask: pip install 'ukbob_seg[dask]'") from error
+    try:
+        client = Client(scheduler, timeout=_CONNECT_SECONDS, set_as_default=False)
+    except (OSError, ValueError, TimeoutError) as error:
+        raise UkbobError(f"no Dask scheduler answers at {scheduler} ({error}); is it running?") from error
+    with client:
+        futures = client.map(function, items, pure=False)
+        index_of = {future.key: index for index, future in enumerate(futures)}
         try:
-            pool = Parallel(n_jobs=workers, return_as="generator", inner_max_num_threads=1)
-            for result in pool(delayed(function)(item) for item in items):
-                results.append(result)
-                bar.update()
-        except TerminatedWorkerError as error:
+            for future in as_completed(futures):
+                yield index_of[future.key], future.result()
+        except KilledWorker as error:
             raise UkbobError(
-                f"a worker process was killed during {description or 'the work'} after {len(results)} of "
-                f"{len(items)} cases, most likely for lack of memory; run again with fewer --workers (finished "
-                "cases are kept)"
+                f"several Dask workers died on the same step of {description or 'the work'}, most likely for lack of "
+                "memory; give them more (finished cases are kept)"
             ) from error
-    return results
+        finally:
+            client.cancel(futures, force=True)

@@ -52,7 +52,7 @@ def test_prints_a_table_and_writes_everything(
     assert f"written to {folder}; look at {folder / 'report.html'}" in printed
     assert "too few" not in printed
     names = {path.name for path in folder.iterdir()}
-    assert names == {"features.parquet", "flags.parquet", "bounds.json", "policy.json", "report.html", "cases"}
+    assert names == {"features.parquet", "flags.parquet", "bounds.json", "policy.json", "report.html", "shards"}
     assert filter_command("--no-report") == 0
     printed = capsys.readouterr().out
     assert "(22 measured earlier)" in printed
@@ -100,6 +100,32 @@ def test_every_option_takes_effect(
     assert run("--policy", "background", "--drop-scan-above", "0")[2] == {"action": "background", "max_flags": 0}
     assert run("--policy", "report")[2]["action"] == "report"
 
+    joint, bounds, _ = run("--rule", "joint", "--confidence", "0.9")
+    assert bounds["confidence"] == 0.9
+    assert (joint["flagged"] == (joint["doubt"] > 1)).all()
+    assert joint["flagged"].any()
+    assert "stray" not in joint
+    assert {"stray", "swapped", "components"} <= set(run("--evidence")[0].columns)
+
+    people = tmp_path / "people.csv"
+    people.write_text("case,sex,band\n" + "".join(f"blob_{k:03d},{'FM'[k % 2]},old\n" for k in range(22)))
+    divided, bounds, _ = run("--strata", str(people), "--stratify-by", "sex,band", "--min-samples", "5")
+    assert set(bounds["strata"]) == {"F, old", "M, old"}
+    assert set(divided["stratum"]) == {"F, old", "M, old"}
+
+    assert run("--review")[0]["verdict"].eq("").all()
+    review = pd.read_csv(folder / "review.csv", dtype=str)
+    chosen = (review["case"] == "blob_003") & (review["label"] == "2")
+    assert review.loc[chosen, "flagged"].tolist() == ["yes"]
+    review.assign(verdict=np.where(chosen, "accept", "")).to_csv(folder / "review.csv", index=False)
+    flags = run("--review")[0].set_index(["case", "label"])
+    assert flags.loc[("blob_003", 2), "flagged_by_rule"]
+    assert not flags.loc[("blob_003", 2), "flagged"]
+    other = tmp_path / "said.csv"
+    other.write_text("case,label,verdict\nblob_004,1,reject\n")
+    flags = run("--review", str(other))[0].set_index(["case", "label"])
+    assert flags.loc[[("blob_003", 2), ("blob_004", 1)], "flagged"].all()
+
     capsys.readouterr()
     unjudged, bounds, _ = run("--min-samples", "23")
     assert bounds["min_samples"] == 23
@@ -120,7 +146,7 @@ def test_folders_can_be_given(filter_command: Callable[..., int], tmp_path: Path
         (("-d", "99"), "no dataset '99'"),
         (("--epsilon", "100"), "epsilon must be a percentage"),
         (("--epsilon", "-1"), "epsilon must be a percentage"),
-        (("--rule", "magic"), "unknown rule 'magic'; choose one of solf, volume, iqr, none"),
+        (("--rule", "magic"), "unknown rule 'magic'; choose one of solf, volume, iqr, joint, none"),
         (("--policy", "delete"), "unknown policy 'delete'; choose one of ignore, background, report"),
         (("--policy", "report", "--drop-scan-above", "2"), "cannot drop scans"),
         (("--drop-scan-above", "-1"), "negative"),
@@ -129,6 +155,17 @@ def test_folders_can_be_given(filter_command: Callable[..., int], tmp_path: Path
         (("--bounds", "no/such/bounds.json"), "bounds file no/such/bounds.json does not exist"),
         (("--bounds", "b.json", "--epsilon", "2"), "fixed in a bounds file"),
         (("--workers", "0"), "--workers must be at least 1"),
+        (("--confidence", "1"), "confidence must lie between 0 and 1"),
+        (("--bounds", "b.json", "--confidence", "0.9"), "fixed in a bounds file"),
+        (("--stratify-by", "sex"), "--strata FILE"),
+        (("--strata", "nowhere.csv", "--stratify-by", "sex"), "nowhere.csv does not exist"),
+        (("--review", "nowhere.csv"), "nowhere.csv does not exist"),
+        (("--part", "3/2"), "--part 3/2"),
+        (("--part", "two"), "--part must look like 2/8"),
+        (("--part", "1/2", "--ablate"), "--part only measures"),
+        (("--reference", "x"), "--reference belongs to --ablate"),
+        (("--ablate", "--reference", "no/such/folder"), "no/such/folder does not exist"),
+        (("--scheduler", "tcp://127.0.0.1:1"), "--workers is about processes on this machine"),
     ],
 )
 def test_bad_options_end_with_one_line_and_code_2(
@@ -146,6 +183,44 @@ def test_unreadable_case_ends_with_code_2(
     (tmp_path / "raw" / "Dataset007_Blobs" / "imagesTr" / "blob_009_0000.nii.gz").write_bytes(b"")
     assert filter_command() == 2
     assert "case blob_009" in capsys.readouterr().err
+
+
+def test_unreadable_cases_can_be_left_out(
+    filter_command: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "raw" / "Dataset007_Blobs" / "labelsTr" / "blob_009.nii.gz").write_bytes(b"no image")
+    assert filter_command("--skip-unreadable") == 0
+    assert "1 scans could not be measured" in capsys.readouterr().out
+    assert "blob_009" in caplog.text
+    flags = pd.read_parquet(solf_folder(tmp_path) / "flags.parquet")
+    assert flags["case"].nunique() == 21
+
+
+def test_parts_measure_and_the_last_run_decides(
+    filter_command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in (2, 1):
+        assert filter_command("--part", f"{number}/2") == 0
+        assert f"part {number} of 2: 11 scans measured" in capsys.readouterr().out
+        assert not (solf_folder(tmp_path) / "flags.parquet").exists()
+    assert filter_command("--no-report") == 0
+    assert "(22 measured earlier)" in capsys.readouterr().out
+
+
+def test_ablation_is_printed_and_changes_no_flags(
+    filter_command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert filter_command("--no-report") == 0
+    before = {path.name: path.read_bytes() for path in solf_folder(tmp_path).glob("*.*")}
+    capsys.readouterr()
+    assert filter_command("--ablate", "--reference", str(tmp_path / "raw" / "Dataset007_Blobs" / "labelsTr")) == 0
+    printed = capsys.readouterr().out
+    assert "labels with a reference: 44 of 44" in printed
+    assert (solf_folder(tmp_path) / "ablation.html").is_file()
+    assert {name: (solf_folder(tmp_path) / name).read_bytes() for name in before} == before
 
 
 def test_more_organs_than_rows_are_cut_short(

@@ -8,7 +8,7 @@ from scipy import ndimage
 from skimage import filters, measure
 
 from ukbob_seg.errors import DatasetError
-from ukbob_seg.filtering.body import body_mask, body_voxels
+from ukbob_seg.filtering.body import body_mask, body_voxels, otsu_threshold
 
 
 def test_keeps_the_largest_component_and_fills_its_holes(rng: np.random.Generator) -> None:
@@ -45,3 +45,24 @@ def test_constant_image_is_refused() -> None:
         body_mask(np.full((3, 4, 5), 7.0))
     with pytest.raises(DatasetError, match=r"\(3, 4\)"):
         body_mask(np.zeros((3, 4)))
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.uint16, np.int32, np.float32, np.float64, np.dtype(">i2")])
+def test_every_stored_type_gives_the_same_body(rng: np.random.Generator, dtype: type) -> None:
+    image = np.rint(ndimage.gaussian_filter(rng.normal(size=(16, 18, 20)), 1.5) * 400 + 120).clip(0, 255)
+    assert (body_mask(image.astype(dtype)) == body_mask(image)).all()
+    assert body_voxels(image.astype(dtype)) == body_mask(image).sum()
+
+
+def test_threshold_is_otsus(rng: np.random.Generator) -> None:
+    for _ in range(5):
+        image = np.concatenate([rng.normal(10, 3, 4000), rng.normal(60, 9, 2500)]).reshape(5, 50, 26)
+        assert otsu_threshold(image) == pytest.approx(filters.threshold_otsu(image))
+
+
+def test_nan_is_refused() -> None:
+    image = np.zeros((4, 4, 4), np.float32)
+    image[1:3, 1:3, 1:3] = 1
+    image[3, 3, 3] = np.nan
+    with pytest.raises(DatasetError, match="NaN"):
+        body_mask(image)

@@ -18,10 +18,13 @@ from ukbob_seg.dataset.labels import LabelScheme
 from ukbob_seg.errors import ConfigError, DatasetError, UkbobError
 from ukbob_seg.filtering import measure
 from ukbob_seg.filtering.body import body_voxels
-from ukbob_seg.filtering.cohort import FilterConfig, FilterSummary, organ_names, solf_filter
+from ukbob_seg.filtering.cohort import FilterSummary, solf_filter
+from ukbob_seg.filtering.config import FilterConfig
+from ukbob_seg.filtering.features import organ_names
 from ukbob_seg.filtering.policies import FilterPolicy, LabelTrust
 from ukbob_seg.filtering.shape_features import organ_features
 from ukbob_seg.filtering.solf import flag_organs
+from ukbob_seg.filtering.strata import StratifiedBounds
 
 TABLES = ("features.parquet", "flags.parquet", "bounds.json", "policy.json")
 
@@ -48,7 +51,11 @@ def test_tables_hold_the_features_of_every_case(cohort: Path, tmp_path: Path) ->
         assert (rows["body_voxels"] == body).all()
         pd.testing.assert_frame_equal(rows[expected.columns].reset_index(drop=True), expected)
     flags = pd.read_parquet(tmp_path / "solf" / "flags.parquet")
-    pd.testing.assert_frame_equal(flags, flag_organs(features))
+    bounds = StratifiedBounds.load(tmp_path / "solf" / "bounds.json")
+    assert bounds == summary.bounds
+    pd.testing.assert_frame_equal(flags, flag_organs(features, bounds=bounds.any))
+    alone = flag_organs(features)
+    pd.testing.assert_frame_equal(flags[alone.columns], alone)
 
 
 def test_planted_fault_is_flagged_and_reaches_training(cohort: Path, tmp_path: Path) -> None:
@@ -72,7 +79,7 @@ def test_second_run_reads_nothing_and_writes_the_same(
         raise AssertionError("a finished case was read again")
 
     monkeypatch.setattr(measure, "read_labels", refuse)
-    monkeypatch.setattr(measure, "read_image", refuse)
+    monkeypatch.setattr(measure, "read_stored", refuse)
     assert run(cohort, tmp_path / "solf").computed == 0
     assert run(cohort, tmp_path / "solf", epsilon=5, rule="volume").computed == 0
     run(cohort, tmp_path / "solf")
@@ -99,9 +106,9 @@ def test_interrupted_run_goes_on_and_ends_the_same(
     with pytest.raises(DatasetError, match="not finished"):
         LabelTrust.load(tmp_path / "solf")
     monkeypatch.undo()
-    kept = sorted((tmp_path / "solf" / "cases").glob("*.json"))
+    kept = sorted((tmp_path / "solf" / "shards").glob("shard_*.parquet"))
     assert len(kept) == 9
-    kept[2].write_text(kept[2].read_text()[:50])  # as if the disk had lost the rest of the file
+    kept[2].write_bytes(kept[2].read_bytes()[:500])  # as if the disk had lost the rest of the file
     assert run(cohort, tmp_path / "solf").computed == 16
     assert tables(tmp_path / "solf") == tables(tmp_path / "whole")
 

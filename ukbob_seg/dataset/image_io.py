@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,13 @@ from nibabel.spatialimages import HeaderDataError
 
 from ukbob_seg.errors import DatasetError
 from ukbob_seg.files import atomic_path
+
+try:  # decompresses two to three times as fast as zlib, where it is available
+    from isal import igzip as gzip
+    from isal.isal_zlib import error as GzipError
+except ImportError:
+    import gzip
+    from zlib import error as GzipError
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
 
@@ -98,19 +104,49 @@ def read_geometry(path: Path) -> Geometry:
     return Geometry((z, y, x), (sz, sy, sx), tuple(reader.GetOrigin()[:3]), tuple(float(v) for v in matrix.ravel()))
 
 
-def _read_voxels(path: Path, geometry: Geometry) -> np.ndarray:
-    """The voxels of a file as (Z, Y, X), in the type they are stored in.
+def _read_voxels(path: Path, geometry: Geometry, scaled: bool = True) -> np.ndarray:
+    """The voxels of a file as (Z, Y, X).
 
     NIfTI is read by nibabel: SimpleITK returns a truncated NIfTI file without complaint and turns NaN into 0.
+
+    Args:
+        path: of the file.
+        geometry: of the file.
+        scaled: apply the header's slope and intercept, where they change anything; otherwise the voxels keep the type
+            and the numbers they are stored in.
     """
     try:
-        if str(path).endswith((".nii", ".nii.gz")):
-            array = np.asarray(nibabel.nifti1.load(path).dataobj).T
+        if str(path).endswith(".nii.gz"):
+            with gzip.open(path, "rb") as stream:
+                array = _nifti_voxels(nibabel.nifti1.Nifti1Image.from_stream(stream), scaled)
+                while stream.read(2**20):  # the checksum stands at the end
+                    pass
+        elif str(path).endswith(".nii"):
+            array = _nifti_voxels(nibabel.nifti1.load(path), scaled)
         else:
             array = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
-    except (RuntimeError, OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, GzipError, ImageFileError, HeaderDataError) as error:
         raise DatasetError(f"{path} cannot be read: it is corrupt or truncated; copy it again") from error
     return array.reshape(geometry.shape)
+
+
+def _nifti_voxels(image: nibabel.nifti1.Nifti1Image, scaled: bool) -> np.ndarray:
+    stored = image.dataobj
+    return (np.asarray(stored) if scaled or stored.slope < 0 else stored.get_unscaled()).T
+
+
+def read_stored(path: Path) -> tuple[np.ndarray, Geometry]:
+    """Read one volume in the type it is stored in: for work that does not depend on the unit of the intensities.
+
+    Returns:
+        (Z, Y, X) array, an increasing linear function of the intensities (equal to them where the header has no
+        scale), and its geometry. It may hold NaN.
+
+    Raises:
+        DatasetError: unreadable or not a volume.
+    """
+    geometry = read_geometry(path)
+    return _read_voxels(path, geometry, scaled=False), geometry
 
 
 def read_image(paths: Sequence[Path]) -> tuple[np.ndarray, Geometry]:

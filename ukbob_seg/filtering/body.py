@@ -3,47 +3,113 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy import ndimage
-from skimage.filters import threshold_otsu
+from numba import njit
 
 from ukbob_seg.errors import DatasetError
+from ukbob_seg.filtering.components import Runs, connect, gaps_between, runs_above
+
+_BINS = 256
 
 
 def body_mask(image: np.ndarray) -> np.ndarray:
     """Foreground of an image: Otsu threshold, largest component (6 neighbours), holes filled in 3D.
 
     Args:
-        image: (Z, Y, X) one channel, any numeric dtype, finite.
+        image: (Z, Y, X) one channel, any real dtype, finite.
 
     Returns:
-        (Z, Y, X) bool. A cavity that is open to the border of the volume is no hole.
+        (Z, Y, X) bool. A cavity that is open to the border of the volume is no hole. Of components of equal size the
+        first in array order is the body.
 
     Raises:
-        DatasetError: the image is constant or not 3D.
+        DatasetError: the image is constant, not 3D, or holds NaN or infinite voxels.
 
     Reference: Otsu, IEEE Trans. SMC 9(1), 1979.
     """
-    if image.ndim != 3:
-        raise DatasetError(f"a body mask needs a (Z, Y, X) image, got shape {image.shape}")
-    if image.size == 0 or image.min() == image.max():
-        raise DatasetError("the image is constant: it has no foreground to measure the body by")
-    components, count = ndimage.label(image > threshold_otsu(image))
-    body = components == _largest(components, count)
-    outside, count = ndimage.label(~body)
-    open_to_border = np.zeros(count + 1, dtype=bool)
-    for axis in range(3):
-        for end in (0, -1):
-            open_to_border[np.unique(outside.take(end, axis=axis))] = True
-    open_to_border[0] = False
-    return ~open_to_border[outside]
+    gaps, is_open = _outside(image)
+    return ~gaps.paint(is_open)
 
 
 def body_voxels(image: np.ndarray) -> int:
-    """Number of voxels of ``body_mask(image)``."""
-    return int(np.count_nonzero(body_mask(image)))
+    """Number of voxels of ``body_mask(image)``; never holds a mask of the image's size."""
+    gaps, is_open = _outside(image)
+    return int(image.size - gaps.voxels[is_open].sum())
 
 
-def _largest(components: np.ndarray, count: int) -> int:
-    """The number of the component with the most voxels; of equals the first."""
-    sizes = np.bincount(components.ravel(), minlength=count + 1)
-    return int(sizes[1:].argmax()) + 1
+def otsu_threshold(image: np.ndarray) -> float:
+    """The middle of that one of 256 equal bins which separates dark and bright voxels best.
+
+    Args:
+        image: (Z, Y, X) any real dtype.
+
+    Raises:
+        DatasetError: the image is constant, or holds NaN or infinite voxels.
+    """
+    low, high = _range(image)
+    if not np.isfinite(high - low):
+        raise DatasetError("the image has NaN or infinite voxels")
+    if low == high:
+        raise DatasetError("the image is constant: it has no foreground to measure the body by")
+    counts = np.zeros(_BINS, dtype=np.int64)
+    _histogram(image, low, _BINS / (high - low), counts)
+    width = (high - low) / _BINS
+    centres = low + (np.arange(_BINS) + 0.5) * width
+    below, above = np.cumsum(counts), np.cumsum(counts[::-1])[::-1]
+    sums = counts * centres
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean_below = np.cumsum(sums) / below
+        mean_above = np.cumsum(sums[::-1])[::-1] / above
+    between = below[:-1].astype(np.float64) * above[1:] * (mean_below[:-1] - mean_above[1:]) ** 2
+    return float(centres[int(np.nanargmax(between))])
+
+
+def _outside(image: np.ndarray) -> tuple[Runs, np.ndarray]:
+    """Runs of everything that is not the largest bright component, and which of them are open to the border."""
+    if image.ndim != 3:
+        raise DatasetError(f"a body mask needs a (Z, Y, X) image, got shape {image.shape}")
+    if image.size == 0:
+        raise DatasetError("the image is empty")
+    if image.dtype.kind not in "iuf" or image.dtype == np.float16 or not image.dtype.isnative:
+        image = image.astype(np.float32)
+    bright = runs_above(image, otsu_threshold(image))
+    root = connect(bright, diagonal=False)
+    sizes = np.bincount(root, weights=bright.voxels)
+    gaps = gaps_between(bright, root == int(np.argmax(sizes)))
+    root = connect(gaps, diagonal=False)
+    depth, height, width = image.shape
+    line = np.repeat(np.arange(depth * height), np.diff(gaps.first))
+    z, y = line // height, line % height
+    at_border = (z == 0) | (z == depth - 1) | (y == 0) | (y == height - 1) | (gaps.start == 0) | (gaps.stop == width)
+    is_open = np.zeros(len(root), dtype=bool)
+    is_open[root[at_border]] = True
+    return gaps, is_open[root]
+
+
+@njit(cache=True, nogil=True)
+def _range(image):  # type: ignore[no-untyped-def]
+    """(smallest, largest) as float64; a NaN anywhere makes both NaN."""
+    low, high = np.float64(image[0, 0, 0]), np.float64(image[0, 0, 0])
+    depth, height, width = image.shape
+    for z in range(depth):
+        for y in range(height):
+            row = image[z, y]
+            for x in range(width):
+                value = row[x]
+                if value != value:
+                    return np.nan, np.nan
+                if value < low:
+                    low = np.float64(value)
+                if value > high:
+                    high = np.float64(value)
+    return low, high
+
+
+@njit(cache=True, nogil=True)
+def _histogram(image, low, scale, counts):  # type: ignore[no-untyped-def]
+    depth, height, width = image.shape
+    last = len(counts) - 1
+    for z in range(depth):
+        for y in range(height):
+            row = image[z, y]
+            for x in range(width):
+                counts[min(int((row[x] - low) * scale), last)] += 1

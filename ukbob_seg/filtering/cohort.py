@@ -3,82 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from ukbob_seg.dataset.labels import LabelScheme
-from ukbob_seg.dataset.spec import DatasetSpec, require_cases
-from ukbob_seg.errors import ConfigError, DatasetError
-from ukbob_seg.files import atomic_path, ensure_writable
-from ukbob_seg.filtering.bounds import EPSILON, MIN_SAMPLES, CohortBounds, learn_bounds
-from ukbob_seg.filtering.measure import BODY_IMAGE, BODY_UNION, CaseMeasurement, check_label_values, measure_cohort
+from ukbob_seg.files import atomic_path
+from ukbob_seg.filtering.config import FilterConfig
+from ukbob_seg.filtering.evidence import paired_organs, stray, swapped
+from ukbob_seg.filtering.features import Cohort
+from ukbob_seg.filtering.measure import CohortMeasurement
 from ukbob_seg.filtering.policies import FLAGS_FILE, POLICY_FILE, FilterPolicy, LabelTrust
-from ukbob_seg.filtering.solf import flag_organs, get_rule, unjudged_labels
+from ukbob_seg.filtering.review import REVIEW_FILE, apply_verdicts, read_verdicts, write_review
+from ukbob_seg.filtering.solf import flag_organs, unjudged_labels
+from ukbob_seg.filtering.strata import StratifiedBounds
+from ukbob_seg.parallel import Part
 
 logger = logging.getLogger(__name__)
 
 FEATURES_FILE = "features.parquet"
 BOUNDS_FILE = "bounds.json"
 REPORT_FILE = "report.html"
-
-
-@dataclass(frozen=True)
-class FilterConfig:
-    """How a cohort is filtered.
-
-    Attributes:
-        rule: ``solf``, ``volume``, ``iqr`` or ``none``.
-        epsilon: percent cut off by the percentile bounds; None means 2, or that of ``bounds_file``.
-        min_samples: fewest samples for bounds; None means 20, or that of ``bounds_file``.
-        bounds_file: bounds learnt on another cohort; None learns them on this one.
-        body: ``image`` (foreground of the first channel), ``union`` (of all labels), or a folder of masks.
-        policy: what a flag does in training.
-        workers: processes; None chooses.
-        report: write the HTML report.
-        quiet: no progress bar.
-    """
-
-    rule: str = "solf"
-    epsilon: float | None = None
-    min_samples: int | None = None
-    bounds_file: Path | None = None
-    body: str = BODY_IMAGE
-    policy: FilterPolicy = field(default_factory=FilterPolicy)
-    workers: int | None = None
-    report: bool = True
-    quiet: bool = False
-
-    def __post_init__(self) -> None:
-        get_rule(self.rule)
-        if self.bounds_file is not None and (self.epsilon is not None or self.min_samples is not None):
-            raise ConfigError(
-                "epsilon and the minimum of samples are fixed in a bounds file; give either them or --bounds"
-            )
-        CohortBounds(*self._learning, {})  # refuses values out of range
-        if self.body not in (BODY_IMAGE, BODY_UNION) and not Path(self.body).is_dir():
-            raise ConfigError(f"body must be image, union or an existing folder of masks, got {self.body!r}")
-
-    @property
-    def _learning(self) -> tuple[float, int]:
-        """(epsilon, min_samples) that bounds are learnt with."""
-        return (
-            EPSILON if self.epsilon is None else self.epsilon,
-            MIN_SAMPLES if self.min_samples is None else self.min_samples,
-        )
-
-    def bounds_for(self, features: pd.DataFrame, names: Mapping[int, str]) -> CohortBounds:
-        """The limits to apply: those of the bounds file, or learnt from the features.
-
-        Raises:
-            DatasetError: the bounds file cannot be read.
-            ConfigError: the bounds belong to other organs.
-        """
-        if self.bounds_file is not None:
-            return _load_bounds(self.bounds_file, names)
-        return learn_bounds(features, *self._learning, names)
 
 
 @dataclass(frozen=True)
@@ -105,22 +51,26 @@ class FilterSummary:
         dataset: ``DatasetXXX_Name``.
         cases: scans of the dataset.
         computed: scans measured in this run; the others were kept from an earlier one.
+        skipped: scans that cannot be measured and were left out on request.
         organs: one entry per organ that occurs.
         unjudged: names of organs with too few samples for the rule; they are never flagged.
         small_bodies: scans whose body volume is smaller than their labelled volume, a sign of a wrong body mask.
         trust: the decisions, as training will read them.
         bounds: the limits applied.
+        verdicts: labels that a reviewer decided.
     """
 
     folder: Path
     dataset: str
     cases: int
     computed: int
+    skipped: tuple[str, ...]
     organs: tuple[OrganSummary, ...]
     unjudged: tuple[str, ...]
     small_bodies: int
     trust: LabelTrust
-    bounds: CohortBounds
+    bounds: StratifiedBounds
+    verdicts: int = 0
 
     @property
     def labels(self) -> int:
@@ -133,12 +83,30 @@ class FilterSummary:
         return sum(organ.flagged for organ in self.organs)
 
 
+def measure_part(raw_folder: Path, output_folder: Path, part: Part, config: FilterConfig | None = None) -> int:
+    """Measure one part of a cohort and keep the features for a later ``solf_filter``; for job arrays.
+
+    Args:
+        raw_folder: a raw dataset (``DatasetXXX_Name``).
+        output_folder: the same for all parts and for the run that follows.
+        part: which.
+        config: the same for all.
+
+    Returns:
+        Scans measured now; those that an earlier run measured are not measured again.
+
+    Raises:
+        DatasetError: cases cannot be measured; names them. The others are kept.
+    """
+    return Cohort.open(raw_folder, output_folder, config or FilterConfig()).measure(part).computed
+
+
 def solf_filter(raw_folder: Path, output_folder: Path, config: FilterConfig | None = None) -> FilterSummary:
     """Find the organ labels of a dataset that cannot be trusted.
 
-    Writes features.parquet, bounds.json, flags.parquet, policy.json and report.html. Features of single cases are
-    kept in ``cases/``: a run that was killed goes on where it was, and a second run reads no image or label again
-    for the tables (only the report reads the few that it shows).
+    Writes features.parquet, bounds.json, flags.parquet, policy.json and report.html (and review.csv on request).
+    Features are kept in ``shards/``: a run that was killed goes on where it was, and a second run reads no image or
+    label again for the tables (only the report reads the few that it shows).
 
     Args:
         raw_folder: a raw dataset (``DatasetXXX_Name``).
@@ -146,99 +114,119 @@ def solf_filter(raw_folder: Path, output_folder: Path, config: FilterConfig | No
         config: None takes the defaults.
 
     Raises:
-        DatasetError: a file of a case cannot be used; names the case.
-        ConfigError: bounds that belong to other organs.
+        DatasetError: files of cases cannot be used; names the cases.
+        ConfigError: bounds that belong to other organs or strata.
     """
     config = config or FilterConfig()
-    folder = Path(output_folder)
-    spec = DatasetSpec.load(raw_folder)
-    cases = require_cases(raw_folder, spec)
-    names = organ_names(spec.labels)
-    if config.bounds_file is not None:
-        _load_bounds(config.bounds_file, names)  # fail before the long work
-    ensure_writable(folder)
-
-    measurement = CaseMeasurement(folder / "cases", spec.file_ending, spec.labels.ignore_value, config.body)
-    features, computed = measure_cohort(cases, measurement, config.workers, config.quiet)
-    check_label_values(features, spec)
-    if features.empty:
-        raise DatasetError(f"{spec.name}: none of the {len(cases)} label maps holds an organ; nothing to filter")
-    features.insert(1, "organ", features["label"].map(names))
-
-    bounds = config.bounds_for(features, names)
-    flags = flag_organs(features, rule=config.rule, bounds=bounds)
+    cohort = Cohort.open(raw_folder, output_folder, config)
+    folder, names = cohort.folder, cohort.names
+    bounds, verdicts = config.load_bounds(names), _verdicts(folder, config)  # refused before the work
+    measured = cohort.measure()
+    features = cohort.features(measured)
+    bounds = bounds or config.learn(features, names)
+    flags = flag_cohort(features, bounds, config.rule)
+    if config.evidence:
+        flags["stray"] = stray(flags)
+        flags["swapped"] = swapped(flags, paired_organs(names))
+    if config.review:
+        flags = apply_verdicts(flags, verdicts)
+        write_review(folder / REVIEW_FILE, flags)
     _write(folder, features, flags, bounds, config.policy)
 
-    summary = _summarise(flags, bounds, config, spec, folder, (len(cases), computed))
-    if summary.small_bodies:
-        logger.warning(
-            "warning: in %d of %d scans the body (--body %s) is smaller than the labelled organs; "
-            "use --body union or a folder of masks",
-            summary.small_bodies,
-            len(cases),
-            config.body,
-        )
+    summary = _summarise(flags, bounds, cohort, measured)
+    _warn(summary, config)
     if config.report:
         from ukbob_seg.filtering.report import write_report
 
-        write_report(folder / REPORT_FILE, summary, flags, {case.name: case for case in cases}, config)
+        write_report(folder / REPORT_FILE, summary, flags, {case.name: case for case in cohort.cases}, config)
     else:
         (folder / REPORT_FILE).unlink(missing_ok=True)  # an older one would show other decisions
     return summary
 
 
-def organ_names(scheme: LabelScheme) -> dict[int, str]:
-    """Name of every label value; members of overlapping regions have none of their own and get ``label N``."""
-    if scheme.has_regions:
-        return {value: f"label {value}" for value in scheme.values}
-    return dict(zip(scheme.values, scheme.output_names[1:], strict=True))
+def flag_cohort(features: pd.DataFrame, bounds: StratifiedBounds, rule: str) -> pd.DataFrame:
+    """``flag_organs`` in every stratum; rows and their order stay.
+
+    Args:
+        features: with the column ``stratum``.
+        bounds: of these strata.
+        rule: name of a rule.
+    """
+    parts = [flag_organs(rows, rule=rule, bounds=limits) for _, limits, rows in bounds.split(features)]
+    return pd.concat(parts).loc[features.index]
 
 
-def _load_bounds(path: Path, names: Mapping[int, str]) -> CohortBounds:
-    bounds = CohortBounds.load(path)
-    for label, organ in bounds.organs.items():
-        if organ.name and organ.name != names.get(label, organ.name):
-            raise ConfigError(
-                f"{path}: label {label} is {organ.name!r} there and {names[label]!r} in this dataset; "
-                "bounds can only be applied to the same organs"
-            )
-    return bounds
+def _verdicts(folder: Path, config: FilterConfig) -> dict[tuple[str, int], str]:
+    """What a reviewer said, from the file asked for or from the review.csv of an earlier run."""
+    if not config.review:
+        return {}
+    if config.review_file is not None:
+        return read_verdicts(config.review_file)
+    return read_verdicts(folder / REVIEW_FILE) if (folder / REVIEW_FILE).is_file() else {}
 
 
 def _write(
-    folder: Path, features: pd.DataFrame, flags: pd.DataFrame, bounds: CohortBounds, policy: FilterPolicy
+    folder: Path, features: pd.DataFrame, flags: pd.DataFrame, bounds: StratifiedBounds, policy: FilterPolicy
 ) -> None:
     """Write the decisions; the policy last, so that training never sees new flags with an old policy."""
     (folder / POLICY_FILE).unlink(missing_ok=True)
     for name, table in ((FEATURES_FILE, features), (FLAGS_FILE, flags)):
         with atomic_path(folder / name) as temporary:
-            table.to_parquet(temporary, index=False)
+            shown = table if bounds.columns else table.drop(columns="stratum")
+            shown.to_parquet(temporary, index=False)
     bounds.save(folder / BOUNDS_FILE)
     policy.save(folder / POLICY_FILE)
 
 
 def _summarise(
-    flags: pd.DataFrame,
-    bounds: CohortBounds,
-    config: FilterConfig,
-    spec: DatasetSpec,
-    folder: Path,
-    counts: tuple[int, int],
+    flags: pd.DataFrame, bounds: StratifiedBounds, cohort: Cohort, measured: CohortMeasurement
 ) -> FilterSummary:
-    names = organ_names(spec.labels)
+    names = cohort.names
     per_organ = flags.groupby("label")["flagged"].agg(["size", "sum"])
     per_case = flags.groupby("case").agg(body=("body_voxels", "first"), labelled=("voxels", "sum"))
     return FilterSummary(
-        folder=folder,
-        dataset=spec.name,
-        cases=counts[0],
-        computed=counts[1],
+        folder=cohort.folder,
+        dataset=cohort.spec.name,
+        cases=len(cohort.cases) - len(measured.failures),
+        computed=measured.computed,
+        skipped=tuple(measured.failures),
         organs=tuple(
             OrganSummary(int(label), names[label], int(size), int(flagged))
             for label, size, flagged in per_organ.itertuples(name=None)
         ),
-        unjudged=tuple(names[label] for label in unjudged_labels(flags, bounds, config.rule)),
+        unjudged=_unjudged(flags, bounds, cohort.config.rule, names),
         small_bodies=int((per_case["body"] < per_case["labelled"]).sum()),
-        trust=LabelTrust.from_flags(flags, config.policy),
+        trust=LabelTrust.from_flags(flags, cohort.config.policy),
         bounds=bounds,
+        verdicts=int((flags["verdict"] != "").sum()) if "verdict" in flags else 0,
     )
+
+
+def _unjudged(flags: pd.DataFrame, bounds: StratifiedBounds, rule: str, names: dict[int, str]) -> tuple[str, ...]:
+    """Names of organs without bounds, with their stratum where there are several."""
+    return tuple(
+        names[label] + (f" ({stratum})" if stratum else "")
+        for stratum, limits, rows in bounds.split(flags)
+        for label in unjudged_labels(rows, limits, rule)
+    )
+
+
+def _warn(summary: FilterSummary, config: FilterConfig) -> None:
+    if summary.small_bodies:
+        logger.warning(
+            "warning: in %d of %d scans the body (--body %s) is smaller than the labelled organs; "
+            "use --body union or a folder of masks",
+            summary.small_bodies,
+            summary.cases,
+            config.body,
+        )
+    if summary.skipped:
+        logger.warning(
+            "warning: %d cases could not be measured and were left out: %s",
+            len(summary.skipped),
+            _first(summary.skipped),
+        )
+
+
+def _first(names: Sequence[str], most: int = 10) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -5,79 +5,82 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ukbob_seg.dataset.image_io import read_geometry, read_image, read_labels
+from ukbob_seg.dataset.image_io import read_geometry, read_labels, read_stored
 from ukbob_seg.dataset.spec import Case, DatasetSpec
 from ukbob_seg.errors import DatasetError
-from ukbob_seg.files import digest, read_json, write_json
+from ukbob_seg.files import digest
 from ukbob_seg.filtering.body import body_voxels
-from ukbob_seg.filtering.shape_features import organ_features
-from ukbob_seg.parallel import choose_workers, map_cases
+from ukbob_seg.filtering.evidence import EVIDENCE_COLUMNS, organ_evidence
+from ukbob_seg.filtering.shape_features import FEATURE_COLUMNS, organ_features
+from ukbob_seg.filtering.shards import (
+    Shard,
+    join_shards,
+    load_shards,
+    remove_other_shards,
+    shard_path,
+    shard_size,
+)
+from ukbob_seg.parallel import Part, choose_workers, map_cases
 
 BODY_IMAGE = "image"
 BODY_UNION = "union"
-_VERSION = 1  # raise it when the meaning of a feature changes: kept results are then computed again
-_BYTES_PER_VOXEL = {BODY_IMAGE: 24, BODY_UNION: 8}
+_VERSION = 2  # raise it when the meaning of a feature changes: kept results are then computed again
+_BYTES_PER_VOXEL = {BODY_IMAGE: 12, BODY_UNION: 6}
+_LISTED = 10
 
 
 @dataclass(frozen=True)
 class CaseMeasurement:
-    """Measures one case and keeps the result in ``folder/CASE.json``; picklable, for worker processes.
+    """Measures cases; picklable, for worker processes.
 
     Attributes:
-        folder: where the results of the single cases are kept.
         file_ending: of label and mask files.
         ignore_value: file value of the ignore label, which is no organ, or None.
         body: ``image``, ``union``, or a folder of masks CASE.ext whose nonzero voxels are the body.
+        evidence: also count pieces and find places (``organ_evidence``).
     """
 
-    folder: Path
     file_ending: str
     ignore_value: int | None
     body: str
+    evidence: bool = False
 
-    def kept(self, case: Case) -> dict[str, Any] | None:
-        """The result kept from an earlier run, or None when there is none for exactly these files and options."""
-        path = self._path(case)
-        if not path.is_file():
-            return None
-        try:
-            content = read_json(path)
-        except DatasetError:
-            return None
-        return content if isinstance(content, dict) and content.get("key") == self.key(case) else None
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of the table of a case."""
+        return ("case", "body_voxels", *FEATURE_COLUMNS, *(EVIDENCE_COLUMNS if self.evidence else ()))
 
     def key(self, case: Case) -> str:
-        """Hash of what the result depends on: version, options, and size and modification time of the input files."""
+        """Hash of what the features depend on: version, options, and size and modification time of the input files.
+
+        Raises:
+            DatasetError: the body mask is missing.
+        """
         stats = [(path.name, path.stat()) for path in self._inputs(case)]
         files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
         return digest([_VERSION, self.ignore_value, self._body_kind, files])
 
-    def __call__(self, case: Case) -> dict[str, Any]:
-        """Measure a case and keep the result.
+    def __call__(self, case: Case) -> pd.DataFrame:
+        """The features of a case.
 
         Raises:
             DatasetError: a file of the case cannot be read or does not fit; names the case.
         """
-        key = self.key(case)
         try:
             table, body = self._measure(case)
         except DatasetError as error:
             raise DatasetError(f"case {case.name}: {error}") from error
-        content = {"key": key, "body_voxels": body, "features": table.to_dict(orient="list")}
-        write_json(self._path(case), content)
-        return content
+        table.insert(0, "case", case.name)
+        table.insert(1, "body_voxels", body)
+        return table
 
     @property
     def _body_kind(self) -> str:
         return self.body if self.body in (BODY_IMAGE, BODY_UNION) else "mask"
-
-    def _path(self, case: Case) -> Path:
-        return self.folder / f"{case.name}.json"
 
     def _inputs(self, case: Case) -> list[Path]:
         """Files that the result depends on: the label, then whatever the body is taken from."""
@@ -95,51 +98,141 @@ class CaseMeasurement:
         label_path, *body_path = self._inputs(case)
         labels, geometry = read_labels(label_path)
         table = organ_features(labels, geometry.spacing_mm)
-        del labels  # the body needs as much again
+        if self.evidence:
+            table = table.merge(organ_evidence(labels, geometry), on="label", validate="one_to_one")
+        del labels  # the image is larger: do not hold both
         table = table[table["label"] != (-1 if self.ignore_value is None else self.ignore_value)]
         if self.body == BODY_UNION:
             body = int(table["voxels"].sum())
         else:
-            if self.body == BODY_IMAGE:
-                image, other = read_image(body_path)
-                body = _named(body_path[0], image[0])
-            else:
-                mask, other = read_labels(body_path[0])
-                body = int(np.count_nonzero(mask))
-                if body == 0:
-                    raise DatasetError(f"{body_path[0]} is empty: a body mask must have nonzero voxels")
+            volume, other = read_stored(body_path[0])
             difference = geometry.difference(other, ("the label", body_path[0].name))
             if difference is not None:
                 raise DatasetError(f"{difference}; resample one of them or correct its header")
+            body = self._body_of(body_path[0], volume)
         return table.assign(normalized_volume=table["voxels"] / max(body, 1)), body
+
+    def _body_of(self, path: Path, volume: np.ndarray) -> int:
+        if self.body != BODY_IMAGE:
+            body = int(np.count_nonzero(volume))
+            if body == 0:
+                raise DatasetError(f"{path} is empty: a body mask must have nonzero voxels")
+            return body
+        try:
+            return body_voxels(volume)
+        except DatasetError as error:
+            raise DatasetError(f"{path}: {error}; use --body union or a folder of masks") from error
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One shard to complete: what is known of it, and the cases to measure."""
+
+    path: Path
+    known: Shard
+    pending: tuple[tuple[Case, str], ...]
+
+
+@dataclass(frozen=True)
+class _MeasureShard:
+    """Measures the pending cases of a shard and writes it; a case that fails does not stop the others."""
+
+    measurement: CaseMeasurement
+
+    def __call__(self, job: _Job) -> list[tuple[str, str]]:
+        """(case, message) of the cases that cannot be measured."""
+        failures = []
+        keys, frames = dict(job.known.keys), [job.known.rows]
+        try:
+            for case, key in job.pending:
+                try:
+                    frames.append(self.measurement(case))
+                    keys[case.name] = key
+                except DatasetError as error:
+                    failures.append((case.name, str(error)))
+        finally:  # also when interrupted: what was measured is kept
+            if keys:
+                rows = pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
+                Shard(keys, rows, self.measurement.evidence).save(job.path)
+        return failures
+
+
+@dataclass(frozen=True)
+class CohortMeasurement:
+    """What was measured.
+
+    Attributes:
+        table: one row per case and organ in the order of the cases and ascending by label.
+        computed: cases measured in this run; the others were known.
+        failures: case -> why it could not be measured.
+    """
+
+    table: pd.DataFrame
+    computed: int
+    failures: dict[str, str]
 
 
 def measure_cohort(
-    cases: Sequence[Case], measurement: CaseMeasurement, workers: int | None = None, quiet: bool = False
-) -> tuple[pd.DataFrame, int]:
-    """Measure all cases, except those whose kept result still fits.
+    folder: Path,
+    cases: Sequence[Case],
+    measurement: CaseMeasurement,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    quiet: bool = False,
+    part: Part | None = None,
+) -> CohortMeasurement:
+    """Measure all cases, except those whose kept features still fit.
 
     Args:
-        cases: with label files.
+        folder: where features are kept, in shards.
+        cases: with label files, in a fixed order.
         measurement: how.
-        workers: processes; None chooses by processors, memory and cases.
+        workers: processes; None chooses by processors, memory and shards.
+        scheduler: address of a Dask scheduler whose workers do the work instead; they must see the same files.
         quiet: no progress bar.
-
-    Returns:
-        (table, computed): one row per case and organ in the order of the cases and ascending by label, with the
-        columns case, body_voxels and those of ``organ_features``; and how many cases were computed anew.
+        part: measure only this part of the shards; the table then holds what is known so far.
 
     Raises:
-        DatasetError: a case cannot be measured; what was finished is kept.
+        UkbobError: a worker died, or the shards cannot be written.
     """
-    results = {case.name: measurement.kept(case) for case in cases}
-    pending = [case for case in cases if results[case.name] is None]
+    current, failures = _keys(cases, measurement)
+    known = load_shards(folder, current, measurement.evidence)
+    size = shard_size(len(cases))
+    jobs = []
+    starts = range(0, len(cases), size)
+    for index, start in enumerate(starts):
+        if part is not None and not part.has(index):
+            continue
+        group = [case for case in cases[start : start + size] if case.name in current]
+        job = _job(shard_path(folder, index), group, current, known, measurement)
+        if job.pending or not _is_in_place(job, measurement):
+            jobs.append(job)
+    pending = sum(len(job.pending) for job in jobs)
+    failed: list[tuple[str, str]] = []
     if pending:
-        _compile_kernel()
-        count = choose_workers(workers, len(pending), _memory_per_case_gb(pending, measurement.body))
-        computed = map_cases(measurement, pending, workers=count, description="measuring organs", quiet=quiet)
-        results.update({case.name: result for case, result in zip(pending, computed, strict=True)})
-    return _as_table([(case.name, results[case.name]) for case in cases]), len(pending)
+        _compile_kernels(measurement)
+        first = [case for job in jobs for case, _ in job.pending]
+        done = map_cases(
+            _MeasureShard(measurement),
+            jobs,
+            choose_workers(workers, len(jobs), _memory_per_case_gb(first, measurement)),
+            "measuring organs",
+            quiet,
+            scheduler=scheduler,
+            amounts=[len(job.pending) for job in jobs],
+        )
+        failed = [failure for failures_of_shard in done for failure in failures_of_shard]
+    else:
+        for job in jobs:
+            _MeasureShard(measurement)(job)
+    if part is None:
+        remove_other_shards(folder, len(starts))
+    known = load_shards(folder, current, measurement.evidence)
+    unique = {id(shard): shard for shard in known.values()}.values()
+    names = [case.name for case in cases]
+    return CohortMeasurement(
+        join_shards(unique, names, measurement.columns), pending - len(failed), failures | dict(failed)
+    )
 
 
 def check_label_values(table: pd.DataFrame, spec: DatasetSpec) -> None:
@@ -151,7 +244,7 @@ def check_label_values(table: pd.DataFrame, spec: DatasetSpec) -> None:
     wrong = table[~table["label"].isin(spec.labels.values)]
     if wrong.empty:
         return
-    shown = [f"{row.case}: {row.label} ({row.voxels} voxels)" for row in wrong.head(10).itertuples()]
+    shown = [f"{row.case}: {row.label} ({row.voxels} voxels)" for row in wrong.head(_LISTED).itertuples()]
     more = f" and {len(wrong) - len(shown)} more" if len(wrong) > len(shown) else ""
     raise DatasetError(
         f"label values that dataset.json does not name, by case: {', '.join(shown)}{more}; add them to 'labels' "
@@ -159,33 +252,69 @@ def check_label_values(table: pd.DataFrame, spec: DatasetSpec) -> None:
     )
 
 
-def _named(path: Path, image: np.ndarray) -> int:
-    try:
-        return body_voxels(image)
-    except DatasetError as error:
-        raise DatasetError(f"{path}: {error}; use --body union or a folder of masks") from error
+def refuse_failures(failures: dict[str, str], cases: int) -> None:
+    """Stop when cases could not be measured.
+
+    Raises:
+        DatasetError: one message with the first ten.
+    """
+    if not failures:
+        return
+    messages = list(failures.values())
+    if len(messages) == 1:
+        raise DatasetError(messages[0])
+    more = f"\n  and {len(messages) - _LISTED} more" if len(messages) > _LISTED else ""
+    raise DatasetError(
+        f"{len(messages)} of {cases} cases cannot be measured; the others are kept:\n  "
+        + "\n  ".join(messages[:_LISTED])
+        + more
+        + "\nmend the files and run again, or leave these cases out with --skip-unreadable"
+    )
 
 
-def _compile_kernel() -> None:
-    """Compile (or load) the kernel for the commonest dtype here, so that workers find it in the cache."""
-    organ_features(np.zeros((1, 1, 1), np.uint8), (1.0, 1.0, 1.0))
+def _keys(cases: Sequence[Case], measurement: CaseMeasurement) -> tuple[dict[str, str], dict[str, str]]:
+    keys, failures = {}, {}
+    for case in cases:
+        try:
+            keys[case.name] = measurement.key(case)
+        except DatasetError as error:
+            failures[case.name] = str(error)
+    return keys, failures
 
 
-def _memory_per_case_gb(cases: Sequence[Case], body: str) -> float:
+def _job(
+    path: Path, group: Sequence[Case], current: dict[str, str], known: dict[str, Shard], measurement: CaseMeasurement
+) -> _Job:
+    """What is known of a group of cases, and what is not."""
+    have = [case.name for case in group if case.name in known]
+    parts = {id(known[name]): known[name] for name in have}.values()
+    chosen = [shard.select(set(have) & set(shard.keys)) for shard in parts]
+    rows = join_shards(chosen, have, measurement.columns)
+    shard = Shard({name: current[name] for name in have}, rows, measurement.evidence)
+    return _Job(path, shard, tuple((case, current[case.name]) for case in group if case.name not in known))
+
+
+def _is_in_place(job: _Job, measurement: CaseMeasurement) -> bool:
+    """Whether the file of a job that has nothing to measure already holds just its cases."""
+    kept = Shard.load(job.path)
+    return kept is not None and dict(kept.keys) == dict(job.known.keys) and kept.evidence >= measurement.evidence
+
+
+def _compile_kernels(measurement: CaseMeasurement) -> None:
+    """Compile (or load) the kernels for the commonest types here, so that workers find them in the cache."""
+    labels = np.zeros((2, 2, 2), np.uint8)
+    labels[0] = 1
+    organ_features(labels, (1.0, 1.0, 1.0))
+    if measurement.body == BODY_IMAGE:
+        body_voxels(labels.astype(np.int16))
+
+
+def _memory_per_case_gb(cases: Sequence[Case], measurement: CaseMeasurement) -> float:
     """Estimated peak of the case with the largest label file."""
     largest = max((case.label for case in cases if case.label is not None), key=lambda path: path.stat().st_size)
-    voxels = float(np.prod(read_geometry(largest).shape))
-    return 0.15 + voxels * _BYTES_PER_VOXEL.get(body, 12) / 2**30
-
-
-def _as_table(results: Sequence[tuple[str, dict[str, Any] | None]]) -> pd.DataFrame:
-    columns: dict[str, list[Any]] = {"case": [], "body_voxels": []}
-    for name, result in results:
-        assert result is not None
-        features = result["features"]
-        rows = len(features["label"])
-        columns["case"].extend([name] * rows)
-        columns["body_voxels"].extend([result["body_voxels"]] * rows)
-        for column, values in features.items():
-            columns.setdefault(column, []).extend(values)
-    return pd.DataFrame(columns)
+    try:
+        voxels = float(np.prod(read_geometry(largest).shape))
+    except DatasetError:  # reported when its turn comes
+        voxels = 0.0
+    per_voxel = _BYTES_PER_VOXEL.get(measurement.body, 8) + (24 if measurement.evidence else 0)
+    return 0.2 + voxels * per_voxel / 2**30

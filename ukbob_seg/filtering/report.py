@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,17 +10,28 @@ import numpy as np
 import pandas as pd
 
 from ukbob_seg.dataset.spec import Case
-from ukbob_seg.filtering.bounds import IQR_FACTOR, PLAIN_VOLUME, SOLF_FEATURES, CohortBounds, excess
+from ukbob_seg.filtering.agreement import agreement, rule_flags
+from ukbob_seg.filtering.bounds import IQR_FACTOR, PLAIN_VOLUME, SOLF_FEATURES, excess
 from ukbob_seg.filtering.measure import BODY_IMAGE, BODY_UNION
 from ukbob_seg.filtering.policies import ACTIONS
-from ukbob_seg.filtering.report_figures import Specimen, distribution_figures, gallery_figure, scan_count_figure
-from ukbob_seg.filtering.solf import get_rule
+from ukbob_seg.filtering.report_figures import (
+    Specimen,
+    distribution_figures,
+    gallery_figure,
+    organ_share_figure,
+    scan_count_figure,
+)
+from ukbob_seg.filtering.review import label_scores, scan_scores
+from ukbob_seg.filtering.solf import DOUBT, get_rule
+from ukbob_seg.filtering.strata import StratifiedBounds
 from ukbob_seg.report_page import ReportPage
 
 if TYPE_CHECKING:
-    from ukbob_seg.filtering.cohort import FilterConfig, FilterSummary
+    from ukbob_seg.filtering.cohort import FilterSummary
+    from ukbob_seg.filtering.config import FilterConfig
 
 WORST_PICTURES = 12
+ORDINARY_PICTURES = 8
 WORST_ROWS = 30
 WORST_SCANS = 10
 NAMES_PER_SCAN = 3
@@ -29,6 +40,9 @@ SHORT_NAMES = {
     "sphericity": "sphericity",
     "eccentricity": "eccentricity",
     PLAIN_VOLUME: "volume (mm³)",
+    DOUBT: "doubt",
+    "stray": "stray pieces",
+    "swapped": "sides exchanged",
 }
 
 
@@ -40,19 +54,26 @@ def write_report(
     Args:
         path: of the HTML file.
         summary: what the filter found.
-        flags: the table of ``flag_organs`` with the columns organ and body_voxels.
-        cases: by name; image and label of the worst flagged ones are read again for their pictures.
+        flags: the table of ``flag_organs`` with the columns organ, stratum and body_voxels.
+        cases: by name; image and label of those that are shown are read again for their pictures.
         config: the options used.
     """
     shown = _shown_features(config.rule)
     worst = worst_labels(flags, summary.bounds, config.rule)
     page = ReportPage(f"Label filter: {summary.dataset}", _rule_sentence(config, summary.bounds))
-    _overview(page, summary, flags, config)
+    _overview(page, summary, config)
     page.heading("Most extreme flagged labels")
     _worst_section(page, worst, summary.bounds, cases, shown)
+    _ordinary_section(page, flags, worst, cases)
     page.heading("Flags per scan")
     _scan_section(page, summary, flags)
+    page.heading("Agreement of the rules")
+    _agreement_section(page, flags, config.rule)
     page.heading("Organs")
+    page.figure(
+        organ_share_figure({o.name: 100 * o.share for o in sorted(summary.organs, key=lambda o: -o.share)}),
+        "Flagged share of each organ's labels.",
+    )
     page.paragraph(
         "Mean ± standard deviation over all labels, and over the labels that were kept. The volume is normalized: "
         "percent of the body."
@@ -63,21 +84,34 @@ def write_report(
         "One row per organ. Blue bars: kept labels. Red ticks: flagged labels. Dashed lines: bounds. Values far "
         "beyond the bounds are drawn at the edge as triangles."
     )
-    for figure, caption in distribution_figures(flags, summary.bounds, {name: SHORT_NAMES[name] for name in shown}):
+    for figure, caption in distribution_figures(
+        flags, summary.bounds, {name: SHORT_NAMES[name] for name in shown if name != DOUBT}
+    ):
         page.figure(figure, caption)
     page.write(path)
 
 
-def worst_labels(flags: pd.DataFrame, bounds: CohortBounds, rule: str) -> pd.DataFrame:
+def worst_labels(flags: pd.DataFrame, bounds: StratifiedBounds, rule: str) -> pd.DataFrame:
     """The flagged rows, the most extreme first, with a column ``severity``.
 
-    Severity is the sum, over the rule's features, of how far the value lies beyond its bounds, in widths of the
-    bounds. Equal severities keep the order of the table.
+    Severity is the doubt for the rule ``joint``; otherwise the sum, over the rule's features, of how far the value
+    lies beyond its bounds, in widths of the bounds. Equal severities keep the order of the table.
     """
     features = get_rule(rule).features
-    severity = sum((excess(flags, feature, bounds) for feature in features), start=np.zeros(len(flags)))
+    severity = pd.Series(0.0, index=flags.index)
+    for _, limits, rows in bounds.split(flags):
+        for feature in features:
+            severity[rows.index] += rows[DOUBT] if feature == DOUBT else excess(rows, feature, limits)
     flagged = flags.assign(severity=severity)[flags["flagged"].to_numpy(bool)]
     return flagged.sort_values("severity", ascending=False, kind="stable")
+
+
+def ordinary_labels(flags: pd.DataFrame, organs: Sequence[int]) -> pd.DataFrame:
+    """The least doubtful kept label of each of the given organs; of equals the first in the table."""
+    kept = flags[~flags["flagged"].to_numpy(bool) & flags["label"].isin(list(organs)).to_numpy(bool)]
+    order = kept.assign(score=label_scores(kept)).sort_values("score", kind="stable")
+    first = order.drop_duplicates("label").set_index("label", drop=False)
+    return first.loc[[label for label in organs if label in first.index]]
 
 
 def _shown_features(rule: str) -> tuple[str, ...]:
@@ -85,20 +119,26 @@ def _shown_features(rule: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*SOLF_FEATURES, *get_rule(rule).features)))
 
 
-def _rule_sentence(config: FilterConfig, bounds: CohortBounds) -> str:
+def _rule_sentence(config: FilterConfig, bounds: StratifiedBounds) -> str:
     source = "learnt on this cohort" if config.bounds_file is None else f"read from {config.bounds_file.name}"
-    percent = f"percentiles {bounds.epsilon / 2:g} and {100 - bounds.epsilon / 2:g} of its organ ({source})"
+    if bounds.columns:
+        source += f", separately for each {' and '.join(bounds.columns)}"
+    epsilon = bounds.any.epsilon
+    percent = f"percentiles {epsilon / 2:g} and {100 - epsilon / 2:g} of its organ ({source})"
     return {
         "solf": "A label is flagged when at least two of normalized volume, sphericity and eccentricity lie outside "
         f"the {percent}.",
         "volume": f"A label is flagged when its normalized volume lies outside the {percent}.",
         "iqr": f"A label is flagged when its volume lies more than {IQR_FACTOR:g} interquartile ranges beyond the "
         f"quartiles of its organ ({source}).",
+        "joint": "A label is flagged when its normalized volume, sphericity and eccentricity together are as unusual "
+        f"as one ordinary label in {1 / (1 - bounds.any.confidence):,.0f}, by the robust mean and covariance of its "
+        f"organ ({source}).",
         "none": "No label is flagged (rule none); the features are listed for reference.",
     }.get(config.rule, f"Rule {config.rule}, bounds {source}.")
 
 
-def _overview(page: ReportPage, summary: FilterSummary, flags: pd.DataFrame, config: FilterConfig) -> None:
+def _overview(page: ReportPage, summary: FilterSummary, config: FilterConfig) -> None:
     scans = sum(1 for values in summary.trust.flags.values() if values)
     page.tiles(
         [
@@ -124,25 +164,65 @@ def _overview(page: ReportPage, summary: FilterSummary, flags: pd.DataFrame, con
         )
     if summary.unjudged:
         notes.append(
-            f"Never flagged, since fewer than {summary.bounds.min_samples} values were there to learn bounds from: "
+            f"Never flagged, since fewer than {summary.bounds.any.min_samples} values were there to learn bounds from: "
             + ", ".join(summary.unjudged)
             + "."
         )
-    coarse = _coarse_organs(summary)
+    if summary.verdicts:
+        notes.append(f"{summary.verdicts} labels were decided by a reviewer, whatever the rule says.")
+    if summary.skipped:
+        notes.append(f"{len(summary.skipped)} scans could not be measured and are left out.")
+    epsilon = summary.bounds.any.epsilon
+    coarse = _coarse_organs(summary.bounds)
     if coarse and config.rule in ("solf", "volume"):
         notes.append(
-            f"Percentiles at epsilon {summary.bounds.epsilon:g} need {200 / summary.bounds.epsilon:.0f} labels of an "
+            f"Percentiles at epsilon {epsilon:g} need {200 / epsilon:.0f} labels of an "
             f"organ; with fewer, its lowest and highest values always count as outside (organs concerned: {coarse})."
         )
     page.bullets(notes)
 
 
-def _coarse_organs(summary: FilterSummary) -> int:
+def _coarse_organs(bounds: StratifiedBounds) -> int:
     """Organs whose bounds come from so few labels that the outermost ones are outside by construction."""
-    if summary.bounds.epsilon == 0:
+    if bounds.any.epsilon == 0:
         return 0
-    needed = 200 / summary.bounds.epsilon
-    return sum(1 for organ in summary.bounds.organs.values() if organ.limits and organ.cases < needed)
+    needed = 200 / bounds.any.epsilon
+    return sum(
+        1
+        for limits in bounds.strata.values()
+        for organ in limits.organs.values()
+        if organ.limits and organ.cases < needed
+    )
+
+
+def _ordinary_section(page: ReportPage, flags: pd.DataFrame, worst: pd.DataFrame, cases: Mapping[str, Case]) -> None:
+    """For comparison: ordinary labels of the organs shown above, then of others."""
+    organs = list(dict.fromkeys([*worst["label"].head(WORST_PICTURES), *sorted(flags["label"].unique())]))
+    rows = ordinary_labels(flags, organs).head(ORDINARY_PICTURES)
+    if rows.empty:
+        return
+    page.heading("The most ordinary labels")
+    page.figure(
+        gallery_figure([Specimen(cases[row.case], int(row.label), str(row.organ)) for row in rows.itertuples()]),
+        "The kept label that is nearest to the middle of its organ's distributions, for comparison (green).",
+    )
+
+
+def _agreement_section(page: ReportPage, flags: pd.DataFrame, rule: str) -> None:
+    """How many labels each pair of rules flags together."""
+    decisions = rule_flags(flags)
+    table = agreement(decisions)
+    page.paragraph(
+        "Labels flagged by both the rule of the row and that of the column, with the bounds of this run; in the "
+        f"diagonal all that a rule flags. This run used {rule}."
+    )
+    page.table(
+        ["rule", *table.columns, "flagged, %"],
+        [
+            [name, *(int(value) for value in row), f"{100 * decisions[name].mean():.2f}"]
+            for name, row in zip(table.index, table.to_numpy(), strict=True)
+        ],
+    )
 
 
 def _organ_table(page: ReportPage, flags: pd.DataFrame, shown: tuple[str, ...]) -> None:
@@ -162,7 +242,7 @@ def _organ_table(page: ReportPage, flags: pd.DataFrame, shown: tuple[str, ...]) 
 
 
 def _worst_section(
-    page: ReportPage, worst: pd.DataFrame, bounds: CohortBounds, cases: Mapping[str, Case], shown: tuple[str, ...]
+    page: ReportPage, worst: pd.DataFrame, bounds: StratifiedBounds, cases: Mapping[str, Case], shown: tuple[str, ...]
 ) -> None:
     if worst.empty:
         page.paragraph("No label was flagged.")
@@ -190,31 +270,43 @@ def _worst_section(
 def _scan_section(page: ReportPage, summary: FilterSummary, flags: pd.DataFrame) -> None:
     counts = flags.groupby("case")["flagged"].sum()
     page.figure(scan_count_figure(counts.to_numpy()), "Scans by number of flagged organs.")
-    most = counts[counts > 0].sort_values(ascending=False, kind="stable").head(WORST_SCANS)
+    scores = scan_scores(flags)
+    order = pd.DataFrame({"flagged": counts, "score": scores.reindex(counts.index)})
+    most = order[order["flagged"] > 0].sort_values(["flagged", "score"], ascending=False, kind="stable")
     if most.empty:
         return
-    names = flags[flags["flagged"].to_numpy(bool)].groupby("case")["organ"].agg(_list_names)
+    page.paragraph("The doubt of a scan is the sum of its labels' doubts, as far as they are larger than 2.")
+    most = most.head(WORST_SCANS)
+    shown = flags[flags["flagged"].to_numpy(bool) & flags["case"].isin(most.index).to_numpy(bool)]
+    names = shown.groupby("case")["organ"].agg(_list_names)
     dropped = summary.trust.dropped_cases
     page.table(
-        ["scan", "flagged", "dropped", "organs"],
-        [[case, int(count), "yes" if case in dropped else "no", names[case]] for case, count in most.items()],
+        ["scan", "flagged", "doubt", "dropped", "organs"],
+        [
+            [case, int(count), f"{score:.1f}", "yes" if case in dropped else "no", names[case]]
+            for case, count, score in most.itertuples(name=None)
+        ],
     )
 
 
-def _reasons(row: Any, bounds: CohortBounds, features: tuple[str, ...]) -> str:
-    """The features of a row that are outside their bounds, and on which side; one a line."""
+def _reasons(row: Any, bounds: StratifiedBounds, features: tuple[str, ...]) -> str:
+    """The features of a row that are outside their bounds, and on which side; other evidence; one a line."""
     parts = []
     for feature in features:
-        if getattr(row, f"{feature}_outside"):
-            side = "low" if getattr(row, feature) < bounds.limits(row.label, feature)[0] else "high"
+        if feature != DOUBT and getattr(row, f"{feature}_outside"):
+            side = "low" if getattr(row, feature) < bounds.strata[row.stratum].limits(row.label, feature)[0] else "high"
             parts.append(f"{SHORT_NAMES[feature]} {side}")
-    return "\n".join(parts)
+    parts += [SHORT_NAMES[name] for name in ("stray", "swapped") if getattr(row, name, False)]
+    if getattr(row, "verdict", ""):
+        parts.append("rejected by a reviewer")
+    return "\n".join(parts) or "unusual combination"
 
 
-def _against_bound(row: Any, bounds: CohortBounds, feature: str) -> str:
+def _against_bound(row: Any, bounds: StratifiedBounds, feature: str) -> str:
     """``0.0872 > 0.0755`` for a value above its upper bound, the value alone inside."""
     value = getattr(row, feature)
-    low, high = bounds.limits(row.label, feature)
+    limits = bounds.strata[row.stratum]
+    low, high = (0.0, limits.most_doubt) if feature == DOUBT else limits.limits(row.label, feature)
     if not getattr(row, f"{feature}_outside"):
         return f"{value:.3g}" if np.isfinite(value) else "-"
     return f"{value:.3g} < {low:.3g}" if value < low else f"{value:.3g} > {high:.3g}"

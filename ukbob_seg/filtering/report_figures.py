@@ -13,9 +13,9 @@ from matplotlib.ticker import MaxNLocator
 
 from ukbob_seg.dataset.image_io import read_image, read_labels
 from ukbob_seg.dataset.spec import Case
-from ukbob_seg.filtering.bounds import CohortBounds
+from ukbob_seg.filtering.strata import StratifiedBounds
 
-_KEPT, _FLAGGED, _OTHER, _INK = "#7aa6d8", "#d62728", "#8fd3ff", "#44505c"
+_KEPT, _FLAGGED, _OTHER, _INK, _ORDINARY = "#7aa6d8", "#d62728", "#8fd3ff", "#44505c", "#3ddc84"
 _ORGANS_PER_FIGURE = 12
 _MOST_BINS = 40
 _REACH = 1.5  # widths of the bounds that are shown on either side of them
@@ -25,43 +25,59 @@ _COLUMNS = 4
 
 @dataclass(frozen=True)
 class Specimen:
-    """One flagged label to be shown: its case, file value, organ name, and why it was flagged."""
+    """One label to be shown: case, file value, organ name, and why it was flagged; an ordinary one has no reason."""
 
     case: Case
     label: int
     organ: str
-    reason: str
+    reason: str = ""
 
 
 def distribution_figures(
-    flags: pd.DataFrame, bounds: CohortBounds, features: Mapping[str, str]
+    flags: pd.DataFrame, bounds: StratifiedBounds, features: Mapping[str, str]
 ) -> Iterator[tuple[Figure, str]]:
     """Histograms per organ and feature with the bounds, twelve organs to a figure.
 
     Args:
-        flags: table of ``flag_organs`` with the column organ.
+        flags: table of ``flag_organs`` with the columns organ and stratum; each stratum of an organ has its own row.
         bounds: the limits applied.
         features: column -> heading.
 
     Yields:
         (figure, caption)
     """
-    organs = [(int(label), rows) for label, rows in flags.groupby("label", sort=True)]
+    organs = [(int(key[0]), str(key[1]), rows) for key, rows in flags.groupby(["label", "stratum"], sort=True)]
     for start in range(0, len(organs), _ORGANS_PER_FIGURE):
         page = organs[start : start + _ORGANS_PER_FIGURE]
         width, height = 3.2 * len(features) + 1.7, 0.85 * len(page) + 0.45
         figure = Figure(figsize=(width, height))  # fixed margins: layout engines take seconds at 36 axes
         figure.subplots_adjust(1.7 / width, 0.25 / height, 0.99, 1 - 0.3 / height, wspace=0.08, hspace=0.5)
         axes = figure.subplots(len(page), len(features), squeeze=False)
-        for row, (label, rows) in zip(axes, page, strict=True):
+        for row, (label, stratum, rows) in zip(axes, page, strict=True):
             for axis, feature in zip(row, features, strict=True):
-                _strip(
-                    axis, rows[feature].to_numpy(float), rows["flagged"].to_numpy(bool), bounds.limits(label, feature)
-                )
-            row[0].set_ylabel(_shorten(str(rows["organ"].iloc[0]), 22), rotation=0, ha="right", va="center", fontsize=9)
+                limits = bounds.strata[stratum].limits(label, feature)
+                _strip(axis, rows[feature].to_numpy(float), rows["flagged"].to_numpy(bool), limits)
+            name = _shorten(str(rows["organ"].iloc[0]), 22) + (f"\n{_shorten(stratum, 22)}" if stratum else "")
+            row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
         for axis, heading in zip(axes[0], features.values(), strict=True):
             axis.set_title(heading, fontsize=10)
-        yield figure, f"Organs {start + 1} to {start + len(page)} of {len(organs)}."
+        yield figure, f"Rows {start + 1} to {start + len(page)} of {len(organs)}."
+
+
+def organ_share_figure(shares: Mapping[str, float]) -> Figure:
+    """Bars of the flagged share of each organ.
+
+    Args:
+        shares: organ -> percent, in the order to draw from left to right.
+    """
+    figure = Figure(figsize=(min(14.0, 2.0 + 0.32 * len(shares)), 3.4), layout="constrained")
+    axis = figure.subplots()
+    axis.bar(range(len(shares)), list(shares.values()), color=_FLAGGED, width=0.7)
+    axis.set_xticks(range(len(shares)), [_shorten(name, 24) for name in shares], rotation=90, fontsize=7)
+    axis.set_xlim(-0.6, len(shares) - 0.4)
+    axis.set_ylabel("flagged, %")
+    _plain(axis)
+    return figure
 
 
 def scan_count_figure(counts: np.ndarray) -> Figure:
@@ -89,7 +105,7 @@ def scan_count_figure(counts: np.ndarray) -> Figure:
 
 
 def gallery_figure(specimens: Sequence[Specimen]) -> Figure:
-    """Slices through flagged labels with their outline; reads image (first channel) and label of each.
+    """Slices through labels with their outline; reads image (first channel) and label of each.
 
     Args:
         specimens: at least one, in reading order.
@@ -159,7 +175,8 @@ def _draw_specimen(axis: Axes, specimen: Specimen) -> None:
         pixels, mask, others = pixels[::-1], mask[::-1], others[::-1]
     low, high = np.percentile(pixels, (1, 99))
     axis.imshow(pixels, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=float(step[0] / step[1]))
-    for part, color, width in ((others & ~mask, _OTHER, 0.8), (mask, _FLAGGED, 1.6)):
+    outline = _FLAGGED if specimen.reason else _ORDINARY
+    for part, color, width in ((others & ~mask, _OTHER, 0.8), (mask, outline, 1.6)):
         padded = np.pad(part, 1).astype(float)
         if part.any():
             extent = np.arange(-1, part.shape[1] + 1), np.arange(-1, part.shape[0] + 1)

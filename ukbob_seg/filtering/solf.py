@@ -15,9 +15,11 @@ from ukbob_seg.filtering.bounds import (
     PLAIN_VOLUME,
     SOLF_FEATURES,
     CohortBounds,
+    doubts,
     learn_bounds,
     outside,
 )
+from ukbob_seg.filtering.joint import CONFIDENCE
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Rule:
     """A way to decide from a table of features and their ``<feature>_outside`` columns.
 
     Attributes:
-        features: columns that the rule reads.
+        features: columns that the rule judges by; ``doubt`` is made from the three SOLF features.
         decide: table -> (rows,) bool, whether each label is inaccurate.
     """
 
@@ -38,10 +40,13 @@ def _at_least(needed: int, *features: str) -> Rule:
     return Rule(features, lambda table: table[columns].to_numpy(bool).sum(axis=1) >= needed)
 
 
+DOUBT = "doubt"
+
 RULES: dict[str, Rule] = {
     "solf": _at_least(2, *SOLF_FEATURES),
     "volume": _at_least(1, "normalized_volume"),
     "iqr": _at_least(1, PLAIN_VOLUME),
+    "joint": _at_least(1, "doubt"),
     "none": _at_least(1),
 }
 
@@ -64,47 +69,62 @@ def flag_organs(
     *,
     bounds: CohortBounds | None = None,
     min_samples: int = MIN_SAMPLES,
+    confidence: float = CONFIDENCE,
 ) -> pd.DataFrame:
     """Flag the labels that are probably inaccurate.
 
     ``solf``: at least two of normalized volume, sphericity and eccentricity lie outside the organ's percentile
-    limits. ``volume``: the normalized volume does. ``iqr``: ``volume_mm3`` lies outside Tukey's fences. ``none``:
-    nothing is flagged.
+    limits. ``volume``: the normalized volume does. ``iqr``: ``volume_mm3`` lies outside Tukey's fences. ``joint``:
+    the three features together are less probable than 1 - confidence. ``none``: nothing is flagged.
 
     Args:
         features: one row per case and label, with the columns case, label, normalized_volume, sphericity,
             eccentricity, and volume_mm3 for the rule ``iqr``.
         epsilon: percent cut off by the percentile limits, half at each end; not used when ``bounds`` are given.
-        rule: solf, volume, iqr or none.
+        rule: solf, volume, iqr, joint or none.
         bounds: limits learnt elsewhere; None learns them from this table.
         min_samples: an organ with fewer finite values of a feature has no limits there; not used with ``bounds``.
+        confidence: share of ordinary labels that the joint model calls ordinary; not used with ``bounds``.
 
     Returns:
         A copy with the same rows in the same order and, added, ``<feature>_outside`` (bool) per feature, ``votes``
-        (0-3: SOLF features outside, whatever the rule) and ``flagged`` (bool). A NaN feature is never outside.
+        (0-3: SOLF features outside, whatever the rule) and ``flagged`` (bool). A NaN feature is never outside. Where
+        the joint model was learnt (always with the rule ``joint``) also ``doubt``, see ``JointModel.doubt``, and
+        ``doubt_outside``.
 
     Raises:
         ConfigError: unknown rule, epsilon out of range, or a column is missing.
     """
     chosen = get_rule(rule)
-    missing = [name for name in ("case", "label", *SOLF_FEATURES, *chosen.features) if name not in features.columns]
+    needed = ("case", "label", *SOLF_FEATURES, *chosen.features)
+    missing = [name for name in needed if name != DOUBT and name not in features.columns]
     if missing:
         raise ConfigError(f"the feature table lacks {', '.join(dict.fromkeys(missing))} (needed by the rule {rule!r})")
-    bounds = learn_bounds(features, epsilon, min_samples) if bounds is None else bounds
+    if bounds is None:
+        bounds = learn_bounds(features, epsilon, min_samples, confidence=confidence, joint=DOUBT in chosen.features)
     table = features.copy()
     for feature in (*SOLF_FEATURES, PLAIN_VOLUME):
         if feature in features.columns:
             table[f"{feature}_outside"] = outside(features, feature, bounds)
+    if DOUBT in chosen.features or any(organ.joint for organ in bounds.organs.values()):
+        table[DOUBT] = doubts(features, bounds)
+        table[f"{DOUBT}_outside"] = table[DOUBT] > bounds.most_doubt
     table["votes"] = sum(table[f"{feature}_outside"].to_numpy(np.int8) for feature in SOLF_FEATURES)
     table["flagged"] = chosen.decide(table)
     return table
 
 
 def unjudged_labels(features: pd.DataFrame, bounds: CohortBounds, rule: str) -> list[int]:
-    """Labels of the table for which a feature that the rule needs has no limits (too few samples), ascending."""
+    """Labels of the table for which the rule has no limits or model (too few samples), ascending."""
     needed = get_rule(rule).features
     return [
         int(label)
         for label in np.unique(features["label"].to_numpy())
-        if any(np.isnan(bounds.limits(label, feature)[0]) for feature in needed)
+        if any(not _is_known(bounds, int(label), feature) for feature in needed)
     ]
+
+
+def _is_known(bounds: CohortBounds, label: int, feature: str) -> bool:
+    if feature == DOUBT:
+        return label in bounds.organs and bounds.organs[label].joint is not None
+    return not np.isnan(bounds.limits(label, feature)[0])

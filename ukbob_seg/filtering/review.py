@@ -1,0 +1,138 @@
+"""A person's say: a table of the most doubtful labels to look through, whose verdicts overrule the filter."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ukbob_seg.errors import DatasetError
+from ukbob_seg.files import atomic_path
+from ukbob_seg.filtering.bounds import PLAIN_VOLUME, SOLF_FEATURES
+
+logger = logging.getLogger(__name__)
+
+REVIEW_FILE = "review.csv"
+VERDICTS = {"accept": False, "reject": True}  # verdict -> flagged
+SHOWN_DOUBT = 2.0  # a label that one ordinary label in 100 equals, or less, is worth a look
+MOST_PER_LABEL = 10.0  # one absurd label must not outweigh a scan in which everything is wrong
+
+Verdicts = Mapping[tuple[str, int], str]
+
+
+def label_scores(flags: pd.DataFrame) -> np.ndarray:
+    """How doubtful each label is: its ``doubt`` up to 10; where there is no joint model, its ``votes``."""
+    doubt = flags["doubt"].to_numpy(np.float64) if "doubt" in flags else np.full(len(flags), np.nan)
+    return np.where(np.isnan(doubt), flags["votes"], np.minimum(doubt, MOST_PER_LABEL))
+
+
+def scan_scores(flags: pd.DataFrame) -> pd.Series:
+    """How doubtful each scan is: the sum of its labels' scores from 2 on, so that ordinary labels add nothing."""
+    scores = label_scores(flags)
+    return pd.Series(np.where(scores >= SHOWN_DOUBT, scores, 0.0)).groupby(flags["case"].to_numpy()).sum()
+
+
+def read_verdicts(path: Path) -> dict[tuple[str, int], str]:
+    """The verdicts of a reviewed table.
+
+    Args:
+        path: a CSV file with the columns case, label, verdict; other columns are not read.
+
+    Returns:
+        (case, label) -> ``accept`` or ``reject``; lines without a verdict are left out.
+
+    Raises:
+        DatasetError: the file cannot be read, or a verdict is another word; names the line.
+    """
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", sep=None, engine="python")
+    except FileNotFoundError as error:
+        raise DatasetError(f"the reviewed table {path} does not exist") from error
+    except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
+        raise DatasetError(f"the reviewed table {path} cannot be read: {error}") from error
+    missing = [column for column in ("case", "label", "verdict") if column not in table]
+    if missing:
+        raise DatasetError(f"{path} has no column {', '.join(missing)}; keep the columns case, label and verdict")
+    verdicts: dict[tuple[str, int], str] = {}
+    for line, (case, label, word) in enumerate(table[["case", "label", "verdict"]].itertuples(index=False), start=2):
+        verdict = word.strip().lower()
+        if not verdict:
+            continue
+        if verdict not in VERDICTS:
+            raise DatasetError(f"{path}, line {line}: the verdict is {word!r}; write accept, reject or nothing")
+        if not label.strip().isdigit():
+            raise DatasetError(f"{path}, line {line}: the label is {label!r}, not a label value")
+        key = (case.strip(), int(label))
+        if verdicts.setdefault(key, verdict) != verdict:
+            raise DatasetError(f"{path}, line {line}: case {key[0]}, label {key[1]} has two different verdicts")
+    return verdicts
+
+
+def apply_verdicts(flags: pd.DataFrame, verdicts: Verdicts) -> pd.DataFrame:
+    """Overrule the filter.
+
+    Args:
+        flags: the table of ``flag_organs``.
+        verdicts: from ``read_verdicts``.
+
+    Returns:
+        A copy with the columns ``flagged_by_rule`` and ``verdict`` (empty without one), and ``flagged`` decided by the
+        verdict where there is one.
+    """
+    keys = list(zip(flags["case"], flags["label"].astype(int), strict=True))
+    unknown = sorted(set(verdicts) - set(keys))
+    if unknown:
+        shown = ", ".join(f"{case} label {label}" for case, label in unknown[:5])
+        logger.warning("warning: %d verdicts are about labels that do not exist: %s", len(unknown), shown)
+    table = flags.assign(flagged_by_rule=flags["flagged"], verdict=[verdicts.get(key, "") for key in keys])
+    decided = table["verdict"].map(VERDICTS)
+    table["flagged"] = decided.where(decided.notna(), table["flagged"]).astype(bool)
+    return table
+
+
+def write_review(path: Path, flags: pd.DataFrame) -> int:
+    """Write the table to look through: the most doubtful scans first, in each the most doubtful labels first.
+
+    It holds every label that is flagged, whose score is 2 or more, or that has a verdict.
+
+    Args:
+        path: of the CSV file.
+        flags: the table of ``apply_verdicts`` with the column organ.
+
+    Returns:
+        Number of lines.
+    """
+    scores = label_scores(flags)
+    chosen = flags["flagged"] | flags["flagged_by_rule"] | (scores >= SHOWN_DOUBT) | (flags["verdict"] != "")
+    table = flags.assign(label_score=scores, scan_score=flags["case"].map(scan_scores(flags)))[chosen.to_numpy(bool)]
+    table = table.sort_values(
+        ["scan_score", "case", "label_score", "label"], ascending=[False, True, False, True], kind="stable"
+    )
+    content = pd.DataFrame(
+        {
+            "case": table["case"],
+            "label": table["label"],
+            "organ": table["organ"],
+            "verdict": table["verdict"],
+            "flagged": np.where(table["flagged"], "yes", "no"),
+            "scan_score": table["scan_score"].round(2),
+            "label_score": table["label_score"].round(2),
+            "why": [_why(row) for row in table.to_dict(orient="records")],
+        }
+    )
+    with atomic_path(path) as temporary:
+        content.to_csv(temporary, index=False, lineterminator="\n")
+    return len(content)
+
+
+def _why(row: dict[str, object]) -> str:
+    reasons = [
+        name.replace("_", " ").replace(" mm3", "")
+        for name in (*SOLF_FEATURES, PLAIN_VOLUME)
+        if row.get(f"{name}_outside")
+    ]
+    reasons += [name for name in ("stray", "swapped") if row.get(name)]
+    return "; ".join(reasons + (["unusual combination"] if row.get("doubt_outside") and not reasons else []))

@@ -1,0 +1,132 @@
+"""Bounds by group of subjects (sex, age band): each scan is compared with its own kind only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from ukbob_seg.errors import ConfigError, DatasetError
+from ukbob_seg.files import read_json, write_json
+from ukbob_seg.filtering.bounds import CohortBounds
+
+WHOLE = ""  # the only stratum of a cohort that is not divided
+MOST_STRATA = 50
+
+
+@dataclass(frozen=True)
+class StratifiedBounds:
+    """The bounds of every stratum of a cohort.
+
+    Attributes:
+        columns: of the table of subjects that divide the cohort; none when it is not divided.
+        strata: by the values of these columns, joined by ``, ``; ``""`` when the cohort is not divided.
+    """
+
+    columns: tuple[str, ...]
+    strata: Mapping[str, CohortBounds]
+
+    @property
+    def any(self) -> CohortBounds:
+        """Some stratum's bounds: epsilon and the like are the same in all."""
+        return next(iter(self.strata.values()))
+
+    def split(self, table: pd.DataFrame) -> Iterator[tuple[str, CohortBounds, pd.DataFrame]]:
+        """(stratum, its bounds, its rows) for every stratum that occurs in a table with the column ``stratum``.
+
+        Raises:
+            ConfigError: a stratum without bounds.
+        """
+        for name, rows in table.groupby("stratum", sort=True):
+            if name not in self.strata:
+                raise ConfigError(
+                    f"the bounds have no stratum {name!r} (columns {', '.join(self.columns) or 'none'}; known: "
+                    f"{', '.join(map(repr, self.strata))}); learn them again on a cohort that has it"
+                )
+            yield str(name), self.strata[str(name)], rows
+
+    def save(self, path: Path) -> None:
+        """Write as JSON, atomically."""
+        if self.columns:
+            strata = {name: bounds.as_json() for name, bounds in sorted(self.strata.items())}
+            write_json(path, {"columns": list(self.columns), "strata": strata})
+        else:
+            write_json(path, self.strata[WHOLE].as_json())
+
+    @classmethod
+    def load(cls, path: Path) -> StratifiedBounds:
+        """Read a file that ``save`` wrote.
+
+        Raises:
+            DatasetError: missing, or not a bounds file.
+        """
+        content = read_json(path, "bounds file")
+        try:
+            if "strata" in content:
+                strata = {str(name): CohortBounds.from_json(entry) for name, entry in content["strata"].items()}
+                if not strata:
+                    raise ValueError("no stratum")
+                return cls(tuple(str(column) for column in content["columns"]), strata)
+            return cls((), {WHOLE: CohortBounds.from_json(content)})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DatasetError(
+                f"{path} is not a bounds file ({error!r}); use the bounds.json that ukbob_filter wrote"
+            ) from error
+
+
+def learn_strata(
+    features: pd.DataFrame, columns: Sequence[str], learn: Callable[[pd.DataFrame], CohortBounds]
+) -> StratifiedBounds:
+    """Learn bounds in every stratum of a table with the column ``stratum``."""
+    return StratifiedBounds(
+        tuple(columns), {str(name): learn(rows) for name, rows in features.groupby("stratum", sort=True)}
+    )
+
+
+def read_strata(path: Path, columns: Sequence[str], cases: Sequence[str]) -> dict[str, str]:
+    """The stratum of every case from a CSV file with a column ``case``.
+
+    Args:
+        path: of the CSV file.
+        columns: whose values divide the cohort.
+        cases: that need a stratum.
+
+    Raises:
+        DatasetError: the file cannot be read, lacks a column, or says nothing or two things about a case.
+        ConfigError: so many different values that no cohort can be divided by them (bands are wanted).
+    """
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise DatasetError(f"the table of subjects {path} does not exist") from error
+    except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
+        raise DatasetError(f"the table of subjects {path} cannot be read: {error}") from error
+    missing = [column for column in ("case", *columns) if column not in table]
+    if missing:
+        raise DatasetError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns)}")
+    table = table[table["case"].isin(list(cases))]
+    values = table[list(columns)].apply(lambda column: column.str.strip())
+    table = table.assign(stratum=values.agg(", ".join, axis=1) if len(table) else "")
+    empty = set(table["case"][(values == "").any(axis=1)]) if len(table) else set()
+    absent = sorted((set(cases) - set(table["case"])) | empty)
+    if absent:
+        raise DatasetError(
+            f"{path} has no {' and '.join(columns)} for {len(absent)} of {len(cases)} cases: {_list(absent)}"
+        )
+    per_case = table.groupby("case")["stratum"].nunique()
+    if (per_case > 1).any():
+        raise DatasetError(f"{path} says different things about {_list(per_case.index[per_case > 1])}")
+    count = table["stratum"].nunique()
+    if count > MOST_STRATA:
+        raise ConfigError(
+            f"{' and '.join(columns)} divide the cohort into {count} strata, more than {MOST_STRATA}; give bands "
+            "(a column with values such as 45-54, 55-64) instead of single values"
+        )
+    return dict(zip(table["case"], table["stratum"], strict=True))
+
+
+def _list(cases: Sequence[str]) -> str:
+    shown = ", ".join(list(cases)[:5])
+    return shown if len(cases) <= 5 else f"{shown} and {len(cases) - 5} more"
