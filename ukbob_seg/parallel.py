@@ -160,7 +160,7 @@ def _on_dask(
     except ImportError as error:
         raise ConfigError("--scheduler needs Dask: pip install 'ukbob_seg[dask]'") from error
     try:
-        client = Client(scheduler, timeout=_CONNECT_SECONDS, set_as_default=False)
+        client = Client(scheduler, timeout=_CONNECT_SECONDS)
     except (OSError, ValueError, TimeoutError) as error:
         raise UkbobError(f"no Dask scheduler answers at {scheduler} ({error}); is it running?") from error
     with client:

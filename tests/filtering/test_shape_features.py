@@ -221,3 +221,14 @@ def test_wrong_arguments_are_refused() -> None:
         organ_features(labels, (1.0, 0.0, 1.0))
     with pytest.raises(ConfigError, match="body_voxels"):
         organ_features(labels, SPACING, body_voxels=0)
+
+
+def test_more_than_two_gigavoxels() -> None:
+    """A cube of 1291^3 voxels, more than 32 bits count; the array is one voxel, repeated by its strides."""
+    n = 1291
+    labels = np.broadcast_to(np.uint8(1), (n, n, n))
+    row = organ_features(labels, (1.0, 1.0, 1.0)).iloc[0]
+    assert row["voxels"] == n**3 > 2**31
+    assert row["faces"] == 6 * n**2
+    assert row["sphericity"] == pytest.approx(np.cbrt(np.pi / 6))
+    assert row["eccentricity"] == pytest.approx(0, abs=1e-6)

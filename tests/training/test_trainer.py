@@ -182,7 +182,8 @@ def test_the_filters_flags_reach_the_loss(roots):
     import pandas as pd
 
     folder = roots.preprocessed / "Dataset007_Blobs" / "solf"
-    from ukbob_seg.filtering.cohort import FilterConfig, solf_filter
+    from ukbob_seg.filtering.cohort import solf_filter
+    from ukbob_seg.filtering.config import FilterConfig
 
     solf_filter(roots.raw / "Dataset007_Blobs", folder, FilterConfig(rule="none", report=False, quiet=True))
     flags = pd.read_parquet(folder / "flags.parquet")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel.nifti1
 import numpy as np
@@ -16,16 +17,25 @@ from nibabel.spatialimages import HeaderDataError
 from ukbob_seg.errors import DatasetError
 from ukbob_seg.files import atomic_path
 
-try:  # decompresses two to three times as fast as zlib, where it is available
+try:  # decompresses faster than zlib, where it is available
     from isal import igzip as gzip
     from isal.isal_zlib import error as GzipError
 except ImportError:
-    import gzip
-    from zlib import error as GzipError
+    import gzip  # type: ignore[no-redef]
+    from zlib import error as GzipError  # type: ignore[assignment]
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
 
 GEOMETRY_TOLERANCE = 1e-3
+_UNREADABLE: tuple[Any, ...] = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    GzipError,
+    ImageFileError,
+    HeaderDataError,
+)
 
 
 @dataclass(frozen=True)
@@ -125,13 +135,13 @@ def _read_voxels(path: Path, geometry: Geometry, scaled: bool = True) -> np.ndar
             array = _nifti_voxels(nibabel.nifti1.load(path), scaled)
         else:
             array = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
-    except (RuntimeError, OSError, EOFError, ValueError, GzipError, ImageFileError, HeaderDataError) as error:
+    except _UNREADABLE as error:
         raise DatasetError(f"{path} cannot be read: it is corrupt or truncated; copy it again") from error
     return array.reshape(geometry.shape)
 
 
 def _nifti_voxels(image: nibabel.nifti1.Nifti1Image, scaled: bool) -> np.ndarray:
-    stored = image.dataobj
+    stored: Any = image.dataobj
     return (np.asarray(stored) if scaled or stored.slope < 0 else stored.get_unscaled()).T
 
 

@@ -89,9 +89,32 @@ class SyntheticCase:
     large_organs: tuple[str, ...] = field(default=())
 
 
+@dataclass(frozen=True)
+class SyntheticLabels:
+    """The part of a subject that needs no image: see ``SyntheticCase``."""
+
+    labels: np.ndarray
+    body: np.ndarray
+    lean: np.ndarray
+    sex: str
+    age: int
+    large_organs: tuple[str, ...]
+
+
 def make_case(config: CohortConfig, index: int) -> SyntheticCase:
     """Make subject ``index`` of a cohort."""
     generator = np.random.default_rng([config.seed, index])
+    subject = _make_subject(config, generator)
+    image = _acquire(config, subject.labels, subject.body, subject.lean, generator)
+    return SyntheticCase(image, subject.labels, subject.body, subject.sex, subject.age, subject.large_organs)
+
+
+def make_labels(config: CohortConfig, index: int) -> SyntheticLabels:
+    """Only the true labels, the body and the facts of subject ``index``: several times faster than ``make_case``."""
+    return _make_subject(config, np.random.default_rng([config.seed, index]))
+
+
+def _make_subject(config: CohortConfig, generator: np.random.Generator) -> SyntheticLabels:
     sex, age = ("F", "M")[int(generator.integers(2))], int(generator.integers(45, 83))
     size = float(np.exp(generator.normal(0.03 if sex == "M" else -0.03, 0.04)))
     x, y, z = _body_coordinates(config, generator, size)
@@ -106,8 +129,7 @@ def make_case(config: CohortConfig, index: int) -> SyntheticCase:
             large.append(organ.name)
         _draw(labels, organ, (x, y, z), factor, generator)
     labels[~inside_body(x, y, z, 6.0)] = 0
-    image = _acquire(config, labels, body, inside_body(x, y, z, fat_mm), generator)
-    return SyntheticCase(image, labels, body, sex, age, tuple(large))
+    return SyntheticLabels(labels, body, inside_body(x, y, z, fat_mm), sex, age, tuple(large))
 
 
 def _body_coordinates(

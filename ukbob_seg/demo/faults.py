@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.ndimage import binary_dilation, label
+from scipy.ndimage import binary_dilation, binary_erosion, label
 
 from ukbob_seg.errors import ConfigError
 
@@ -75,6 +75,21 @@ def fragments(labels: np.ndarray, value: int, generator: np.random.Generator) ->
     return result
 
 
+def eroded(labels: np.ndarray, value: int, generator: np.random.Generator) -> np.ndarray:
+    """Lose the outer layers of an organ, as a timid model does, until a third to a half of it is left."""
+    organ = labels == value
+    wanted = organ.sum() * generator.uniform(0.33, 0.5)
+    core = organ
+    while core.sum() > wanted:
+        inner = binary_erosion(core)
+        if not inner.any():
+            break
+        core = inner
+    result = labels.copy()
+    result[organ & ~core] = 0
+    return result
+
+
 def swapped_left_right(labels: np.ndarray, one: int, other: int) -> np.ndarray:
     """Exchange the labels of a pair of organs."""
     result = labels.copy()
@@ -86,7 +101,9 @@ KINDS: dict[str, Callable[[np.ndarray, int, np.random.Generator], np.ndarray]] =
     "missing_half": missing_half,
     "leakage": leakage,
     "fragments": fragments,
+    "eroded": eroded,
 }
+USUAL_KINDS = ("missing_half", "leakage", "fragments")
 SWAPPED = "swapped_left_right"
 OVERRUN = "overrun"  # not planted itself: another organ's leakage took its voxels
 
@@ -98,8 +115,9 @@ def plant_faults(
     pairs: Sequence[tuple[int, int]],
     generator: np.random.Generator,
     fraction: float,
+    kinds: Sequence[str] = USUAL_KINDS,
 ) -> tuple[np.ndarray, list[PlantedFault]]:
-    """Spoil each organ with probability ``fraction``, each kind of fault being equally likely.
+    """Spoil each organ with probability ``fraction``, each possible kind of fault being equally likely.
 
     Args:
         labels: (Z, Y, X) true labels.
@@ -108,6 +126,7 @@ def plant_faults(
         pairs: left/right organs that may be swapped; a swap spoils (and records) both.
         generator: decides.
         fraction: share of organs to spoil.
+        kinds: names in ``KINDS`` to choose from, beside swaps.
 
     Returns:
         (spoilt labels, what is wrong in them). An organ is spoilt at most once. The record holds exactly the labels
@@ -120,14 +139,14 @@ def plant_faults(
         raise ConfigError(f"the fraction of faults must lie in [0, 1], got {fraction}")
     partner = {a: b for pair in pairs for a, b in (pair, pair[::-1])}
     spoilt, done = labels, set[int]()
-    kinds: dict[int, str] = {}
+    spoilt_by: dict[int, str] = {}
     for value in values:
         if generator.random() >= fraction or value in done or not (spoilt == value).sum() > 8:
             continue
         other = partner.get(value)
         # Exchanging labels with an organ that is not there would only rename this one.
         swappable = other is not None and other not in done and (spoilt == other).sum() > 8
-        choices = [*KINDS, *([SWAPPED] if swappable else [])]
+        choices = [*kinds, *([SWAPPED] if swappable else [])]
         kind = choices[int(generator.integers(len(choices)))]
         touched = {value, partner[value]} if kind == SWAPPED else {value}
         changed = (
@@ -139,8 +158,8 @@ def plant_faults(
             continue
         spoilt = changed
         done |= touched
-        kinds.update(dict.fromkeys(touched, kind))
-    return spoilt, _record(labels, spoilt, case, kinds)
+        spoilt_by.update(dict.fromkeys(touched, kind))
+    return spoilt, _record(labels, spoilt, case, spoilt_by)
 
 
 def _record(labels: np.ndarray, spoilt: np.ndarray, case: str, kinds: Mapping[int, str]) -> list[PlantedFault]:

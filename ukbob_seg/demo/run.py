@@ -17,7 +17,8 @@ from ukbob_seg.demo.write import DATASET, WrittenCohort, write_cohort
 from ukbob_seg.errors import ConfigError
 from ukbob_seg.evaluation.evaluate import ReportOptions, evaluate
 from ukbob_seg.evaluation.summary import EvaluationSummary
-from ukbob_seg.filtering.cohort import FilterConfig, solf_filter
+from ukbob_seg.filtering.cohort import solf_filter
+from ukbob_seg.filtering.config import FilterConfig
 from ukbob_seg.inference.etta import EttaConfig
 from ukbob_seg.inference.predict import predict
 from ukbob_seg.inference.predictor import PredictionSettings, Predictor

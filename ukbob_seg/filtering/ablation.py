@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def variants(features: pd.DataFrame, config: FilterConfig) -> Iterator[Variant]:
     yield Variant("none", np.nan, np.zeros(len(features), dtype=bool))
     for epsilon in EPSILONS:
         bounds = learn_strata(
-            features, columns, lambda rows, e=epsilon: learn_bounds(rows, e, min_samples, joint=False)
+            features, columns, partial(learn_bounds, epsilon=epsilon, min_samples=min_samples, joint=False)
         )
         flags = flag_cohort(features, bounds, "solf")
         decisions = rule_flags(flags)
@@ -104,7 +105,7 @@ def variants(features: pd.DataFrame, config: FilterConfig) -> Iterator[Variant]:
                 outside = flags[[f"{name}_outside" for name in subset]].to_numpy(bool).all(axis=1)
                 if subset != ("normalized_volume",):  # that is the rule volume
                     yield Variant(" + ".join(subset), epsilon, outside)
-    bounds = learn_strata(features, columns, lambda rows: learn_bounds(rows, min_samples=min_samples))
+    bounds = learn_strata(features, columns, partial(learn_bounds, min_samples=min_samples))
     doubt = flag_cohort(features, bounds, "joint")["doubt"].to_numpy()
     for confidence in CONFIDENCES:
         yield Variant("joint", confidence, doubt > CohortBounds(0, 1, {}, confidence).most_doubt)
@@ -241,7 +242,7 @@ def _write_page(path: Path, dataset: str, table: pd.DataFrame) -> None:
 def _figure(whole: pd.DataFrame) -> Figure:
     scored = "dice_kept" in whole
     figure = Figure(figsize=(10 if scored else 6, 3.6), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, 2 if scored else 1))
+    axes = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
     by_epsilon = whole[whole["setting"].notna() & (whole["rule"] != "joint")]
     for axis, column, heading in zip(axes, ("share", "dice_kept"), ("flagged, %", "Dice of kept labels"), strict=False):
         for rule, rows in by_epsilon.groupby("rule", sort=False):

@@ -48,18 +48,18 @@ def runs_of_labels(labels: np.ndarray) -> Runs:
     """Runs of every value but 0 of a (Z, Y, X) integer array."""
     first = np.zeros(labels.shape[0] * labels.shape[1] + 1, dtype=np.int64)
     _count_label_runs(labels, first)
-    runs = Runs(*(np.empty(int(first[-1]), np.int32) for _ in range(3)), first, labels.shape)
-    _fill_label_runs(labels, first, runs.start, runs.stop, runs.value)
-    return runs
+    start, stop, value = (np.empty(int(first[-1]), np.int32) for _ in range(3))
+    _fill_label_runs(labels, first, start, stop, value)
+    return Runs(start, stop, value, first, labels.shape)
 
 
 def runs_above(image: np.ndarray, threshold: float) -> Runs:
     """Runs of the voxels of a (Z, Y, X) image that are larger than a threshold."""
     first = np.zeros(image.shape[0] * image.shape[1] + 1, dtype=np.int64)
     _count_runs_above(image, threshold, first)
-    runs = Runs(*(np.ones(int(first[-1]), np.int32) for _ in range(3)), first, image.shape)
-    _fill_runs_above(image, threshold, first, runs.start, runs.stop)
-    return runs
+    start, stop = (np.empty(int(first[-1]), np.int32) for _ in range(2))
+    _fill_runs_above(image, threshold, first, start, stop)
+    return Runs(start, stop, np.ones_like(start), first, image.shape)
 
 
 def gaps_between(runs: Runs, chosen: np.ndarray) -> Runs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,7 +52,7 @@ def read_verdicts(path: Path) -> dict[tuple[str, int], str]:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", sep=None, engine="python")
     except FileNotFoundError as error:
         raise DatasetError(f"the reviewed table {path} does not exist") from error
-    except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
+    except (OSError, ValueError, csv.Error) as error:  # pandas' parser errors are ValueErrors
         raise DatasetError(f"the reviewed table {path} cannot be read: {error}") from error
     missing = [column for column in ("case", "label", "verdict") if column not in table]
     if missing:

@@ -1,0 +1,128 @@
+"""Fan-out over processes, parts and a real Dask cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ukbob_seg.errors import ConfigError, DatasetError, UkbobError
+from ukbob_seg.filtering.cohort import solf_filter
+from ukbob_seg.filtering.config import FilterConfig
+from ukbob_seg.parallel import Part, choose_workers, map_cases
+
+TABLES = ("features.parquet", "flags.parquet", "bounds.json", "policy.json")
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def refuse_three(number: int) -> int:
+    if number == 3:
+        raise DatasetError("case 3: broken")
+    return number
+
+
+class KillOnce:
+    """Kills the process that works on the fifth item, the first time; writes down every start."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, number: int) -> int:
+        (self.folder / f"{number}-{os.getpid()}-{time.monotonic_ns()}").touch()
+        if number == 5 and len(list(self.folder.glob("5-*"))) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.02)
+        return number * number
+
+
+def kill_worker(_: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def scheduler() -> Iterator[str]:
+    """Address of a scheduler on this machine with two workers, each a process of its own, restarted when it dies."""
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, host="127.0.0.1"
+    ) as cluster:
+        yield cluster.scheduler_address
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_results_come_in_item_order(workers: int) -> None:
+    assert map_cases(square, list(range(20)), workers, quiet=True) == [n * n for n in range(20)]
+    assert map_cases(square, [], workers, quiet=True) == []
+
+
+def test_bar_counts_cases(capsys: pytest.CaptureFixture[str]) -> None:
+    map_cases(square, [1, 2], description="work", amounts=[30, 12])
+    assert "/42" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_errors_reach_the_caller(workers: int) -> None:
+    with pytest.raises(DatasetError, match="case 3: broken"):
+        map_cases(refuse_three, list(range(6)), workers, quiet=True)
+
+
+def test_a_killed_worker_is_reported() -> None:
+    with pytest.raises(UkbobError, match="worker process was killed during the test"):
+        map_cases(kill_worker, [1, 2, 3], 2, "the test", quiet=True)
+
+
+def test_parts_divide_the_work() -> None:
+    parts = [Part.parse(f"{k}/3") for k in (1, 2, 3)]
+    assert [[i for i in range(8) if part.has(i)] for part in parts] == [[0, 3, 6], [1, 4, 7], [2, 5]]
+    for text in ("0/3", "4/3", "1", "a/b", "1/0", "-1/3", "1/"):
+        with pytest.raises(ConfigError, match="--part"):
+            Part.parse(text)
+
+
+def test_workers_are_limited_by_cases_and_memory() -> None:
+    assert choose_workers(5, 3) == 3
+    assert choose_workers(5, 100, memory_per_case_gb=1e9) == 1
+    with pytest.raises(ConfigError, match="--workers"):
+        choose_workers(0, 3)
+
+
+def test_dask_does_the_same(scheduler: str) -> None:
+    assert map_cases(square, list(range(20)), quiet=True, scheduler=scheduler) == [n * n for n in range(20)]
+    with pytest.raises(DatasetError, match="case 3: broken"):
+        map_cases(refuse_three, list(range(6)), quiet=True, scheduler=scheduler)
+
+
+def test_a_lost_dask_worker_costs_nothing(scheduler: str, tmp_path: Path) -> None:
+    assert map_cases(KillOnce(tmp_path), list(range(16)), quiet=True, scheduler=scheduler) == [n * n for n in range(16)]
+    assert len(list(tmp_path.glob("5-*"))) >= 2
+
+
+def test_work_that_kills_every_dask_worker_is_reported(scheduler: str) -> None:
+    with pytest.raises(UkbobError, match="several Dask workers died on the same step of the test"):
+        map_cases(kill_worker, [1], description="the test", quiet=True, scheduler=scheduler)
+
+
+def test_no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("distributed")
+    monkeypatch.setattr("ukbob_seg.parallel._CONNECT_SECONDS", 0.5)
+    for address in ("tcp://127.0.0.1:9", "nonsense://x"):
+        with pytest.raises(UkbobError, match="no Dask scheduler answers"):
+            map_cases(square, [1], quiet=True, scheduler=address)
+
+
+def test_filter_on_dask_gives_the_same_bytes(make_dataset: Callable[..., Path], scheduler: str, tmp_path: Path) -> None:
+    cohort = make_dataset(cases=22)
+    folders = tmp_path / "local", tmp_path / "dask"
+    solf_filter(cohort, folders[0], FilterConfig(workers=1, quiet=True, report=False))
+    summary = solf_filter(cohort, folders[1], FilterConfig(scheduler=scheduler, quiet=True, report=False))
+    assert summary.computed == 22
+    for name in TABLES:
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
