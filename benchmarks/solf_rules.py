@@ -70,7 +70,7 @@ def spoil(
     kinds = {fault.label: fault.kind for fault in faults}
     table = organ_features(labels, geometry.spacing_mm, body).merge(organ_evidence(labels, geometry), on="label")
     table.insert(0, "case", case)
-    return table.assign(kind=table["label"].map(kinds).fillna(""), large=False)
+    return table.assign(kind=table["label"].map(lambda value: kinds.get(value, "")), large=False)
 
 
 def synthetic(cases: int, shape: tuple[int, int, int], seed: int, fraction: float) -> pd.DataFrame:
@@ -100,11 +100,15 @@ def rules() -> dict[str, Callable[[pd.DataFrame], np.ndarray]]:
     def joint(confidence: float) -> Callable[[pd.DataFrame], np.ndarray]:
         return lambda table: flag_organs(table, rule="joint", confidence=confidence)["flagged"].to_numpy()
 
+    def anatomy(confidence: float) -> Callable[[pd.DataFrame], np.ndarray]:
+        return lambda table: flag_organs(table, rule="anatomy", confidence=confidence)["flagged"].to_numpy()
+
     return {
         **{f"solf, epsilon {e}": percentile("solf", e) for e in (1, 2, 3, 4, 5, 8)},
         **{f"volume, epsilon {e}": percentile("volume", e) for e in (2, 4)},
         "iqr": percentile("iqr", 2),
         **{f"joint, confidence {c}": joint(c) for c in (0.99, 0.999, 0.9999, 0.99999)},
+        **{f"anatomy, confidence {c}": anatomy(c) for c in (0.99, 0.999, 0.9997, 0.9999, 0.99999)},
     }
 
 

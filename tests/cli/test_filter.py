@@ -106,6 +106,9 @@ def test_every_option_takes_effect(
     assert joint["flagged"].any()
     assert "stray" not in joint
     assert {"stray", "swapped", "components"} <= set(run("--evidence")[0].columns)
+    anatomy, _, _ = run("--evidence", "--rule", "anatomy", "--confidence", "0.9")
+    assert (anatomy["flagged"] == (anatomy["anatomy_doubt"] > 1)).all()
+    assert anatomy["flagged"].any()
 
     people = tmp_path / "people.csv"
     people.write_text("case,sex,band\n" + "".join(f"blob_{k:03d},{'FM'[k % 2]},old\n" for k in range(22)))
@@ -146,7 +149,7 @@ def test_folders_can_be_given(filter_command: Callable[..., int], tmp_path: Path
         (("-d", "99"), "no dataset '99'"),
         (("--epsilon", "100"), "epsilon must be a percentage"),
         (("--epsilon", "-1"), "epsilon must be a percentage"),
-        (("--rule", "magic"), "unknown rule 'magic'; choose one of solf, volume, iqr, joint, none"),
+        (("--rule", "magic"), "unknown rule 'magic'; choose one of solf, volume, iqr, joint, anatomy, none"),
         (("--policy", "delete"), "unknown policy 'delete'; choose one of ignore, background, report"),
         (("--policy", "report", "--drop-scan-above", "2"), "cannot drop scans"),
         (("--drop-scan-above", "-1"), "negative"),
@@ -155,6 +158,7 @@ def test_folders_can_be_given(filter_command: Callable[..., int], tmp_path: Path
         (("--bounds", "no/such/bounds.json"), "bounds file no/such/bounds.json does not exist"),
         (("--bounds", "b.json", "--epsilon", "2"), "fixed in a bounds file"),
         (("--workers", "0"), "--workers must be at least 1"),
+        (("--rule", "anatomy"), "add --evidence"),
         (("--confidence", "1"), "confidence must lie between 0 and 1"),
         (("--bounds", "b.json", "--confidence", "0.9"), "fixed in a bounds file"),
         (("--stratify-by", "sex"), "--strata FILE"),

@@ -31,6 +31,17 @@ def test_centroids_in_patient_coordinates_are_those_of_simpleitk(rng: np.random.
     for value in statistics.GetLabels():
         found = table.loc[value, ["left_mm", "posterior_mm", "superior_mm"]].to_numpy(float)
         assert found == pytest.approx(statistics.GetCentroid(value))
+        axes = table.loc[value, ["axis1_mm", "axis2_mm", "axis3_mm"]].to_numpy(float)
+        points = np.argwhere(labels == value) * geometry.spacing_mm
+        solid = np.cov(points.T, bias=True) + np.diag(np.square(geometry.spacing_mm) / 12)
+        assert axes == pytest.approx(np.sqrt(np.linalg.eigvalsh(solid)[::-1]))
+
+
+def test_a_box_has_the_axes_of_a_solid_box() -> None:
+    labels = np.zeros((9, 12, 15), np.uint8)
+    labels[2:3, 3:9, 2:14] = 5
+    row = organ_evidence(labels, Geometry(labels.shape, (4.0, 2.0, 0.5))).iloc[0]
+    assert row[["axis1_mm", "axis2_mm", "axis3_mm"]].tolist() == pytest.approx(np.array([12, 6, 4]) / np.sqrt(12))
 
 
 def test_no_organs() -> None:

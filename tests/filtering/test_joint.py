@@ -74,7 +74,7 @@ def test_points_in_a_plane_are_refused(rng: np.random.Generator) -> None:
 
 def test_doubt_is_the_decimal_logarithm_of_the_tail(rng: np.random.Generator) -> None:
     scatter = np.array([[2.0, 0.3, 0.1], [0.3, 1.0, -0.2], [0.1, -0.2, 0.5]])
-    model = JointModel((1.0, 2.0, 3.0), tuple(map(tuple, scatter.tolist())), 10**9)
+    model = JointModel((0, 1, 2), (1.0, 2.0, 3.0), tuple(map(tuple, scatter.tolist())), 10**9)
     sample = multivariate_normal((1, 2, 3), scatter, seed=3).rvs(200_000)
     doubt = model.doubt(sample)
     for decades in (0.5, 1, 2, 3):
@@ -90,7 +90,7 @@ def test_doubt_of_a_new_label_allows_for_few_samples(rng: np.random.Generator) -
     for _ in range(20_000):
         points = rng.normal(size=(30, 3))
         covariance = np.cov(points, rowvar=False)
-        model = JointModel(tuple(points.mean(axis=0)), tuple(map(tuple, covariance.tolist())), 30)
+        model = JointModel((0, 1, 2), tuple(points.mean(axis=0)), tuple(map(tuple, covariance.tolist())), 30)
         found.append(model.doubt(rng.normal(size=(1, 3)))[0])
     for decades in (0.3, 1, 2):
         assert (np.array(found) > decades).mean() == pytest.approx(10.0**-decades, rel=0.15)
@@ -102,21 +102,14 @@ def test_ordinary_cohorts_raise_few_alarms(rng: np.random.Generator) -> None:
         alarms = []
         for _ in range(12_000 // n):
             x = rng.normal(0, 0.1, (n, 3))
-            table = pd.DataFrame(
-                {
-                    "normalized_volume": np.exp(x[:, 0] - 5),
-                    "sphericity": np.exp(x[:, 1] - 1),
-                    "eccentricity": np.sqrt(1 - np.exp(x[:, 2] - 1)),
-                }
-            )
-            model = learn_joint(table, 20)
+            model = learn_joint(x, 20)
             assert model is not None
-            alarms.append((model.doubt(shape_vectors(table)) > 3).mean())
+            alarms.append((model.doubt(x) > 3).mean())
         assert np.mean(alarms) < most
 
 
 def test_missing_entries_are_left_out() -> None:
-    model = JointModel((0.0, 0.0, 0.0), ((4.0, 0.0, 1.0), (0.0, 9.0, 0.0), (1.0, 0.0, 1.0)), 10**9)
+    model = JointModel((0, 1, 2), (0.0, 0.0, 0.0), ((4.0, 0.0, 1.0), (0.0, 9.0, 0.0), (1.0, 0.0, 1.0)), 10**9)
     found = model.doubt(np.array([[2.0, np.nan, np.nan], [2.0, 3.0, np.nan], [np.nan, np.nan, np.nan]]))
     assert found[0] == pytest.approx(-np.log10(chi2.sf(1.0, 1)))
     assert found[1] == pytest.approx(-np.log10(chi2.sf(2.0, 2)))
@@ -134,13 +127,25 @@ def test_degenerate_organs_have_defined_vectors() -> None:
     assert vectors[2, 2] == pytest.approx(-np.log(0.64))
 
 
+def test_entries_that_most_labels_lack_are_left_out(rng: np.random.Generator) -> None:
+    points = rng.normal(size=(200, 4))
+    points[:150, 2] = np.nan
+    points[5, 1] = np.nan
+    model = learn_joint(points, 20)
+    assert model is not None
+    assert model.entries == (0, 1, 3)
+    again = learn_joint(np.delete(points, 2, axis=1), 20)
+    assert again is not None
+    assert model.doubt(points).tolist() == again.doubt(np.delete(points, 2, axis=1)).tolist()
+
+
 def test_no_model_from_too_little(rng: np.random.Generator) -> None:
-    table = pd.DataFrame(
-        {name: rng.uniform(0.2, 0.6, 30) for name in ("normalized_volume", "sphericity", "eccentricity")}
-    )
-    assert learn_joint(table, 31) is None
-    model = learn_joint(table, 30)
+    points = rng.normal(size=(30, 3))
+    assert learn_joint(points, 31) is None
+    model = learn_joint(points, 30)
     assert model is not None
     assert JointModel.from_json(model.as_json()) == model
-    assert learn_joint(table.assign(sphericity=0.3), 20) is None
-    assert learn_joint(table.head(5), 2) is None
+    points[:, 1] = 0.3
+    assert learn_joint(points, 20) is None
+    assert learn_joint(points[:5], 2) is None
+    assert learn_joint(np.full((30, 3), np.nan), 2) is None

@@ -177,11 +177,11 @@ def test_rule_joint_flags_improbable_combinations(cohort: pd.DataFrame) -> None:
     assert flags["flagged"].sum() <= 3
     assert (flags["flagged"] == (flags["doubt"] > 4)).all()
     bounds = learn_bounds(table)
-    assert (flags["doubt"] == doubts(table, bounds)).all()
+    assert (flags["doubt"] == doubts(table, bounds, "joint")).all()
     assert "doubt" not in flag_organs(cohort).columns
     few = learn_bounds(cohort, min_samples=41)
     assert unjudged_labels(cohort, few, "joint") == [9]
-    assert np.isnan(doubts(cohort, few)[cohort["label"] == 9]).all()
+    assert np.isnan(doubts(cohort, few, "joint")[cohort["label"] == 9]).all()
 
 
 def test_empty_table() -> None:
@@ -191,7 +191,7 @@ def test_empty_table() -> None:
 
 
 def test_wrong_options_are_refused(cohort: pd.DataFrame) -> None:
-    with pytest.raises(ConfigError, match="solf, volume, iqr, joint, none"):
+    with pytest.raises(ConfigError, match="solf, volume, iqr, joint, anatomy, none"):
         flag_organs(cohort, rule="magic")
     for epsilon in (-1, 100, float("nan")):
         with pytest.raises(ConfigError, match="epsilon"):
@@ -200,8 +200,10 @@ def test_wrong_options_are_refused(cohort: pd.DataFrame) -> None:
         learn_bounds(cohort, min_samples=0)
     with pytest.raises(ConfigError, match="lacks volume_mm3"):
         flag_organs(cohort.drop(columns="volume_mm3"), rule="iqr")
+    with pytest.raises(ConfigError, match="needs the columns of organ_evidence"):
+        flag_organs(cohort, rule="anatomy")
     with pytest.raises(ConfigError, match="lacks sphericity"):
         flag_organs(cohort.drop(columns="sphericity"), rule="none")
     with pytest.raises(ConfigError, match="confidence"):
         flag_organs(cohort, rule="joint", confidence=1.0)
-    assert set(RULES) == {"solf", "volume", "iqr", "joint", "none"}
+    assert set(RULES) == {"solf", "volume", "iqr", "joint", "anatomy", "none"}

@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         "leaves them out; nothing has to be preprocessed again, and the raw files are not changed.",
         "  ukbob_filter -d 4\n"
         "  ukbob_filter -d 4 --epsilon 3 --drop-scan-above 5\n"
-        "  ukbob_filter -d 4 --rule joint --evidence --review     # then edit review.csv and run it again\n"
+        "  ukbob_filter -d 4 --rule anatomy --evidence --review     # then edit review.csv and run it again\n"
         "  ukbob_filter -d 4 --strata raw/Dataset004_X/demographics.csv --stratify-by sex\n"
         "  ukbob_filter -d 7 --bounds ukbob_data/preprocessed/Dataset004_Hippocampus/solf/bounds.json\n"
         "  ukbob_filter -d 4 --part $SLURM_ARRAY_TASK_ID/16       # in a job array; then once without --part\n"
@@ -117,7 +117,8 @@ def _parser() -> argparse.ArgumentParser:
         default="solf",
         metavar="NAME",
         help="solf: two of three features outside; volume: normalized volume outside; iqr: plain volume outside "
-        "1.5 interquartile ranges; joint: the three features together improbable; none (default: solf)",
+        "1.5 interquartile ranges; joint: the three features together improbable; anatomy (with --evidence): size, "
+        "axes and place beside the other organs improbable; none (default: solf)",
     )
     parser.add_argument(
         "--epsilon",
@@ -132,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         "--confidence",
         type=float,
         metavar="P",
-        help="share of ordinary labels that the rule joint keeps (default: 0.999)",
+        help="share of ordinary labels that the rules joint and anatomy keep (default: 0.999)",
     )
     parser.add_argument("--bounds", type=Path, metavar="FILE", help="apply the bounds.json of another run")
     parser.add_argument(
@@ -166,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--evidence",
         action="store_true",
-        help="also look for stray pieces and for left and right organs that are exchanged; reported, never flagged",
+        help="also measure pieces, axes and places; marks stray pieces and exchanged left and right organs",
     )
     parser.add_argument(
         "--review",

@@ -21,6 +21,7 @@ from ukbob_seg.filtering.bounds import SOLF_FEATURES, CohortBounds, learn_bounds
 from ukbob_seg.filtering.cohort import flag_cohort
 from ukbob_seg.filtering.config import FilterConfig
 from ukbob_seg.filtering.features import Cohort
+from ukbob_seg.filtering.solf import MODELS
 from ukbob_seg.filtering.strata import learn_strata
 from ukbob_seg.parallel import choose_workers, map_cases
 from ukbob_seg.report_page import ReportPage
@@ -37,9 +38,9 @@ class Variant:
     """One choice and what it flags.
 
     Attributes:
-        rule: ``solf``, ``volume``, ``iqr``, ``joint``, ``none``, or a subset of features such as
+        rule: ``solf``, ``volume``, ``iqr``, ``joint``, ``anatomy``, ``none``, or a subset of features such as
             ``sphericity + eccentricity`` (both outside).
-        setting: epsilon, or the confidence of the rule joint; NaN where neither plays a part.
+        setting: epsilon, or the confidence of the rules joint and anatomy; NaN where neither plays a part.
         flagged: (rows,) bool.
     """
 
@@ -106,9 +107,11 @@ def variants(features: pd.DataFrame, config: FilterConfig) -> Iterator[Variant]:
                 if subset != ("normalized_volume",):  # that is the rule volume
                     yield Variant(" + ".join(subset), epsilon, outside)
     bounds = learn_strata(features, columns, partial(learn_bounds, min_samples=min_samples))
-    doubt = flag_cohort(features, bounds, "joint")["doubt"].to_numpy()
-    for confidence in CONFIDENCES:
-        yield Variant("joint", confidence, doubt > CohortBounds(0, 1, {}, confidence).most_doubt)
+    flags = flag_cohort(features, bounds, "joint")
+    for column, rule in MODELS.items():
+        for confidence in CONFIDENCES if column in flags else ():
+            limit = CohortBounds(0, 1, {}, confidence).most_doubt
+            yield Variant(rule, confidence, flags[column].to_numpy() > limit)
 
 
 def ablation_table(features: pd.DataFrame, choices: list[Variant]) -> pd.DataFrame:
@@ -194,7 +197,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _terminal_table(table: pd.DataFrame) -> str:
-    whole = table[(table["organ"] == ALL) & table["rule"].isin(("none", "iqr", "solf", "volume", "joint"))]
+    whole = table[(table["organ"] == ALL) & table["rule"].isin(("none", "iqr", "solf", "volume", "joint", "anatomy"))]
     scored = "dice_kept" in table
     lines = [f"{'rule':<8} {'setting':>8} {'flagged':>8} {'share':>8}" + ("  Dice kept  flagged" if scored else "")]
     for row in whole.itertuples():
@@ -210,8 +213,8 @@ def _write_page(path: Path, dataset: str, table: pd.DataFrame) -> None:
     whole = table[table["organ"] == ALL]
     page = ReportPage(
         f"Choices of the label filter: {dataset}",
-        "Setting: epsilon in percent, or the confidence of the rule joint. Subsets of features flag a label when all "
-        "of them are outside their bounds; solf when two of the three are.",
+        "Setting: epsilon in percent, or the confidence of the rules joint and anatomy. Subsets of features flag a "
+        "label when all of them are outside their bounds; solf when two of the three are.",
     )
     page.figure(_figure(whole), "Flagged share of all labels, and Dice of the kept labels where references exist.")
     page.heading("All organs")
@@ -225,9 +228,11 @@ def _write_page(path: Path, dataset: str, table: pd.DataFrame) -> None:
             for row in whole.itertuples()
         ],
     )
-    for rule, heading in (("solf", "Flagged share by organ: solf, %"), ("joint", "Flagged share by organ: joint, %")):
-        page.heading(heading)
+    for rule in ("solf", *MODELS.values()):
         shares = table[(table["rule"] == rule) & (table["organ"] != ALL)]
+        if shares.empty:
+            continue
+        page.heading(f"Flagged share by organ: {rule}, %")
         wide = shares.pivot(index="organ", columns="setting", values="share").loc[pd.unique(shares["organ"])]
         page.table(
             ["organ", *(f"{setting:g}" for setting in wide.columns)],
@@ -243,7 +248,7 @@ def _figure(whole: pd.DataFrame) -> Figure:
     scored = "dice_kept" in whole
     figure = Figure(figsize=(10 if scored else 6, 3.6), layout="constrained")
     axes = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
-    by_epsilon = whole[whole["setting"].notna() & (whole["rule"] != "joint")]
+    by_epsilon = whole[whole["setting"].notna() & (~whole["rule"].isin(MODELS.values()))]
     for axis, column, heading in zip(axes, ("share", "dice_kept"), ("flagged, %", "Dice of kept labels"), strict=False):
         for rule, rows in by_epsilon.groupby("rule", sort=False):
             style = {"linewidth": 2.2} if rule in ("solf", "volume") else {"linewidth": 1, "linestyle": "--"}

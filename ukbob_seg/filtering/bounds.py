@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ukbob_seg.errors import ConfigError
+from ukbob_seg.filtering.anatomy import ANATOMY_COLUMNS, Typical, anatomy_vectors, learn_typical
 from ukbob_seg.filtering.joint import CONFIDENCE, JointModel, learn_joint, shape_vectors
 
 SOLF_FEATURES = ("normalized_volume", "sphericity", "eccentricity")
@@ -28,12 +29,16 @@ class OrganBounds:
         limits: feature -> (lowest, highest ordinary value); a feature with too few samples has no entry.
         name: the organ's name, for readers and for a check when the bounds are applied to another dataset.
         joint: size and shape together, where it was learnt.
+        anatomy: size, axes and place beside the other organs, where it was learnt.
+        typical: what ``anatomy`` needs to know about the organ in other scans.
     """
 
     cases: int
     limits: Mapping[str, tuple[float, float]]
     name: str = ""
     joint: JointModel | None = None
+    anatomy: JointModel | None = None
+    typical: Typical | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,11 @@ class CohortBounds:
                 "name": organ.name,
                 "cases": organ.cases,
                 "limits": {feature: list(pair) for feature, pair in organ.limits.items()},
-                **({"joint": organ.joint.as_json()} if organ.joint else {}),
+                **{
+                    part: model.as_json()
+                    for part, model in (("joint", organ.joint), ("anatomy", organ.anatomy), ("typical", organ.typical))
+                    if model is not None
+                },
             }
             for label, organ in sorted(self.organs.items())
         }
@@ -120,12 +129,19 @@ def learn_bounds(
         min_samples: a feature with fewer finite values than this in an organ gets no limits there.
         names: organ names by label value.
         confidence: of the joint model.
-        joint: learn the joint model too; it takes a second for an organ of 50,000 labels.
+        joint: learn the joint models too (and the anatomy models where the table has evidence); it takes a second
+            for an organ of 50,000 labels.
 
     Raises:
         ConfigError: epsilon, min_samples or confidence out of range.
     """
     bounds = CohortBounds(float(epsilon), min_samples, {}, confidence)  # validates before the work
+    vectors = shape_vectors(features) if joint else None
+    typical: dict[int, Typical] = {}
+    anatomy = None
+    if joint and has_anatomy(features):
+        typical = learn_typical(features)
+        anatomy = anatomy_vectors(features, typical)
     organs = {}
     for label, rows in _by_label(features):
         limits = {}
@@ -136,9 +152,20 @@ def learn_bounds(
             values = values[np.isfinite(values)]
             if len(values) >= min_samples:
                 limits[feature] = _fences(values) if feature == PLAIN_VOLUME else _percentiles(values, bounds.epsilon)
-        model = learn_joint(features.iloc[rows], min_samples) if joint else None
-        organs[label] = OrganBounds(len(rows), limits, (names or {}).get(label, ""), model)
+        organs[label] = OrganBounds(
+            len(rows),
+            limits,
+            (names or {}).get(label, ""),
+            None if vectors is None else learn_joint(vectors[rows], min_samples),
+            None if anatomy is None else learn_joint(anatomy[rows], min_samples),
+            typical.get(label),
+        )
     return CohortBounds(bounds.epsilon, bounds.min_samples, organs, confidence)
+
+
+def has_anatomy(features: pd.DataFrame) -> bool:
+    """Whether a table has the columns that the rule ``anatomy`` needs (those of ``organ_evidence``)."""
+    return all(column in features.columns for column in ANATOMY_COLUMNS)
 
 
 def outside(features: pd.DataFrame, feature: str, bounds: CohortBounds) -> np.ndarray:
@@ -159,14 +186,25 @@ def outside(features: pd.DataFrame, feature: str, bounds: CohortBounds) -> np.nd
     return result
 
 
-def doubts(features: pd.DataFrame, bounds: CohortBounds) -> np.ndarray:
-    """How improbable each row's size and shape are together (see ``JointModel.doubt``); NaN without a model."""
+def doubts(features: pd.DataFrame, bounds: CohortBounds, model: str) -> np.ndarray:
+    """How improbable each row is (see ``JointModel.doubt``); NaN where its organ has no model.
+
+    Args:
+        features: table of one or more whole scans.
+        bounds: with models.
+        model: ``joint`` or ``anatomy``.
+    """
     result = np.full(len(features), np.nan)
-    vectors = shape_vectors(features)
+    if model == "joint":
+        vectors = shape_vectors(features)
+    else:
+        typical = {label: organ.typical for label, organ in bounds.organs.items() if organ.typical is not None}
+        vectors = anatomy_vectors(features, typical)
     for label, rows in _by_label(features):
         organ = bounds.organs.get(label)
-        if organ is not None and organ.joint is not None:
-            result[rows] = organ.joint.doubt(vectors[rows])
+        fitted = getattr(organ, model) if organ is not None else None
+        if fitted is not None:
+            result[rows] = fitted.doubt(vectors[rows])
     return result
 
 
@@ -209,5 +247,6 @@ def _fences(values: np.ndarray) -> tuple[float, float]:
 
 def _organ_from_json(entry: Mapping[str, Any]) -> OrganBounds:
     limits = {str(feature): (float(low), float(high)) for feature, (low, high) in entry["limits"].items()}
-    joint = JointModel.from_json(entry["joint"]) if "joint" in entry else None
-    return OrganBounds(int(entry["cases"]), limits, str(entry["name"]), joint)
+    joint, anatomy = (JointModel.from_json(entry[part]) if part in entry else None for part in ("joint", "anatomy"))
+    typical = Typical.from_json(entry["typical"]) if "typical" in entry else None
+    return OrganBounds(int(entry["cases"]), limits, str(entry["name"]), joint, anatomy, typical)

@@ -22,15 +22,15 @@ class FilterConfig:
     """How a cohort is filtered.
 
     Attributes:
-        rule: ``solf``, ``volume``, ``iqr``, ``joint`` or ``none``.
+        rule: ``solf``, ``volume``, ``iqr``, ``joint``, ``anatomy`` (with ``evidence``) or ``none``.
         epsilon: percent cut off by the percentile bounds; None means 2, or that of ``bounds_file``.
         min_samples: fewest samples for bounds; None means 20, or that of ``bounds_file``.
-        confidence: of the rule ``joint``; None means 0.999, or that of ``bounds_file``.
+        confidence: of the rules ``joint`` and ``anatomy``; None means 0.999, or that of ``bounds_file``.
         bounds_file: bounds learnt on another cohort; None learns them on this one.
         strata_file: CSV file with a column ``case`` and those of ``strata_columns``; None does not divide the cohort.
         strata_columns: whose values divide the cohort; bounds are learnt in each stratum.
         body: ``image`` (foreground of the first channel), ``union`` (of all labels), or a folder of masks.
-        evidence: also look for stray pieces and for exchanged sides.
+        evidence: also measure pieces, axes and places; look for stray pieces and for exchanged sides.
         policy: what a flag does in training.
         review: write review.csv and obey the verdicts in it.
         review_file: read the verdicts from here instead of from the review.csv of an earlier run.
@@ -72,6 +72,8 @@ class FilterConfig:
             raise ConfigError("a table of subjects and its columns go together: give --strata FILE and --stratify-by")
         if self.body not in (BODY_IMAGE, BODY_UNION) and not Path(self.body).is_dir():
             raise ConfigError(f"body must be image, union or an existing folder of masks, got {self.body!r}")
+        if self.rule == "anatomy" and not self.evidence:
+            raise ConfigError("the rule anatomy judges places and axes: add --evidence (labels are measured again)")
         if self.workers is not None and self.scheduler is not None:
             raise ConfigError("--workers is about processes on this machine; a Dask cluster has its own number")
 

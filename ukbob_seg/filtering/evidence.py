@@ -1,4 +1,4 @@
-"""Evidence beside size and shape: into how many pieces an organ falls, and whether left and right are exchanged."""
+"""Evidence beside SOLF's features: pieces of an organ, its principal axes and its place in the patient."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ import pandas as pd
 
 from ukbob_seg.dataset.image_io import Geometry
 from ukbob_seg.filtering.components import organ_components, runs_of_labels
+from ukbob_seg.filtering.shape_features import centroids, covariance_mm2, organ_sums
 
 POSITION_COLUMNS = ("left_mm", "posterior_mm", "superior_mm")
-EVIDENCE_COLUMNS = ("components", "largest_component", *POSITION_COLUMNS)
+AXIS_COLUMNS = ("axis1_mm", "axis2_mm", "axis3_mm")
+EVIDENCE_COLUMNS = ("components", "largest_component", *AXIS_COLUMNS, *POSITION_COLUMNS)
 STRAY_SHARE = 0.1
 _SIDES = {"left": "right", "l": "r", "links": "rechts"}
 
 
 def organ_evidence(labels: np.ndarray, geometry: Geometry) -> pd.DataFrame:
-    """Pieces and place of every organ.
+    """Pieces, axes and place of every organ.
 
     Args:
-        labels: (Z, Y, X) integers, 0 is background.
+        labels: (Z, Y, X) uint8, uint16 or int32, 0 is background.
         geometry: of the label map.
 
     Returns:
         One row per label present, ascending: ``label``, ``components`` (26 neighbours), ``largest_component`` (share
-        of the voxels in the largest one), and the centroid in patient coordinates: ``left_mm``, ``posterior_mm``,
-        ``superior_mm``.
+        of the voxels in the largest one), ``axis1_mm`` to ``axis3_mm`` (standard deviation along the principal axes,
+        longest first, of solid voxels: never 0), and the centroid in patient coordinates: ``left_mm``,
+        ``posterior_mm``, ``superior_mm``.
     """
-    runs = runs_of_labels(labels)
-    table = organ_components(runs)
-    row = np.searchsorted(table["label"].to_numpy(), runs.value)
-    line = np.repeat(np.arange(len(runs.first) - 1), np.diff(runs.first))
-    voxels = runs.voxels
-    total = np.bincount(row, weights=voxels, minlength=len(table))
-    index_xyz = [
-        np.bincount(row, weights=voxels * position, minlength=len(table)) / total
-        for position in ((runs.start + runs.stop - 1) / 2, line % labels.shape[1], line // labels.shape[1])
-    ]
-    step = np.asarray(geometry.spacing_mm)[::-1, None]
-    lps = np.asarray(geometry.origin_mm)[:, None] + np.reshape(geometry.direction, (3, 3)) @ (step * index_xyz)
-    return table.assign(**dict(zip(POSITION_COLUMNS, lps, strict=True)))
+    labels = np.ascontiguousarray(labels)
+    table = organ_components(runs_of_labels(labels))
+    sums = organ_sums(labels)[table["label"].to_numpy()]
+    spacing = np.asarray(geometry.spacing_mm)
+    solid = covariance_mm2(sums, spacing) + np.diag(spacing**2 / 12)
+    axes = np.sqrt(np.linalg.eigvalsh(solid)[:, ::-1])
+    index_xyz = centroids(sums, labels.shape)[:, ::-1] * spacing[::-1]
+    lps = np.asarray(geometry.origin_mm) + index_xyz @ np.reshape(geometry.direction, (3, 3)).T
+    columns = dict(zip((*AXIS_COLUMNS, *POSITION_COLUMNS), np.hstack([axes, lps]).T, strict=True))
+    return table.assign(**columns)
 
 
 def paired_organs(names: Mapping[int, str]) -> list[tuple[int, int]]:

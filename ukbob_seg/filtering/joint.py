@@ -1,4 +1,4 @@
-"""How unusual an organ's size and shape are together, by a covariance that faults in the cohort cannot bend."""
+"""How unusual several features of an organ are together, by a covariance that faults in the cohort cannot bend."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ _MAX_STEPS = 100
 
 @dataclass(frozen=True)
 class JointModel:
-    """What is ordinary for one organ in the space of ``shape_vectors``.
+    """What is ordinary for one organ in a space of features.
 
     Attributes:
-        centre: (3,) robust mean.
-        scatter: (3, 3) robust covariance, scaled so that half of the cohort lies within the ellipsoid that should hold
+        entries: which entries of a vector the model is about: those that most labels of the organ have.
+        centre: (d,) robust mean of these.
+        scatter: (d, d) robust covariance, scaled so that half of the cohort lies within the ellipsoid that should hold
             half of it.
         samples: labels that mean and covariance were taken over in the end.
     """
 
+    entries: tuple[int, ...]
     centre: tuple[float, ...]
     scatter: tuple[tuple[float, ...], ...]
     samples: int
@@ -40,11 +42,12 @@ class JointModel:
         of as many degrees of freedom as the vector has finite entries (an organ of one voxel has no eccentricity).
 
         Args:
-            vectors: (rows, 3), may hold NaN.
+            vectors: (rows, entries), may hold NaN.
 
         Returns:
             (rows,) from 0 to 300; 3 means: one ordinary label in 1,000 is as unusual. NaN without a finite entry.
         """
+        vectors = vectors[:, self.entries]
         centre, scatter = np.asarray(self.centre), np.asarray(self.scatter)
         result = np.full(len(vectors), np.nan)
         finite = np.isfinite(vectors)
@@ -65,6 +68,7 @@ class JointModel:
     def as_json(self) -> dict[str, Any]:
         """Plain lists."""
         return {
+            "entries": list(self.entries),
             "centre": list(self.centre),
             "scatter": [list(row) for row in self.scatter],
             "samples": self.samples,
@@ -74,6 +78,7 @@ class JointModel:
     def from_json(cls, content: dict[str, Any]) -> JointModel:
         """Inverse of ``as_json``."""
         return cls(
+            tuple(int(entry) for entry in content["entries"]),
             tuple(float(value) for value in content["centre"]),
             tuple(tuple(float(value) for value in row) for row in content["scatter"]),
             int(content["samples"]),
@@ -92,29 +97,32 @@ def shape_vectors(features: pd.DataFrame) -> np.ndarray:
     return np.where(np.isfinite(vectors), vectors, np.nan)
 
 
-def learn_joint(features: pd.DataFrame, min_samples: int) -> JointModel | None:
+def learn_joint(vectors: np.ndarray, min_samples: int) -> JointModel | None:
     """Fit one organ's model.
 
     Args:
-        features: the organ's rows.
+        vectors: (labels, entries), may hold NaN. Entries that most labels lack are left out of the model.
         min_samples: complete rows needed.
 
     Returns:
         None with too few rows, or when the features do not vary.
     """
-    vectors = shape_vectors(features)
-    vectors = vectors[np.isfinite(vectors).all(axis=1)]
-    if len(vectors) < max(min_samples, 2 * vectors.shape[1]):
+    finite = np.isfinite(vectors)
+    entries = np.flatnonzero(finite.mean(axis=0) > 0.5) if len(vectors) else np.zeros(0, int)
+    points = vectors[:, entries][finite[:, entries].all(axis=1)]
+    d = len(entries)
+    if d == 0 or len(points) < max(min_samples, 2 * d):
         return None
     try:
-        centre, scatter, samples = minimum_covariance_determinant(vectors)
+        centre, scatter, samples = minimum_covariance_determinant(points)
     except np.linalg.LinAlgError:
         return None
-    d = vectors.shape[1]
     if samples <= 2 * d:
         return None
-    scatter *= np.median(_squared_distances(vectors, centre, scatter)) / chi2.ppf(0.5, d)
-    return JointModel(tuple(centre.tolist()), tuple(tuple(row) for row in scatter.tolist()), samples)
+    scatter *= np.median(_squared_distances(points, centre, scatter)) / chi2.ppf(0.5, d)
+    return JointModel(
+        tuple(entries.tolist()), tuple(centre.tolist()), tuple(tuple(row) for row in scatter.tolist()), samples
+    )
 
 
 def minimum_covariance_determinant(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:

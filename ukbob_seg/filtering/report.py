@@ -22,7 +22,7 @@ from ukbob_seg.filtering.report_figures import (
     scan_count_figure,
 )
 from ukbob_seg.filtering.review import label_scores, scan_scores
-from ukbob_seg.filtering.solf import DOUBT, get_rule
+from ukbob_seg.filtering.solf import MODELS, get_rule
 from ukbob_seg.filtering.strata import StratifiedBounds
 from ukbob_seg.report_page import ReportPage
 
@@ -40,7 +40,8 @@ SHORT_NAMES = {
     "sphericity": "sphericity",
     "eccentricity": "eccentricity",
     PLAIN_VOLUME: "volume (mm³)",
-    DOUBT: "doubt",
+    "doubt": "doubt",
+    "anatomy_doubt": "doubt (anatomy)",
     "stray": "stray pieces",
     "swapped": "sides exchanged",
 }
@@ -85,7 +86,7 @@ def write_report(
         "beyond the bounds are drawn at the edge as triangles."
     )
     for figure, caption in distribution_figures(
-        flags, summary.bounds, {name: SHORT_NAMES[name] for name in shown if name != DOUBT}
+        flags, summary.bounds, {name: SHORT_NAMES[name] for name in shown if name not in MODELS}
     ):
         page.figure(figure, caption)
     page.write(path)
@@ -94,14 +95,14 @@ def write_report(
 def worst_labels(flags: pd.DataFrame, bounds: StratifiedBounds, rule: str) -> pd.DataFrame:
     """The flagged rows, the most extreme first, with a column ``severity``.
 
-    Severity is the doubt for the rule ``joint``; otherwise the sum, over the rule's features, of how far the value
-    lies beyond its bounds, in widths of the bounds. Equal severities keep the order of the table.
+    Severity is the doubt for the rules ``joint`` and ``anatomy``; otherwise the sum, over the rule's features, of how
+    far the value lies beyond its bounds, in widths of the bounds. Equal severities keep the order of the table.
     """
     features = get_rule(rule).features
     severity = pd.Series(0.0, index=flags.index)
     for _, limits, rows in bounds.split(flags):
         for feature in features:
-            severity[rows.index] += rows[DOUBT] if feature == DOUBT else excess(rows, feature, limits)
+            severity[rows.index] += rows[feature] if feature in MODELS else excess(rows, feature, limits)
     flagged = flags.assign(severity=severity)[flags["flagged"].to_numpy(bool)]
     return flagged.sort_values("severity", ascending=False, kind="stable")
 
@@ -134,6 +135,9 @@ def _rule_sentence(config: FilterConfig, bounds: StratifiedBounds) -> str:
         "joint": "A label is flagged when its normalized volume, sphericity and eccentricity together are as unusual "
         f"as one ordinary label in {1 / (1 - bounds.any.confidence):,.0f}, by the robust mean and covariance of its "
         f"organ ({source}).",
+        "anatomy": "A label is flagged when its volume, sphericity, principal axes and place, beside the other organs "
+        f"of its scan, are as unusual as one ordinary label in {1 / (1 - bounds.any.confidence):,.0f}, by the robust "
+        f"mean and covariance of its organ ({source}).",
         "none": "No label is flagged (rule none); the features are listed for reference.",
     }.get(config.rule, f"Rule {config.rule}, bounds {source}.")
 
@@ -293,7 +297,7 @@ def _reasons(row: Any, bounds: StratifiedBounds, features: tuple[str, ...]) -> s
     """The features of a row that are outside their bounds, and on which side; other evidence; one a line."""
     parts = []
     for feature in features:
-        if feature != DOUBT and getattr(row, f"{feature}_outside"):
+        if feature not in MODELS and getattr(row, f"{feature}_outside"):
             side = "low" if getattr(row, feature) < bounds.strata[row.stratum].limits(row.label, feature)[0] else "high"
             parts.append(f"{SHORT_NAMES[feature]} {side}")
     parts += [SHORT_NAMES[name] for name in ("stray", "swapped") if getattr(row, name, False)]
@@ -306,7 +310,7 @@ def _against_bound(row: Any, bounds: StratifiedBounds, feature: str) -> str:
     """``0.0872 > 0.0755`` for a value above its upper bound, the value alone inside."""
     value = getattr(row, feature)
     limits = bounds.strata[row.stratum]
-    low, high = (0.0, limits.most_doubt) if feature == DOUBT else limits.limits(row.label, feature)
+    low, high = (0.0, limits.most_doubt) if feature in MODELS else limits.limits(row.label, feature)
     if not getattr(row, f"{feature}_outside"):
         return f"{value:.3g}" if np.isfinite(value) else "-"
     return f"{value:.3g} < {low:.3g}" if value < low else f"{value:.3g} > {high:.3g}"

@@ -13,6 +13,7 @@ import pandas as pd
 from ukbob_seg.errors import DatasetError
 from ukbob_seg.files import atomic_path
 from ukbob_seg.filtering.bounds import PLAIN_VOLUME, SOLF_FEATURES
+from ukbob_seg.filtering.solf import MODELS
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,8 @@ Verdicts = Mapping[tuple[str, int], str]
 
 
 def label_scores(flags: pd.DataFrame) -> np.ndarray:
-    """How doubtful each label is: its ``doubt`` up to 10; where there is no joint model, its ``votes``."""
-    doubt = flags["doubt"].to_numpy(np.float64) if "doubt" in flags else np.full(len(flags), np.nan)
+    """How doubtful each label is: its largest doubt, up to 10; where there is no model, its ``votes``."""
+    doubt = flags.reindex(columns=list(MODELS)).astype(np.float64).max(axis=1).to_numpy()
     return np.where(np.isnan(doubt), flags["votes"], np.minimum(doubt, MOST_PER_LABEL))
 
 
@@ -136,4 +137,5 @@ def _why(row: dict[str, object]) -> str:
         if row.get(f"{name}_outside")
     ]
     reasons += [name for name in ("stray", "swapped") if row.get(name)]
-    return "; ".join(reasons + (["unusual combination"] if row.get("doubt_outside") and not reasons else []))
+    unusual = any(row.get(f"{name}_outside") for name in MODELS)
+    return "; ".join(reasons + (["unusual combination"] if unusual and not reasons else []))

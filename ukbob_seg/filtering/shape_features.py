@@ -60,7 +60,7 @@ def organ_features(
     if body_voxels is not None and not body_voxels > 0:
         raise ConfigError(f"body_voxels must be positive, got {body_voxels}")
     view, order = _in_memory_order(_as_labels(labels))
-    sums = _organ_sums(view)
+    sums = organ_sums(view)
     spacing = spacing[order]
 
     present = np.flatnonzero(sums[:, _COUNT])
@@ -80,7 +80,7 @@ def organ_features(
             "surface_mm2": surface_mm2,
             "normalized_volume": voxels / (body or 1.0),
             "sphericity": np.cbrt(np.pi) * np.cbrt(6 * volume_mm3) ** 2 / surface_mm2,
-            "eccentricity": _eccentricity(_covariance_mm2(sums, spacing)),
+            "eccentricity": _eccentricity(covariance_mm2(sums, spacing)),
         }
     )
 
@@ -113,8 +113,12 @@ def _in_memory_order(labels: np.ndarray) -> tuple[np.ndarray, list[int]]:
     return view[tuple(slice(None, None, -1 if stride < 0 else 1) for stride in view.strides)], order
 
 
-def _organ_sums(labels: np.ndarray) -> np.ndarray:
-    """(values, 13) int64 sums per label value: voxels, face pairs per axis, first and second moments in voxels."""
+def organ_sums(labels: np.ndarray) -> np.ndarray:
+    """(values, 13) int64 sums per label value: voxels, face pairs per axis, first and second moments in voxels.
+
+    Args:
+        labels: (Z, Y, X) uint8, uint16 or int32. Moments are about the voxel ``shape // 2``.
+    """
     rows = 256 if labels.dtype == np.uint8 else MAX_LABEL + 1
     sums = np.zeros((rows, _COLUMNS), dtype=np.int64)
     wrong = _accumulate(labels, sums)
@@ -184,7 +188,7 @@ def _accumulate(labels, sums):  # type: ignore[no-untyped-def]
     return np.int64(0)
 
 
-def _covariance_mm2(sums: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+def covariance_mm2(sums: np.ndarray, spacing: np.ndarray) -> np.ndarray:
     """(organs, 3, 3) population covariance of the voxel centres, from exact integer sums."""
     n = sums[:, _COUNT]
     first = sums[:, _FIRST:_SECOND]
@@ -199,6 +203,11 @@ def _covariance_mm2(sums: np.ndarray, spacing: np.ndarray) -> np.ndarray:
         value = (second / n - rest[:, i] * rest[:, j]) * spacing[i] * spacing[j]
         covariance[:, i, j] = covariance[:, j, i] = value
     return covariance
+
+
+def centroids(sums: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """(organs, 3) mean voxel index, from the sums of a volume of that shape."""
+    return np.asarray(shape) // 2 + sums[:, _FIRST:_SECOND] / sums[:, _COUNT, None]
 
 
 def _eccentricity(covariance: np.ndarray) -> np.ndarray:
