@@ -27,6 +27,7 @@ except ImportError:
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
 
 GEOMETRY_TOLERANCE = 1e-3
+_BLOCK_BYTES = 2**18
 _UNREADABLE: tuple[Any, ...] = (
     RuntimeError,
     OSError,
@@ -128,7 +129,8 @@ def _read_voxels(path: Path, geometry: Geometry, scaled: bool = True) -> np.ndar
     try:
         if str(path).endswith(".nii.gz"):
             with gzip.open(path, "rb") as stream:
-                array = _nifti_voxels(nibabel.nifti1.Nifti1Image.from_stream(stream), scaled)
+                image = nibabel.nifti1.Nifti1Image.from_stream(_InBlocks(stream))  # type: ignore[arg-type]
+                array = _nifti_voxels(image, scaled)
                 while stream.read(2**20):  # the checksum stands at the end
                     pass
         elif str(path).endswith(".nii"):
@@ -138,6 +140,26 @@ def _read_voxels(path: Path, geometry: Geometry, scaled: bool = True) -> np.ndar
     except _UNREADABLE as error:
         raise DatasetError(f"{path} cannot be read: it is corrupt or truncated; copy it again") from error
     return array.reshape(geometry.shape)
+
+
+class _InBlocks:
+    """A stream that fills a buffer block by block: decompressors first make a copy of all that is asked for at once."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer as far as the stream goes; returns the bytes read."""
+        view, done = memoryview(buffer).cast("B"), 0
+        while done < len(view):
+            count = self._stream.readinto(view[done : done + _BLOCK_BYTES])
+            if not count:
+                break
+            done += count
+        return done
 
 
 def _nifti_voxels(image: nibabel.nifti1.Nifti1Image, scaled: bool) -> np.ndarray:

@@ -45,13 +45,17 @@ def otsu_threshold(image: np.ndarray) -> float:
     Raises:
         DatasetError: the image is constant, or holds NaN or infinite voxels.
     """
-    low, high = _range(image)
-    if not np.isfinite(high - low):
-        raise DatasetError("the image has NaN or infinite voxels")
+    if image.dtype in (np.uint8, np.int8, np.uint16, np.int16):
+        low, high, counts = _histogram_of_values(image)
+    else:
+        low, high = _range(image)
+        if not np.isfinite(high - low):
+            raise DatasetError("the image has NaN or infinite voxels")
+        counts = np.zeros(_BINS, dtype=np.int64)
+        if high > low:
+            _histogram(image, low, _BINS / (high - low), counts)
     if low == high:
         raise DatasetError("the image is constant: it has no foreground to measure the body by")
-    counts = np.zeros(_BINS, dtype=np.int64)
-    _histogram(image, low, _BINS / (high - low), counts)
     width = (high - low) / _BINS
     centres = low + (np.arange(_BINS) + 0.5) * width
     below, above = np.cumsum(counts), np.cumsum(counts[::-1])[::-1]
@@ -61,6 +65,18 @@ def otsu_threshold(image: np.ndarray) -> float:
         mean_above = np.cumsum(sums[::-1])[::-1] / above
     between = below[:-1].astype(np.float64) * above[1:] * (mean_below[:-1] - mean_above[1:]) ** 2
     return float(centres[int(np.nanargmax(between))])
+
+
+def _histogram_of_values(image: np.ndarray) -> tuple[float, float, np.ndarray]:
+    """(smallest, largest, counts per bin) of an image of small integers, from one pass that counts every value."""
+    lowest = int(np.iinfo(image.dtype).min)
+    table = np.zeros(np.iinfo(image.dtype).max - lowest + 1, dtype=np.int64)
+    _count_values(image, lowest, table)
+    present = np.flatnonzero(table)
+    low, high = float(present[0] + lowest), float(present[-1] + lowest)
+    scale = _BINS / max(high - low, 1.0)
+    bins = np.minimum(((present + lowest - low) * scale).astype(np.int64), _BINS - 1)
+    return low, high, np.bincount(bins, weights=table[present], minlength=_BINS).astype(np.int64)
 
 
 def _outside(image: np.ndarray) -> tuple[Runs, np.ndarray]:
@@ -77,9 +93,9 @@ def _outside(image: np.ndarray) -> tuple[Runs, np.ndarray]:
     gaps = gaps_between(bright, root == int(np.argmax(sizes)))
     root = connect(gaps, diagonal=False)
     depth, height, width = image.shape
-    line = np.repeat(np.arange(depth * height), np.diff(gaps.first))
-    z, y = line // height, line % height
-    at_border = (z == 0) | (z == depth - 1) | (y == 0) | (y == height - 1) | (gaps.start == 0) | (gaps.stop == width)
+    z, y = np.divmod(np.arange(depth * height), height)
+    border_line = (z == 0) | (z == depth - 1) | (y == 0) | (y == height - 1)
+    at_border = np.repeat(border_line, np.diff(gaps.first)) | (gaps.start == 0) | (gaps.stop == width)
     is_open = np.zeros(len(root), dtype=bool)
     is_open[root[at_border]] = True
     return gaps, is_open[root]
@@ -102,6 +118,16 @@ def _range(image):  # type: ignore[no-untyped-def]
                 if value > high:
                     high = np.float64(value)
     return low, high
+
+
+@njit(cache=True, nogil=True)
+def _count_values(image, lowest, table):  # type: ignore[no-untyped-def]
+    depth, height, width = image.shape
+    for z in range(depth):
+        for y in range(height):
+            row = image[z, y]
+            for x in range(width):
+                table[np.int64(row[x]) - lowest] += 1
 
 
 @njit(cache=True, nogil=True)

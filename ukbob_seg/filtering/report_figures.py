@@ -204,7 +204,11 @@ def _crop_window(mask: np.ndarray, step_mm: np.ndarray) -> tuple[slice, slice]:
 
 
 def _shorten(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+    """Cut out the middle: names of organs differ at either end."""
+    if len(text) <= most:
+        return text
+    tail = (most - 1) // 2
+    return f"{text[: most - 1 - tail]}…{text[-tail:]}"
 
 
 def _plain(axis: Axes) -> None:
