@@ -77,7 +77,9 @@ def ablate(
     features = cohort.features(cohort.measure())
     if pairs:
         features["dice"] = _dice_column(features, pairs, cohort)
-    table = ablation_table(features, list(variants(features, config)))
+    choices = list(variants(features, config))
+    order = list(dict.fromkeys(choice.rule for choice in choices))
+    table = ablation_table(features, sorted(choices, key=lambda choice: order.index(choice.rule)))
     with atomic_path(cohort.folder / TABLE_FILE) as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n", float_format="%.6g")
     _write_page(cohort.folder / PAGE_FILE, cohort.spec.name, table)
@@ -253,9 +255,11 @@ def _figure(whole: pd.DataFrame) -> Figure:
         for rule, rows in by_epsilon.groupby("rule", sort=False):
             style = {"linewidth": 2.2} if rule in ("solf", "volume") else {"linewidth": 1, "linestyle": "--"}
             axis.plot(rows["setting"], rows[column], marker="o", markersize=3, label=rule, **style)
-        if column == "dice_kept":
-            for rule in ("none", "iqr"):
-                axis.axhline(whole.loc[whole["rule"] == rule, column].iloc[0], color="0.5", linewidth=0.8)
+        for rule, setting in (("none", None), ("iqr", None), ("joint", 0.999), ("anatomy", 0.999)):
+            rows = whole[(whole["rule"] == rule) & ((whole["setting"] == setting) if setting else True)]
+            if len(rows) and np.isfinite(rows[column].iloc[0]):
+                axis.axhline(rows[column].iloc[0], color="0.55", linewidth=0.8)
+                axis.text(5, rows[column].iloc[0], f"{rule} {setting or ''}", fontsize=7, ha="right", va="bottom")
         axis.set_xlabel("epsilon, %")
         axis.set_ylabel(heading)
         for side in ("top", "right"):
