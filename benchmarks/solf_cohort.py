@@ -17,10 +17,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ukbob_seg.filtering.bounds import learn_bounds
+from ukbob_seg.filtering.bounds import SOLF_FEATURES, learn_bounds
 from ukbob_seg.filtering.measure import CaseMeasurement
 from ukbob_seg.filtering.shards import Shard, join_shards, load_shards, shard_path, shard_size
+from ukbob_seg.filtering.report_figures import distribution_figures
 from ukbob_seg.filtering.solf import flag_organs
+from ukbob_seg.filtering.strata import StratifiedBounds
 
 
 def features(names: list[str], organs: int, rng: np.random.Generator) -> pd.DataFrame:
@@ -81,6 +83,11 @@ def main() -> None:
         lap("learning bounds and joint models")
         flags = flag_organs(table, bounds=bounds)
         lap("flagging")
+        flags["organ"], flags["stratum"] = "organ " + flags["label"].astype(str), ""
+        headings = {name: name for name in SOLF_FEATURES}
+        for figure, _ in distribution_figures(flags, StratifiedBounds((), {"": bounds}), headings):
+            figure.savefig(folder / "figure.png", dpi=110)
+        lap("distributions for the report")
         flags.to_parquet(folder / "flags.parquet", index=False)
         lap("writing flags.parquet")
         again = pd.read_parquet(folder / "flags.parquet", columns=["case", "label", "flagged"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -124,5 +125,32 @@ def test_filter_on_dask_gives_the_same_bytes(make_dataset: Callable[..., Path], 
     solf_filter(cohort, folders[0], FilterConfig(workers=1, quiet=True, report=False))
     summary = solf_filter(cohort, folders[1], FilterConfig(scheduler=scheduler, quiet=True, report=False))
     assert summary.computed == 22
+    for name in TABLES:
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+
+
+def test_filter_ends_with_the_same_bytes_when_a_dask_worker_is_killed(
+    make_dataset: Callable[..., Path], scheduler: str, tmp_path: Path
+) -> None:
+    import distributed
+
+    cohort = make_dataset(cases=40)
+    folders = tmp_path / "local", tmp_path / "dask"
+    solf_filter(cohort, folders[0], FilterConfig(workers=1, quiet=True, report=False))
+    with distributed.Client(scheduler, set_as_default=False) as client:
+        victim = min(client.run(os.getpid).values())
+    left = []
+
+    def kill_after_the_first_shard() -> None:
+        while not list(folders[1].glob("shards/shard_*")):
+            time.sleep(0.001)
+        os.kill(victim, signal.SIGKILL)
+        left.append(40 - len(list(folders[1].glob("shards/shard_*"))))
+
+    killer = threading.Thread(target=kill_after_the_first_shard, daemon=True)
+    killer.start()
+    solf_filter(cohort, folders[1], FilterConfig(scheduler=scheduler, quiet=True, report=False))
+    killer.join()
+    assert left[0] > 0  # it was killed in the middle
     for name in TABLES:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
