@@ -19,8 +19,8 @@ import pandas as pd
 
 from ukbob_seg.filtering.bounds import SOLF_FEATURES, learn_bounds
 from ukbob_seg.filtering.measure import CaseMeasurement
-from ukbob_seg.filtering.shards import Shard, join_shards, load_shards, shard_path, shard_size
 from ukbob_seg.filtering.report_figures import distribution_figures
+from ukbob_seg.filtering.shards import Shard, join_shards, load_shards, shard_path, shard_size
 from ukbob_seg.filtering.solf import flag_organs
 from ukbob_seg.filtering.strata import StratifiedBounds
 
