@@ -12,7 +12,7 @@ import pytest
 
 from ukbob_seg.dataset.labels import LabelScheme
 from ukbob_seg.errors import ConfigError, DatasetError
-from ukbob_seg.filtering.policies import FilterPolicy, LabelTrust, case_lookup
+from ukbob_seg.filtering.policies import FilterPolicy, LabelTrust, case_lookup, mark_started
 
 SCHEME = LabelScheme.from_json({"background": 0, "liver": 5, "spleen": 2, "aorta": 130}, None)
 FLAGS = pd.DataFrame(
@@ -56,9 +56,13 @@ def test_no_filter_means_none_and_half_a_filter_is_an_error(tmp_path: Path) -> N
     folder = tmp_path / "solf"
     folder.mkdir()
     assert LabelTrust.load(folder) is None
-    (folder / "cases").mkdir()
+    (folder / "shards").mkdir()
+    (folder / "ablation.csv").touch()  # ukbob_filter --ablate decides nothing
+    assert LabelTrust.load(folder) is None
+    mark_started(folder)
     with pytest.raises(DatasetError, match="not finished"):
         LabelTrust.load(folder)
+    (folder / "started").unlink()
     FilterPolicy().save(folder / "policy.json")
     with pytest.raises(DatasetError, match="not finished"):
         LabelTrust.load(folder)

@@ -14,7 +14,14 @@ from ukbob_seg.filtering.config import FilterConfig
 from ukbob_seg.filtering.evidence import paired_organs, stray, swapped
 from ukbob_seg.filtering.features import Cohort
 from ukbob_seg.filtering.measure import CohortMeasurement
-from ukbob_seg.filtering.policies import FLAGS_FILE, POLICY_FILE, FilterPolicy, LabelTrust
+from ukbob_seg.filtering.policies import (
+    FLAGS_FILE,
+    POLICY_FILE,
+    STARTED_FILE,
+    FilterPolicy,
+    LabelTrust,
+    mark_started,
+)
 from ukbob_seg.filtering.review import REVIEW_FILE, apply_verdicts, read_verdicts, write_review
 from ukbob_seg.filtering.solf import flag_organs, unjudged_labels
 from ukbob_seg.filtering.strata import StratifiedBounds
@@ -98,7 +105,9 @@ def measure_part(raw_folder: Path, output_folder: Path, part: Part, config: Filt
     Raises:
         DatasetError: cases cannot be measured; names them. The others are kept.
     """
-    return Cohort.open(raw_folder, output_folder, config or FilterConfig()).measure(part).computed
+    cohort = Cohort.open(raw_folder, output_folder, config or FilterConfig())
+    mark_started(cohort.folder)
+    return cohort.measure(part).computed
 
 
 def solf_filter(raw_folder: Path, output_folder: Path, config: FilterConfig | None = None) -> FilterSummary:
@@ -121,6 +130,7 @@ def solf_filter(raw_folder: Path, output_folder: Path, config: FilterConfig | No
     cohort = Cohort.open(raw_folder, output_folder, config)
     folder, names = cohort.folder, cohort.names
     bounds, verdicts = config.load_bounds(names), _verdicts(folder, config)  # refused before the work
+    mark_started(folder)
     measured = cohort.measure()
     features = cohort.features(measured)
     bounds = bounds or config.learn(features, names)
@@ -176,6 +186,7 @@ def _write(
             shown.to_parquet(temporary, index=False)
     bounds.save(folder / BOUNDS_FILE)
     policy.save(folder / POLICY_FILE)
+    (folder / STARTED_FILE).unlink(missing_ok=True)
 
 
 def _summarise(

@@ -190,21 +190,20 @@ def measure_cohort(
         workers: processes; None chooses by processors, memory and shards.
         scheduler: address of a Dask scheduler whose workers do the work instead; they must see the same files.
         quiet: no progress bar.
-        part: measure only this part of the shards; the table then holds what is known so far.
+        part: look at this part of the shards only; the table is about its cases.
 
     Raises:
         UkbobError: a worker died, or the shards cannot be written.
     """
-    current, failures = _keys(cases, measurement)
-    known = load_shards(folder, current, measurement.evidence)
     size = shard_size(len(cases))
+    groups = {index: cases[start : start + size] for index, start in enumerate(range(0, len(cases), size))}
+    mine = {index: group for index, group in groups.items() if part is None or part.has(index)}
+    current, failures = _keys([case for group in mine.values() for case in group], measurement)
+    known = load_shards(folder, current, measurement.evidence)
     jobs = []
-    starts = range(0, len(cases), size)
-    for index, start in enumerate(starts):
-        if part is not None and not part.has(index):
-            continue
-        group = [case for case in cases[start : start + size] if case.name in current]
-        job = _job(shard_path(folder, index), group, current, known, measurement)
+    for index, group in mine.items():
+        readable = [case for case in group if case.name in current]
+        job = _job(shard_path(folder, index), readable, current, known, measurement)
         if job.pending or not _is_in_place(job, measurement):
             jobs.append(job)
     pending = sum(len(job.pending) for job in jobs)
@@ -226,7 +225,7 @@ def measure_cohort(
         for job in jobs:
             _MeasureShard(measurement)(job)
     if part is None:
-        remove_other_shards(folder, len(starts))
+        remove_other_shards(folder, len(groups))
     known = load_shards(folder, current, measurement.evidence)
     unique = {id(shard): shard for shard in known.values()}.values()
     names = [case.name for case in cases]

@@ -12,10 +12,11 @@ import pandas as pd
 
 from ukbob_seg.dataset.labels import LabelScheme
 from ukbob_seg.errors import ConfigError, DatasetError
-from ukbob_seg.files import read_json, write_json
+from ukbob_seg.files import read_json, write_json, write_text
 
 POLICY_FILE = "policy.json"
 FLAGS_FILE = "flags.parquet"
+STARTED_FILE = "started"
 
 ACTIONS: dict[str, str] = {
     "ignore": "the voxels of a flagged organ are ignored in that scan",
@@ -65,6 +66,11 @@ class FilterPolicy:
             ) from error
 
 
+def mark_started(folder: Path) -> None:
+    """Leave a sign that a filter is under way, so that training does not take a dataset for unfiltered."""
+    write_text(Path(folder) / STARTED_FILE, "ukbob_filter was started here; it removes this file when it is done\n")
+
+
 @dataclass(frozen=True)
 class LabelTrust:
     """Which labels of which scans training must not learn from.
@@ -96,9 +102,11 @@ class LabelTrust:
             DatasetError: the filter has been started and has not finished, or its files are damaged.
         """
         folder = Path(solf_folder)
-        if not folder.is_dir() or not any(folder.iterdir()):
-            return None
-        if not (folder / POLICY_FILE).is_file() or not (folder / FLAGS_FILE).is_file():
+        complete = (folder / POLICY_FILE).is_file() and (folder / FLAGS_FILE).is_file()
+        if not complete:
+            started = (STARTED_FILE, POLICY_FILE, FLAGS_FILE)
+            if not any((folder / name).is_file() for name in started):
+                return None
             raise DatasetError(
                 f"the label filter has not finished in {folder}; run ukbob_filter again, or remove that folder to "
                 "train on all labels"
