@@ -200,12 +200,8 @@ def measure_cohort(
     mine = {index: group for index, group in groups.items() if part is None or part.has(index)}
     current, failures = _keys([case for group in mine.values() for case in group], measurement)
     known = load_shards(folder, current, measurement.evidence)
-    jobs = []
-    for index, group in mine.items():
-        readable = [case for case in group if case.name in current]
-        job = _job(shard_path(folder, index), readable, current, known, measurement)
-        if job.pending or not _is_in_place(job, measurement):
-            jobs.append(job)
+    jobs = [_job(shard_path(folder, index), group, current, known, measurement) for index, group in mine.items()]
+    jobs = [job for job in jobs if job.pending or not _is_in_place(job, measurement)]
     pending = sum(len(job.pending) for job in jobs)
     failed: list[tuple[str, str]] = []
     if pending:
@@ -284,7 +280,8 @@ def _keys(cases: Sequence[Case], measurement: CaseMeasurement) -> tuple[dict[str
 def _job(
     path: Path, group: Sequence[Case], current: dict[str, str], known: dict[str, Shard], measurement: CaseMeasurement
 ) -> _Job:
-    """What is known of a group of cases, and what is not."""
+    """What is known of the readable ones of a group of cases, and what is not."""
+    group = [case for case in group if case.name in current]
     have = [case.name for case in group if case.name in known]
     parts = {id(known[name]): known[name] for name in have}.values()
     chosen = [shard.select(set(have) & set(shard.keys)) for shard in parts]
