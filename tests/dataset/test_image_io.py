@@ -2,13 +2,23 @@
 
 import gzip
 import math
+import zlib
 
 import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from ukbob_seg.dataset.image_io import Geometry, read_geometry, read_image, read_labels, write_image, write_labels
+from ukbob_seg.dataset import image_io
+from ukbob_seg.dataset.image_io import (
+    Geometry,
+    read_geometry,
+    read_image,
+    read_labels,
+    read_stored,
+    write_image,
+    write_labels,
+)
 from ukbob_seg.errors import DatasetError
 
 COS, SIN = math.cos(0.4), math.sin(0.4)
@@ -115,3 +125,38 @@ def test_real_files(data_root):
     assert array.shape == (1, *geometry.shape)
     assert sorted(geometry.shape) == [101, 112, 122]
     assert np.allclose(geometry.spacing_mm, 3.0, atol=0.01)
+
+
+def test_zlib_reads_the_same_as_isal(tmp_path, rng, monkeypatch):
+    """Both decompressors, a volume of several blocks; truncation and changed bytes are noticed by both."""
+    path = tmp_path / "a.nii.gz"
+    volume = rng.integers(-500, 2000, (20, 90, 100)).astype(np.int16)
+    write_image(volume, Geometry(volume.shape, (2.0, 1.0, 0.5)), path)
+    good = path.read_bytes()
+    for module, error in ((image_io.gzip, image_io.GzipError), (gzip, zlib.error)):
+        monkeypatch.setattr(image_io, "gzip", module)
+        monkeypatch.setattr(image_io, "GzipError", error)
+        monkeypatch.setattr(image_io, "_UNREADABLE", (*image_io._UNREADABLE, error))
+        path.write_bytes(good)
+        stored, _ = read_stored(path)
+        assert stored.dtype == np.int16
+        assert (stored == volume).all()
+        assert (read_image([path])[0][0] == volume).all()
+        for damaged in (good[:-5], good[: len(good) // 2], good[:-6] + b"\0\0" + good[-4:]):
+            path.write_bytes(damaged)
+            with pytest.raises(DatasetError, match="corrupt"):
+                read_stored(path)
+
+
+def test_stored_voxels_keep_their_type_and_order(tmp_path):
+    path = tmp_path / "scaled.nii.gz"
+    stored = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    for slope in (2.0, -2.0):
+        image = nibabel.Nifti1Image(stored, np.eye(4))
+        image.header.set_slope_inter(slope, 7)
+        nibabel.save(image, path)
+        intensities = read_image([path])[0][0]
+        found, geometry = read_stored(path)
+        assert found.shape == geometry.shape == (4, 3, 2)
+        assert found.dtype == np.int16 or slope < 0
+        assert (np.argsort(found, axis=None) == np.argsort(intensities, axis=None)).all()
