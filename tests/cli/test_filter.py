@@ -127,6 +127,10 @@ def test_every_option_takes_effect(
     other = tmp_path / "said.csv"
     other.write_text("case,label,verdict\nblob_004,1,reject\n")
     flags = run("--review", str(other))[0].set_index(["case", "label"])
+    assert flags.loc[("blob_004", 1), "flagged"]
+    assert not flags.loc[("blob_003", 2), "flagged"]  # what review.csv says still holds
+    other.write_text("case,label,verdict\nblob_003,2,reject\n")
+    flags = run("--review", str(other))[0].set_index(["case", "label"])
     assert flags.loc[[("blob_003", 2), ("blob_004", 1)], "flagged"].all()
 
     capsys.readouterr()
@@ -164,6 +168,8 @@ def test_folders_can_be_given(filter_command: Callable[..., int], tmp_path: Path
         (("--stratify-by", "sex"), "--strata FILE"),
         (("--strata", "nowhere.csv", "--stratify-by", "sex"), "nowhere.csv does not exist"),
         (("--review", "nowhere.csv"), "nowhere.csv does not exist"),
+        (("--workers", "-1"), "--workers must be at least 1"),
+        (("--body", ""), "existing folder of masks"),
         (("--part", "3/2"), "--part 3/2"),
         (("--part", "two"), "--part must look like 2/8"),
         (("--part", "1/2", "--ablate"), "--part only measures"),
@@ -179,6 +185,19 @@ def test_bad_options_end_with_one_line_and_code_2(
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
     assert message in errors[0]
+
+
+def test_a_mistyped_option_gets_one_line(
+    filter_command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options, message in ((("--epsilon", "two"), "argument --epsilon"), (("--epslon", "2"), "--epslon")):
+        with pytest.raises(SystemExit) as end:
+            filter_command(*options)
+        assert end.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert message in line
+        assert line.endswith("see ukbob_filter --help")
 
 
 def test_unreadable_case_ends_with_code_2(

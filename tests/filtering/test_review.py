@@ -44,7 +44,7 @@ def test_scores(flags: pd.DataFrame) -> None:
 
 def test_most_doubtful_scans_come_first(flags: pd.DataFrame, tmp_path: Path) -> None:
     path = tmp_path / "review.csv"
-    assert write_review(path, apply_verdicts(flags, {})) == 4
+    assert write_review(path, apply_verdicts(flags, {}), {}) == 4
     table = pd.read_csv(path, keep_default_na=False)
     assert list(zip(table["case"], table["label"], strict=True)) == [("b", 2), ("b", 1), ("c", 1), ("d", 1)]
     assert table["scan_score"].tolist() == [13, 13, 10, 2]
@@ -62,8 +62,11 @@ def test_verdicts_overrule_the_filter_and_are_kept(flags: pd.DataFrame, tmp_path
     assert judged["flagged"].tolist() == [True, False, False, False, True, False, True, False]
     assert (judged["flagged_by_rule"] == flags["flagged"]).all()
     assert judged["flagged"].dtype == bool
-    write_review(path, judged)
+    write_review(path, judged, verdicts)
     assert read_verdicts(path) == verdicts  # so a second run obeys them too
+    strange = verdicts | {("gone", 4): "accept"}
+    write_review(path, judged, strange)
+    assert read_verdicts(path) == strange
     assert flags["flagged"].tolist() == [False, False, True, False, True, False, True, False]
 
 
@@ -73,6 +76,11 @@ def test_spreadsheets_write_other_csv(tmp_path: Path) -> None:
         "\ufeffcase;label;organ;verdict\nx;3;liver; Accept \ny;4;spleen;\nz;5;liver;REJECT\n", encoding="utf-8"
     )
     assert read_verdicts(path) == {("x", 3): "accept", ("z", 5): "reject"}
+
+
+def test_a_folder_is_no_table(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="is a folder"):
+        read_verdicts(tmp_path)
 
 
 def test_verdicts_about_nothing_are_reported(flags: pd.DataFrame, caplog: pytest.LogCaptureFixture) -> None:
@@ -88,7 +96,8 @@ def test_verdicts_about_nothing_are_reported(flags: pd.DataFrame, caplog: pytest
         ("case,label,verdict\nx,1,accept\ny,2,maybe\n", "line 3: the verdict is 'maybe'"),
         ("case,label,verdict\nx,liver,accept\n", "line 2: the label is 'liver'"),
         ("case,label,verdict\nx,1,accept\nx,1,reject\n", "line 3: case x, label 1 has two"),
-        ("", "cannot be read"),
+        ("", "is empty"),
+        ("\n\n", "cannot be read"),
     ],
 )
 def test_unusable_tables_are_refused(tmp_path: Path, text: str, message: str) -> None:

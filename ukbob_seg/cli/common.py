@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from ukbob_seg import __version__
 from ukbob_seg.dataset.paths import Roots
@@ -18,9 +19,16 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command line, instead of listing all options first."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_BAD_INPUT, f"error: {message}; see {self.prog} --help\n")
+
+
 def make_parser(command: str, description: str, example: str) -> argparse.ArgumentParser:
     """A parser with --version and a worked example below the options."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=command,
         description=description,
         epilog=f"example:\n{example.rstrip()}",

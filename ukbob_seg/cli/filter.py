@@ -175,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         const="",
         metavar="FILE",
         help="write review.csv, the most doubtful labels first; write accept or reject into its column 'verdict' and "
-        "run again: verdicts overrule the filter. With FILE they are read from there",
+        "run again: verdicts overrule the filter. Verdicts in FILE are added to them",
     )
     parser.add_argument(
         "--skip-unreadable", action="store_true", help="leave out cases that cannot be measured instead of stopping"

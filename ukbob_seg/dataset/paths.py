@@ -49,7 +49,8 @@ def list_datasets(root: Path) -> dict[int, Path]:
 
 
 def find_dataset(root: Path, dataset: str | int) -> Path:
-    """Find a dataset folder by id (``4``) or by name (``Dataset004_Hippocampus``).
+    """Find a dataset folder by id (``4``) or by name (``Dataset004_Hippocampus``; a path before it and a slash after
+    it, as shells complete them, do not matter).
 
     Raises:
         ConfigError: no such dataset; the message lists those that exist.
@@ -59,7 +60,7 @@ def find_dataset(root: Path, dataset: str | int) -> Path:
     if text.isdigit() and int(text) in datasets:
         return datasets[int(text)]
     for folder in datasets.values():
-        if folder.name == text:
+        if folder.name == Path(text).name:
             return folder
     known = ", ".join(folder.name for folder in datasets.values()) or "none"
     raise ConfigError(f"no dataset {text!r} in {root} (found: {known}); folders must be named DatasetXXX_Name")

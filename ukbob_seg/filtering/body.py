@@ -80,17 +80,14 @@ def _histogram_of_values(image: np.ndarray) -> tuple[float, float, np.ndarray]:
 
 
 def _outside(image: np.ndarray) -> tuple[Runs, np.ndarray]:
-    """Runs of everything that is not the largest bright component, and which of them are open to the border."""
+    """Runs of everything around the largest bright component, and which of them are open to the border."""
     if image.ndim != 3:
         raise DatasetError(f"a body mask needs a (Z, Y, X) image, got shape {image.shape}")
     if image.size == 0:
         raise DatasetError("the image is empty")
     if image.dtype.kind not in "iuf" or image.dtype == np.float16 or not image.dtype.isnative:
         image = image.astype(np.float32)
-    bright = runs_above(image, otsu_threshold(image))
-    root = connect(bright, diagonal=False)
-    sizes = np.bincount(root, weights=bright.voxels)
-    gaps = gaps_between(bright, root == int(np.argmax(sizes)))
+    gaps = _around_largest(image)
     root = connect(gaps, diagonal=False)
     depth, height, width = image.shape
     z, y = np.divmod(np.arange(depth * height), height)
@@ -99,6 +96,14 @@ def _outside(image: np.ndarray) -> tuple[Runs, np.ndarray]:
     is_open = np.zeros(len(root), dtype=bool)
     is_open[root[at_border]] = True
     return gaps, is_open[root]
+
+
+def _around_largest(image: np.ndarray) -> Runs:
+    """Runs of everything that is not the largest bright component."""
+    bright = runs_above(image, otsu_threshold(image))
+    root = connect(bright, diagonal=False)
+    sizes = np.bincount(root, weights=bright.voxels)
+    return gaps_between(bright, root == int(np.argmax(sizes)))
 
 
 @njit(cache=True, nogil=True)

@@ -140,7 +140,7 @@ def solf_filter(raw_folder: Path, output_folder: Path, config: FilterConfig | No
         flags["swapped"] = swapped(flags, paired_organs(names))
     if config.review:
         flags = apply_verdicts(flags, verdicts)
-        write_review(folder / REVIEW_FILE, flags)
+        write_review(folder / REVIEW_FILE, flags, verdicts)
     _write(folder, features, flags, bounds, config.policy)
 
     summary = _summarise(flags, bounds, cohort, measured)
@@ -167,12 +167,11 @@ def flag_cohort(features: pd.DataFrame, bounds: StratifiedBounds, rule: str) -> 
 
 
 def _verdicts(folder: Path, config: FilterConfig) -> dict[tuple[str, int], str]:
-    """What a reviewer said, from the file asked for or from the review.csv of an earlier run."""
+    """What a reviewer said in the review.csv of an earlier run, overruled by the file asked for."""
     if not config.review:
         return {}
-    if config.review_file is not None:
-        return read_verdicts(config.review_file)
-    return read_verdicts(folder / REVIEW_FILE) if (folder / REVIEW_FILE).is_file() else {}
+    before = read_verdicts(folder / REVIEW_FILE) if (folder / REVIEW_FILE).is_file() else {}
+    return before | (read_verdicts(config.review_file) if config.review_file is not None else {})
 
 
 def _write(

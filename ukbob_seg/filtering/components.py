@@ -86,9 +86,9 @@ def connect(runs: Runs, diagonal: bool) -> np.ndarray:
         diagonal: 26 neighbours instead of 6.
 
     Returns:
-        (runs,) int64: for each run the index of the first run of its part.
+        (runs,) int32: for each run the index of the first run of its part.
     """
-    root = np.arange(len(runs.start), dtype=np.int64)
+    root = np.arange(len(runs.start), dtype=np.int32)
     _join_lines(runs.start, runs.stop, runs.value, runs.first, runs.shape[1], diagonal, root)
     return root
 

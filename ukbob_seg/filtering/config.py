@@ -33,7 +33,7 @@ class FilterConfig:
         evidence: also measure pieces, axes and places; look for stray pieces and for exchanged sides.
         policy: what a flag does in training.
         review: write review.csv and obey the verdicts in it.
-        review_file: read the verdicts from here instead of from the review.csv of an earlier run.
+        review_file: also read verdicts from here; they overrule those in the review.csv of an earlier run.
         skip_unreadable: leave out cases that cannot be measured instead of stopping at the end.
         workers: processes; None chooses.
         scheduler: address of a Dask scheduler whose workers measure instead.
@@ -70,10 +70,12 @@ class FilterConfig:
         CohortBounds(epsilon, min_samples, {}, confidence)  # refuses values out of range
         if (self.strata_file is None) != (not self.strata_columns):
             raise ConfigError("a table of subjects and its columns go together: give --strata FILE and --stratify-by")
-        if self.body not in (BODY_IMAGE, BODY_UNION) and not Path(self.body).is_dir():
+        if self.body not in (BODY_IMAGE, BODY_UNION) and not (self.body and Path(self.body).is_dir()):
             raise ConfigError(f"body must be image, union or an existing folder of masks, got {self.body!r}")
         if self.rule == "anatomy" and not self.evidence:
             raise ConfigError("the rule anatomy judges places and axes: add --evidence (labels are measured again)")
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"--workers must be at least 1, got {self.workers}")
         if self.workers is not None and self.scheduler is not None:
             raise ConfigError("--workers is about processes on this machine; a Dask cluster has its own number")
 

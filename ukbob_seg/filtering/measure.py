@@ -259,12 +259,15 @@ def refuse_failures(failures: dict[str, str], cases: int) -> None:
     if len(messages) == 1:
         raise DatasetError(messages[0])
     more = f"\n  and {len(messages) - _LISTED} more" if len(messages) > _LISTED else ""
-    raise DatasetError(
-        f"{len(messages)} of {cases} cases cannot be measured; the others are kept:\n  "
-        + "\n  ".join(messages[:_LISTED])
-        + more
-        + "\nmend the files and run again, or leave these cases out with --skip-unreadable"
+    head, tail = (
+        f"{len(messages)} of {cases} cases cannot be measured; the others are kept",
+        "mend the files and run again",
     )
+    if len(messages) == cases:
+        head = f"none of the {cases} cases can be measured"
+    else:
+        tail += ", or leave these cases out with --skip-unreadable"
+    raise DatasetError(f"{head}:\n  " + "\n  ".join(messages[:_LISTED]) + f"{more}\n{tail}")
 
 
 def _keys(cases: Sequence[Case], measurement: CaseMeasurement) -> tuple[dict[str, str], dict[str, str]]:

@@ -49,10 +49,14 @@ def read_verdicts(path: Path) -> dict[tuple[str, int], str]:
     Raises:
         DatasetError: the file cannot be read, or a verdict is another word; names the line.
     """
+    if Path(path).is_file() and Path(path).stat().st_size == 0:
+        raise DatasetError(f"the reviewed table {path} is empty")
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", sep=None, engine="python")
     except FileNotFoundError as error:
         raise DatasetError(f"the reviewed table {path} does not exist") from error
+    except IsADirectoryError as error:
+        raise DatasetError(f"the reviewed table {path} is a folder; give a CSV file") from error
     except (OSError, ValueError, csv.Error) as error:  # pandas' parser errors are ValueErrors
         raise DatasetError(f"the reviewed table {path} cannot be read: {error}") from error
     missing = [column for column in ("case", "label", "verdict") if column not in table]
@@ -95,14 +99,16 @@ def apply_verdicts(flags: pd.DataFrame, verdicts: Verdicts) -> pd.DataFrame:
     return table
 
 
-def write_review(path: Path, flags: pd.DataFrame) -> int:
+def write_review(path: Path, flags: pd.DataFrame, verdicts: Verdicts) -> int:
     """Write the table to look through: the most doubtful scans first, in each the most doubtful labels first.
 
-    It holds every label that is flagged, whose score is 2 or more, or that has a verdict.
+    It holds every label that is flagged, whose score is 2 or more, or that has a verdict. Verdicts about labels that do
+    not exist stand at the end: nothing that a person wrote is lost.
 
     Args:
         path: of the CSV file.
         flags: the table of ``apply_verdicts`` with the column organ.
+        verdicts: all that were given.
 
     Returns:
         Number of lines.
@@ -125,6 +131,11 @@ def write_review(path: Path, flags: pd.DataFrame) -> int:
             "why": [_why(row) for row in table.to_dict(orient="records")],
         }
     )
+    known = set(zip(flags["case"], flags["label"].astype(int), strict=True))
+    strangers = [(case, label, said) for (case, label), said in sorted(verdicts.items()) if (case, label) not in known]
+    if strangers:
+        rest = pd.DataFrame(strangers, columns=["case", "label", "verdict"])
+        content = pd.concat([content, rest.assign(why="no such label")], ignore_index=True)
     with atomic_path(path) as temporary:
         content.to_csv(temporary, index=False, lineterminator="\n")
     return len(content)
@@ -137,5 +148,5 @@ def _why(row: dict[str, object]) -> str:
         if row.get(f"{name}_outside")
     ]
     reasons += [name for name in ("stray", "swapped") if row.get(name)]
-    unusual = any(row.get(f"{name}_outside") for name in MODELS)
+    unusual = any(float(row.get(name) or 0) >= SHOWN_DOUBT for name in MODELS)  # type: ignore[arg-type]
     return "; ".join(reasons + (["unusual combination"] if unusual and not reasons else []))
