@@ -207,6 +207,14 @@ def test_bounds_of_another_run_are_applied(cohort: Path, tmp_path: Path) -> None
         run(cohort, tmp_path / "swapped", bounds_file=bounds)
 
 
+def test_bounds_without_the_rules_models_are_refused(cohort: Path, tmp_path: Path) -> None:
+    run(cohort, tmp_path / "solf")
+    bounds = tmp_path / "solf" / "bounds.json"
+    assert run(cohort, tmp_path / "new", bounds_file=bounds, rule="joint").unjudged == ()
+    with pytest.raises(ConfigError, match="no models for the rule anatomy; make it again with ukbob_filter --evidence"):
+        run(cohort, tmp_path / "new", bounds_file=bounds, rule="anatomy", evidence=True)
+
+
 def test_unusable_bounds_fail_before_the_work(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bounds.json").write_text("{}")
     monkeypatch.setattr(measure, "read_labels", lambda _: pytest.fail("work was started"))

@@ -97,7 +97,7 @@ def test_verdicts_about_nothing_are_reported(flags: pd.DataFrame, caplog: pytest
         ("case,label,verdict\nx,liver,accept\n", "line 2: the label is 'liver'"),
         ("case,label,verdict\nx,1,accept\nx,1,reject\n", "line 3: case x, label 1 has two"),
         ("", "is empty"),
-        ("\n\n", "cannot be read"),
+        ("\n\n", "no CSV file"),
     ],
 )
 def test_unusable_tables_are_refused(tmp_path: Path, text: str, message: str) -> None:

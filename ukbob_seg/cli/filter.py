@@ -90,7 +90,10 @@ def print_summary(summary: FilterSummary, report: bool) -> None:
     if summary.unjudged:
         shown = ", ".join(summary.unjudged[:_ROWS])
         more = f" and {len(summary.unjudged) - _ROWS} more" if len(summary.unjudged) > _ROWS else ""
-        print(f"too few samples to judge (fewer than {summary.bounds.any.min_samples}): {shown}{more}")
+        reason = f"too few samples to judge (fewer than {summary.bounds.any.min_samples})"
+        if summary.bounds_file is not None:
+            reason = f"not judged (no bounds in {summary.bounds_file})"
+        print(f"{reason}: {shown}{more}")
     if summary.verdicts:
         print(f"{summary.verdicts} labels were decided by the verdicts of a reviewer")
     if summary.skipped:

@@ -60,11 +60,12 @@ class FilterSummary:
         computed: scans measured in this run; the others were kept from an earlier one.
         skipped: scans that cannot be measured and were left out on request.
         organs: one entry per organ that occurs.
-        unjudged: names of organs with too few samples for the rule; they are never flagged.
+        unjudged: names of organs without bounds for the rule (too few samples); they are never flagged.
         small_bodies: scans whose body volume is smaller than their labelled volume, a sign of a wrong body mask.
         trust: the decisions, as training will read them.
         bounds: the limits applied.
         verdicts: labels that a reviewer decided.
+        bounds_file: where the limits come from; None when they were learnt here.
     """
 
     folder: Path
@@ -78,6 +79,7 @@ class FilterSummary:
     trust: LabelTrust
     bounds: StratifiedBounds
     verdicts: int = 0
+    bounds_file: Path | None = None
 
     @property
     def labels(self) -> int:
@@ -209,6 +211,7 @@ def _summarise(
         trust=LabelTrust.from_flags(flags, cohort.config.policy),
         bounds=bounds,
         verdicts=int((flags["verdict"] != "").sum()) if "verdict" in flags else 0,
+        bounds_file=cohort.config.bounds_file,
     )
 
 

@@ -13,7 +13,7 @@ from ukbob_seg.filtering.bounds import EPSILON, MIN_SAMPLES, CohortBounds, learn
 from ukbob_seg.filtering.joint import CONFIDENCE
 from ukbob_seg.filtering.measure import BODY_IMAGE, BODY_UNION
 from ukbob_seg.filtering.policies import FilterPolicy
-from ukbob_seg.filtering.solf import get_rule
+from ukbob_seg.filtering.solf import MODELS, get_rule, has_model
 from ukbob_seg.filtering.strata import StratifiedBounds, learn_strata
 
 
@@ -103,6 +103,12 @@ class FilterConfig:
                 f"{self.bounds_file} was learnt with --stratify-by {','.join(bounds.columns) or '(nothing)'}; give the "
                 f"same columns (now: {','.join(self.strata_columns) or 'none'}) and --strata"
             )
+        for feature in get_rule(self.rule).features:
+            if feature in MODELS and not any(has_model(cohort, MODELS[feature]) for cohort in bounds.strata.values()):
+                raise ConfigError(
+                    f"{self.bounds_file} has no models for the rule {self.rule}; make it again with ukbob_filter"
+                    + (" --evidence" if self.rule == "anatomy" else "")
+                )
         for cohort in bounds.strata.values():
             for label, organ in cohort.organs.items():
                 if organ.name and organ.name != names.get(label, organ.name):

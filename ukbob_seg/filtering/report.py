@@ -167,11 +167,9 @@ def _overview(page: ReportPage, summary: FilterSummary, config: FilterConfig) ->
             "normalized volume is doubtful there; use --body union or a folder of masks."
         )
     if summary.unjudged:
-        notes.append(
-            f"Never flagged, since fewer than {summary.bounds.any.min_samples} values were there to learn bounds from: "
-            + ", ".join(summary.unjudged)
-            + "."
-        )
+        few = f"fewer than {summary.bounds.any.min_samples} values were there to learn bounds from"
+        reason = few if summary.bounds_file is None else f"{summary.bounds_file.name} has no bounds for them"
+        notes.append(f"Never flagged, since {reason}: " + ", ".join(summary.unjudged) + ".")
     if summary.verdicts:
         notes.append(f"{summary.verdicts} labels were decided by a reviewer, whatever the rule says.")
     if summary.skipped:

@@ -57,8 +57,10 @@ def read_verdicts(path: Path) -> dict[tuple[str, int], str]:
         raise DatasetError(f"the reviewed table {path} does not exist") from error
     except IsADirectoryError as error:
         raise DatasetError(f"the reviewed table {path} is a folder; give a CSV file") from error
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"the reviewed table {path} is not UTF-8 text; save it as CSV UTF-8") from error
     except (OSError, ValueError, csv.Error) as error:  # pandas' parser errors are ValueErrors
-        raise DatasetError(f"the reviewed table {path} cannot be read: {error}") from error
+        raise DatasetError(f"the reviewed table {path} is no CSV file with a header") from error
     missing = [column for column in ("case", "label", "verdict") if column not in table]
     if missing:
         raise DatasetError(f"{path} has no column {', '.join(missing)}; keep the columns case, label and verdict")

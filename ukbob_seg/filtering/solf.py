@@ -115,7 +115,7 @@ def flag_organs(
             table[f"{feature}_outside"] = outside(features, feature, bounds)
     for name, model in MODELS.items():
         possible = model == "joint" or has_anatomy(features)
-        if name in modelled or (possible and _has_model(bounds, model)):
+        if name in modelled or (possible and has_model(bounds, model)):
             table[name] = doubts(features, bounds, model)
             table[f"{name}_outside"] = table[name] > bounds.most_doubt
     table["votes"] = sum(table[f"{feature}_outside"].to_numpy(np.int8) for feature in SOLF_FEATURES)
@@ -139,5 +139,6 @@ def _is_known(bounds: CohortBounds, label: int, feature: str) -> bool:
     return not np.isnan(bounds.limits(label, feature)[0])
 
 
-def _has_model(bounds: CohortBounds, model: str) -> bool:
+def has_model(bounds: CohortBounds, model: str) -> bool:
+    """Whether any organ has the model (``joint`` or ``anatomy``)."""
     return any(getattr(organ, model) is not None for organ in bounds.organs.values())

@@ -72,7 +72,7 @@ class StratifiedBounds:
             return cls((), {WHOLE: CohortBounds.from_json(content)})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DatasetError(
-                f"{path} is not a bounds file ({error!r}); use the bounds.json that ukbob_filter wrote"
+                f"{path} is not a bounds file, or a damaged one; use the bounds.json that ukbob_filter wrote"
             ) from error
 
 
@@ -101,8 +101,10 @@ def read_strata(path: Path, columns: Sequence[str], cases: Sequence[str]) -> dic
         table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise DatasetError(f"the table of subjects {path} does not exist") from error
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"the table of subjects {path} is not UTF-8 text; save it as CSV UTF-8") from error
     except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
-        raise DatasetError(f"the table of subjects {path} cannot be read: {error}") from error
+        raise DatasetError(f"the table of subjects {path} is empty, a folder or no CSV file") from error
     missing = [column for column in ("case", *columns) if column not in table]
     if missing:
         raise DatasetError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns)}")
