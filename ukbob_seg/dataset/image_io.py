@@ -12,6 +12,7 @@ import nibabel.nifti1
 import numpy as np
 import SimpleITK as sitk
 from nibabel.filebasedimages import ImageFileError
+from nibabel.fileholders import FileHolder
 from nibabel.spatialimages import HeaderDataError
 
 from ukbob_seg.errors import DatasetError
@@ -129,7 +130,8 @@ def _read_voxels(path: Path, geometry: Geometry, scaled: bool = True) -> np.ndar
     try:
         if str(path).endswith(".nii.gz"):
             with gzip.open(path, "rb") as stream:
-                image = nibabel.nifti1.Nifti1Image.from_stream(_InBlocks(stream))  # type: ignore[arg-type]
+                holder = FileHolder(fileobj=_InBlocks(stream))  # type: ignore[arg-type]
+                image = nibabel.nifti1.Nifti1Image.from_file_map({"image": holder}, mmap=False)
                 array = _nifti_voxels(image, scaled)
                 while stream.read(2**20):  # the checksum stands at the end
                     pass

@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit
 
 from ukbob_seg.errors import DatasetError
-from ukbob_seg.filtering.components import Runs, connect, gaps_between, runs_above
+from ukbob_seg.filtering.components import Runs, connect, gaps_between, largest_part, runs_above
 
 _BINS = 256
 
@@ -102,8 +102,7 @@ def _around_largest(image: np.ndarray) -> Runs:
     """Runs of everything that is not the largest bright component."""
     bright = runs_above(image, otsu_threshold(image))
     root = connect(bright, diagonal=False)
-    sizes = np.bincount(root, weights=bright.voxels)
-    return gaps_between(bright, root == int(np.argmax(sizes)))
+    return gaps_between(bright, root == largest_part(bright, root))
 
 
 @njit(cache=True, nogil=True)

@@ -21,7 +21,7 @@ class Runs:
 
     Attributes:
         start, stop: (runs,) int32, half open.
-        value: (runs,) int32, what the voxels of a run hold.
+        value: (runs,) int32, what the voxels of a run hold; uint8 ones for runs of a mask.
         first: (lines + 1,) int64.
         shape: (Z, Y, X) of the volume.
     """
@@ -66,7 +66,7 @@ def runs_above(image: np.ndarray, threshold: float) -> Runs:
     most = lines * ((width + 1) // 2)  # only what is written to takes memory
     start, stop = np.empty(most, np.int32), np.empty(most, np.int32)
     count = _fill_runs_above(image, limit, first, start, stop)
-    return Runs(start[:count], stop[:count], np.ones(count, np.int32), first, image.shape)
+    return Runs(start[:count], stop[:count], np.ones(count, np.uint8), first, image.shape)
 
 
 def gaps_between(runs: Runs, chosen: np.ndarray) -> Runs:
@@ -75,7 +75,7 @@ def gaps_between(runs: Runs, chosen: np.ndarray) -> Runs:
     first = np.zeros_like(runs.first)
     start, stop = np.empty(capacity, np.int32), np.empty(capacity, np.int32)
     count = _fill_gaps(runs.start, runs.stop, runs.first, chosen, runs.shape[2], first, start, stop)
-    return Runs(start[:count], stop[:count], np.ones(count, np.int32), first, runs.shape)
+    return Runs(start[:count], stop[:count], np.ones(count, np.uint8), first, runs.shape)
 
 
 def connect(runs: Runs, diagonal: bool) -> np.ndarray:
@@ -91,6 +91,11 @@ def connect(runs: Runs, diagonal: bool) -> np.ndarray:
     root = np.arange(len(runs.start), dtype=np.int32)
     _join_lines(runs.start, runs.stop, runs.value, runs.first, runs.shape[1], diagonal, root)
     return root
+
+
+def largest_part(runs: Runs, root: np.ndarray) -> int:
+    """The root of the part with the most voxels; of equals the first. 0 without runs."""
+    return int(_largest(runs.start, runs.stop, root)) if len(root) else 0
 
 
 def organ_components(runs: Runs) -> pd.DataFrame:
@@ -247,6 +252,14 @@ def _find(root, k):  # type: ignore[no-untyped-def]
         root[k] = root[root[k]]
         k = root[k]
     return k
+
+
+@njit(cache=True, nogil=True)
+def _largest(start, stop, root):  # type: ignore[no-untyped-def]
+    size = np.zeros(len(root), dtype=np.int64)
+    for k in range(len(root)):
+        size[root[k]] += stop[k] - start[k]
+    return np.argmax(size)
 
 
 @njit(cache=True, nogil=True)
