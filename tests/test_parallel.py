@@ -53,7 +53,7 @@ def scheduler() -> Iterator[str]:
     """Address of a scheduler on this machine with two workers, each a process of its own, restarted when it dies."""
     distributed = pytest.importorskip("distributed")
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, host="127.0.0.1"
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", host="127.0.0.1"
     ) as cluster:
         yield cluster.scheduler_address
 
@@ -117,6 +117,17 @@ def test_no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
     for address in ("tcp://127.0.0.1:9", "nonsense://x"):
         with pytest.raises(UkbobError, match="no Dask scheduler answers"):
             map_cases(square, [1], quiet=True, scheduler=address)
+
+
+def test_a_scheduler_without_workers_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(
+        n_workers=0, threads_per_worker=1, processes=True, dashboard_address=":0", host="127.0.0.1"
+    ) as cluster:
+        late = threading.Timer(1.0, cluster.scale, (1,))
+        late.start()
+        assert map_cases(square, [2, 3], quiet=True, scheduler=cluster.scheduler_address) == [4, 9]
+        assert "has no workers yet" in caplog.text
 
 
 def test_filter_on_dask_gives_the_same_bytes(make_dataset: Callable[..., Path], scheduler: str, tmp_path: Path) -> None:

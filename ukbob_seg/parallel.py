@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from ukbob_seg.errors import ConfigError, UkbobError
+
+logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -164,6 +167,9 @@ def _on_dask(
     except (OSError, ValueError, TimeoutError) as error:
         raise UkbobError(f"no Dask scheduler answers at {scheduler} ({error}); is it running?") from error
     with client:
+        if not client.scheduler_info()["workers"]:
+            logger.warning("the Dask scheduler at %s has no workers yet; waiting for the first", scheduler)
+            client.wait_for_workers(1)
         futures = client.map(function, items, pure=False)
         index_of = {future.key: index for index, future in enumerate(futures)}
         try:

@@ -18,13 +18,14 @@ from ukbob_seg.dataset.labels import LabelScheme
 from ukbob_seg.errors import ConfigError, DatasetError, UkbobError
 from ukbob_seg.filtering import measure
 from ukbob_seg.filtering.body import body_voxels
-from ukbob_seg.filtering.cohort import FilterSummary, solf_filter
+from ukbob_seg.filtering.cohort import FilterSummary, measure_part, solf_filter
 from ukbob_seg.filtering.config import FilterConfig
 from ukbob_seg.filtering.features import organ_names
 from ukbob_seg.filtering.policies import FilterPolicy, LabelTrust
 from ukbob_seg.filtering.shape_features import organ_features
 from ukbob_seg.filtering.solf import flag_organs
 from ukbob_seg.filtering.strata import StratifiedBounds
+from ukbob_seg.parallel import Part
 
 TABLES = ("features.parquet", "flags.parquet", "bounds.json", "policy.json")
 
@@ -111,6 +112,37 @@ def test_interrupted_run_goes_on_and_ends_the_same(
     kept[2].write_bytes(kept[2].read_bytes()[:500])  # as if the disk had lost the rest of the file
     assert run(cohort, tmp_path / "solf").computed == 16
     assert tables(tmp_path / "solf") == tables(tmp_path / "whole")
+
+
+def test_a_later_run_that_fails_holds_up_training(cohort: Path, tmp_path: Path) -> None:
+    run(cohort, tmp_path / "solf")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetError, match="none of the 24 cases can be measured"):
+        run(cohort, tmp_path / "solf", body=str(tmp_path / "empty"), skip_unreadable=True)
+    with pytest.raises(DatasetError, match="not finished"):
+        LabelTrust.load(tmp_path / "solf")
+    run(cohort, tmp_path / "solf")
+    assert LabelTrust.load(tmp_path / "solf") is not None
+    measure_part(cohort, tmp_path / "solf", Part(1, 2), FilterConfig(quiet=True))  # a job that was queued again
+    assert LabelTrust.load(tmp_path / "solf") is not None
+
+
+def test_relative_folders_reach_workers_as_absolute_ones(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    real = measure.map_cases
+
+    def spy(function: Any, jobs: Any, *arguments: Any, **options: Any) -> Any:
+        for job in jobs:
+            seen.extend([job.path, *(path for case, _ in job.pending for path in (case.label, *case.images))])
+        return real(function, jobs, *arguments, **options)
+
+    monkeypatch.setattr(measure, "map_cases", spy)
+    run(Path(os.path.relpath(cohort)), Path("solf"))
+    assert len(seen) > 24
+    assert all(path.is_absolute() for path in seen)
 
 
 def test_number_of_workers_does_not_change_a_byte(cohort: Path, tmp_path: Path) -> None:

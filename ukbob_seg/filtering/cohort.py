@@ -20,6 +20,7 @@ from ukbob_seg.filtering.policies import (
     STARTED_FILE,
     FilterPolicy,
     LabelTrust,
+    is_complete,
     mark_started,
 )
 from ukbob_seg.filtering.review import REVIEW_FILE, apply_verdicts, read_verdicts, write_review
@@ -108,7 +109,8 @@ def measure_part(raw_folder: Path, output_folder: Path, part: Part, config: Filt
         DatasetError: cases cannot be measured; names them. The others are kept.
     """
     cohort = Cohort.open(raw_folder, output_folder, config or FilterConfig())
-    mark_started(cohort.folder)
+    if not is_complete(cohort.folder):  # a part that is run again later changes no decision
+        mark_started(cohort.folder)
     return cohort.measure(part).computed
 
 

@@ -13,6 +13,8 @@ from ukbob_seg.errors import DatasetError
 from ukbob_seg.files import ensure_writable
 from ukbob_seg.filtering.config import FilterConfig
 from ukbob_seg.filtering.measure import (
+    BODY_IMAGE,
+    BODY_UNION,
     CaseMeasurement,
     CohortMeasurement,
     check_label_values,
@@ -50,14 +52,15 @@ class Cohort:
         Raises:
             UkbobError: any of this is not possible.
         """
+        raw_folder, output_folder = Path(raw_folder).absolute(), Path(output_folder)
         spec = DatasetSpec.load(raw_folder)
         cases = require_cases(raw_folder, spec)
         names = [case.name for case in cases]
         strata = dict.fromkeys(names, WHOLE)
         if config.strata_file is not None:
             strata = read_strata(config.strata_file, config.strata_columns, names)
-        ensure_writable(Path(output_folder))
-        return cls(spec, cases, Path(output_folder), config, strata)
+        ensure_writable(output_folder)
+        return cls(spec, cases, output_folder, config, strata)
 
     @property
     def names(self) -> dict[int, str]:
@@ -71,10 +74,12 @@ class Cohort:
             DatasetError: cases cannot be measured, unless they are to be skipped.
         """
         config, ending = self.config, self.spec.file_ending
-        measurement = CaseMeasurement(ending, self.spec.labels.ignore_value, config.body, config.evidence)
-        shards = self.folder / SHARDS_FOLDER
+        # Absolute paths: a worker of a cluster may have been started in another folder.
+        body = config.body if config.body in (BODY_IMAGE, BODY_UNION) else str(Path(config.body).absolute())
+        measurement = CaseMeasurement(ending, self.spec.labels.ignore_value, body, config.evidence)
+        shards = (self.folder / SHARDS_FOLDER).absolute()
         measured = measure_cohort(shards, self.cases, measurement, config.workers, config.scheduler, config.quiet, part)
-        if not config.skip_unreadable:
+        if not config.skip_unreadable or len(measured.failures) == len(self.cases):
             refuse_failures(measured.failures, len(self.cases))
         return measured
 

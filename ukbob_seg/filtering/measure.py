@@ -256,8 +256,10 @@ def refuse_failures(failures: dict[str, str], cases: int) -> None:
     if not failures:
         return
     messages = list(failures.values())
-    if len(messages) == 1:
-        raise DatasetError(messages[0])
+    if len(messages) == 1 < cases:
+        raise DatasetError(
+            f"{messages[0]}; mend it, or leave the case out with --skip-unreadable (the others are kept)"
+        )
     more = f"\n  and {len(messages) - _LISTED} more" if len(messages) > _LISTED else ""
     head, tail = (
         f"{len(messages)} of {cases} cases cannot be measured; the others are kept",

@@ -66,6 +66,11 @@ class FilterPolicy:
             ) from error
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether a filter has left its decisions there."""
+    return (Path(folder) / POLICY_FILE).is_file() and (Path(folder) / FLAGS_FILE).is_file()
+
+
 def mark_started(folder: Path) -> None:
     """Leave a sign that a filter is under way, so that training does not take a dataset for unfiltered."""
     write_text(Path(folder) / STARTED_FILE, "ukbob_filter was started here; it removes this file when it is done\n")
@@ -102,11 +107,9 @@ class LabelTrust:
             DatasetError: the filter has been started and has not finished, or its files are damaged.
         """
         folder = Path(solf_folder)
-        complete = (folder / POLICY_FILE).is_file() and (folder / FLAGS_FILE).is_file()
-        if not complete:
-            started = (STARTED_FILE, POLICY_FILE, FLAGS_FILE)
-            if not any((folder / name).is_file() for name in started):
-                return None
+        if not any((folder / name).is_file() for name in (STARTED_FILE, POLICY_FILE, FLAGS_FILE)):
+            return None
+        if (folder / STARTED_FILE).is_file() or not is_complete(folder):
             raise DatasetError(
                 f"the label filter has not finished in {folder}; run ukbob_filter again, or remove that folder to "
                 "train on all labels"
