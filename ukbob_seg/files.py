@@ -69,16 +69,30 @@ def read_json(path: Path, what: str = "file") -> Any:
     """Read a JSON file.
 
     Raises:
-        DatasetError: the file is missing or is not valid JSON; names the file and the line.
+        DatasetError: the file is missing or is not valid JSON (names the line), or an object has a key twice.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except FileNotFoundError as error:
         raise DatasetError(f"{what} {path} does not exist") from error
     except json.JSONDecodeError as error:
         raise DatasetError(f"{what} {path} is not valid JSON (line {error.lineno}: {error.msg})") from error
+    except _DuplicateKeyError as error:
+        raise DatasetError(f"{what} {path} has the entry {error} twice; rename or remove one") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{what} {path} cannot be read: {error}") from error
+
+
+class _DuplicateKeyError(Exception):
+    """A key that stands twice in one JSON object; json itself would keep the last and say nothing."""
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise _DuplicateKeyError(repr(next(name for name in names if names.count(name) > 1)))
+    return content
 
 
 def digest(content: Any) -> str:

@@ -1,5 +1,6 @@
 """Every problem of every case is reported at once, with the case's name and the numbers."""
 
+import gzip
 import json
 import re
 
@@ -89,6 +90,36 @@ def test_explicit_file_lists(make_dataset):
     assert cases[0].label.name == "blob_001.nii.gz"
     assert len(problems) == 1
     assert "case lost" in problems[0]
+
+
+def test_unusable_entries_of_explicit_lists_are_named(make_dataset):
+    folder = make_dataset(cases=1)
+    content = json.loads((folder / "dataset.json").read_text())
+    good = {"images": ["imagesTr/blob_000_0000.nii.gz"], "label": "labelsTr/blob_000.nii.gz"}
+    content["dataset"] = {
+        "good": good,
+        "Good": good,
+        "number": {"images": [5], "label": "a"},
+        "nolabel": {"images": ["a"], "label": None},
+    }
+    cases, problems = find_cases(folder, DatasetSpec.from_json(content, "Dataset007_Blobs"))
+    assert [case.name for case in cases] == ["Good", "good"]
+    for name in ("Good", "number", "nolabel"):
+        assert any(f"case {name}:" in problem for problem in problems)
+    text = json.dumps(content).replace('"Good"', '"good"')
+    (folder / "dataset.json").write_text(text)
+    with pytest.raises(DatasetError, match="has the entry 'good' twice"):
+        DatasetSpec.load(folder)
+
+
+def test_a_header_with_absurd_sizes_is_one_problem_among_others(make_dataset):
+    folder = make_dataset(cases=2)
+    for name in ("imagesTr/blob_000_0000.nii.gz", "labelsTr/blob_000.nii.gz"):
+        content = bytearray(gzip.decompress((folder / name).read_bytes()))
+        content[40:56] = np.array([3, 32767, 32767, 32767, 1, 1, 1, 1], np.int16).tobytes()
+        (folder / name).write_bytes(gzip.compress(bytes(content)))
+    problems = verify_dataset(folder, quiet=True)
+    assert len([p for p in problems if "32767 x 32767 x 32767 voxels, more than fit into memory" in p]) == 2
 
 
 def test_count_differs_from_the_description(make_dataset):

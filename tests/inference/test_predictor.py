@@ -277,6 +277,13 @@ def test_unusable_images(tmp_path):
     write_image(np.ones((4, 4, 4), np.float32), geometry, tmp_path / "in" / "a_0000.nii.gz")
     with pytest.raises(ConfigError, match="is the input folder"):
         predict(predictor, tmp_path / "in", tmp_path / "in", quiet=True)
+    image = tmp_path / "in" / "scan.nii.gz"
+    write_image(np.ones((4, 4, 4), np.float32), geometry, image)
+    before = image.read_bytes()
+    for output in (tmp_path / "in", image):
+        with pytest.raises(ConfigError, match=r"would replace the image .*scan\.nii\.gz"):
+            predict(predictor, image, output, quiet=True)
+    assert image.read_bytes() == before
     with pytest.raises(ConfigError, match="--step-size"):
         PredictionSettings(step=0)
 

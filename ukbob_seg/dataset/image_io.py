@@ -139,9 +139,18 @@ def _read_voxels(path: Path, geometry: Geometry, scaled: bool = True) -> np.ndar
             array = _nifti_voxels(nibabel.nifti1.load(path), scaled)
         else:
             array = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+    except MemoryError as error:
+        raise _too_large(path, geometry) from error
     except _UNREADABLE as error:
         raise DatasetError(f"{path} cannot be read: it is corrupt or truncated; copy it again") from error
     return array.reshape(geometry.shape)
+
+
+def _too_large(path: Path, geometry: Geometry) -> DatasetError:
+    return DatasetError(
+        f"{path}: its header says {' x '.join(map(str, geometry.shape))} voxels, more than fit into memory; "
+        "is the file damaged?"
+    )
 
 
 class _InBlocks:
@@ -198,7 +207,10 @@ def read_image(paths: Sequence[Path]) -> tuple[np.ndarray, Geometry]:
     if not paths:
         raise DatasetError("a case without image files cannot be read")
     geometry = read_geometry(paths[0])
-    array = np.empty((len(paths), *geometry.shape), dtype=np.float32)
+    try:
+        array = np.empty((len(paths), *geometry.shape), dtype=np.float32)
+    except (MemoryError, ValueError) as error:
+        raise _too_large(paths[0], geometry) from error
     for channel, path in enumerate(paths):
         here = geometry if channel == 0 else read_geometry(path)
         difference = geometry.difference(here, (Path(paths[0]).name, Path(path).name))

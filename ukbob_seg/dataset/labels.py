@@ -5,12 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from ukbob_seg.errors import DatasetError
 
 IGNORE_NAME = "ignore"
+
+MAX_VALUE = 65535  # label files are uint8 or uint16
+
+
+def _region_values(order: Any) -> tuple[int, ...]:
+    """The file value of every region, checked."""
+    fine = isinstance(order, (list, tuple)) and all(
+        isinstance(v, int) and not isinstance(v, bool) and 1 <= v <= MAX_VALUE for v in order
+    )
+    if not fine:
+        raise DatasetError(
+            f"dataset.json: regions_class_order must list whole numbers from 1 to {MAX_VALUE}, got {order!r}"
+        )
+    return tuple(order)
 
 
 @dataclass(frozen=True)
@@ -85,7 +100,7 @@ class LabelScheme:
                 members.append(group)
         if has_regions and order is None:
             raise DatasetError("dataset.json: region labels (lists of values) need 'regions_class_order'")
-        region_values = tuple(int(v) for v in order) if has_regions and order is not None else None
+        region_values = _region_values(order) if has_regions else None
         return cls(tuple(names), tuple(members), region_values, ignore)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,13 +133,7 @@ def group_channels(folder: Path, spec: DatasetSpec) -> ChannelFiles:
             problems.append(f"{path}: the name must end in the channel number, such as {stem}_0000{spec.file_ending}")
             continue
         found.setdefault(name, {})[int(number)] = path
-    lowered: dict[str, str] = {}
-    for name in found:
-        twin = lowered.setdefault(name.lower(), name)
-        if twin != name:
-            problems.append(
-                f"case {name}: duplicate case id (differs from {twin} only in upper/lower case); rename one"
-            )
+    problems += _twins(found)
     cases: dict[str, tuple[Path, ...]] = {}
     incomplete = set()
     for name, files in found.items():
@@ -157,18 +152,38 @@ def group_channels(folder: Path, spec: DatasetSpec) -> ChannelFiles:
     return ChannelFiles(cases, frozenset(incomplete), tuple(problems))
 
 
+def _twins(names: Iterable[str]) -> list[str]:
+    """Case ids that some file systems cannot tell apart."""
+    lowered: dict[str, str] = {}
+    return [
+        f"case {name}: duplicate case id (differs from {lowered[name.lower()]} only in upper/lower case); rename one"
+        for name in names
+        if lowered.setdefault(name.lower(), name) != name
+    ]
+
+
+def _files_of(entry: Any) -> list[str]:
+    """Images and, last, the label of an entry of ``dataset``; empty when it does not have that form."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("images"), list):
+        return []
+    files = [*entry["images"], entry.get("label")]
+    return files if all(isinstance(path, str) for path in files) else []
+
+
 def _explicit_cases(folder: Path, spec: DatasetSpec) -> tuple[list[Case], list[str]]:
     """Cases from dataset.json's ``dataset`` entry: {case: {"images": [...], "label": ...}}, paths relative to it."""
     entries = spec.content["dataset"]
     if not isinstance(entries, dict) or not entries:
         raise DatasetError(f'{spec.name}: dataset must look like {{"case": {{"images": [...], "label": "..."}}}}')
-    cases, problems = [], []
+    cases, problems = [], _twins(entries)
     for name, entry in sorted(entries.items()):
-        if not isinstance(entry, dict) or not isinstance(entry.get("images"), list) or "label" not in entry:
-            problems.append(f"case {name}: the entry in dataset.json needs 'images' (a list) and 'label'")
+        files = _files_of(entry)
+        if not files:
+            problems.append(
+                f"case {name}: the entry in dataset.json needs 'images' (a list of paths) and 'label' (a path)"
+            )
             continue
-        images = tuple((folder / path).resolve() for path in entry["images"])
-        label = (folder / entry["label"]).resolve()
+        *images, label = (folder / path for path in files)
         if len(images) != len(spec.channel_names):
             problems.append(
                 f"case {name}: {len(images)} image files for {len(spec.channel_names)} channels in dataset.json"
@@ -178,7 +193,7 @@ def _explicit_cases(folder: Path, spec: DatasetSpec) -> tuple[list[Case], list[s
         if lacking:
             problems.append(f"case {name}: {', '.join(lacking)} does not exist; correct 'dataset' in dataset.json")
             continue
-        cases.append(Case(name, images, label))
+        cases.append(Case(name, tuple(path.resolve() for path in images), label.resolve()))
     return cases, problems
 
 

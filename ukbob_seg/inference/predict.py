@@ -95,6 +95,12 @@ def predict(
     folder = jobs[0].output.parent
     if Path(source).is_dir() and folder.resolve() == Path(source).resolve():
         raise ConfigError(f"the output folder {folder} is the input folder; give another one with -o")
+    inputs = {path.resolve() for job in jobs for path in job.images}
+    for job in jobs:
+        if job.output.resolve() in inputs:
+            raise ConfigError(
+                f"the label map would replace the image {job.output}; give another name or folder with -o"
+            )
     ensure_writable(folder)
     if jobs[0].output.parent == Path(output):
         write_json(folder / "dataset.json", predictor.spec.content)
