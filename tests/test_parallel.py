@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -128,6 +131,32 @@ def test_a_scheduler_without_workers_is_waited_for(caplog: pytest.LogCaptureFixt
         late.start()
         assert map_cases(square, [2, 3], quiet=True, scheduler=cluster.scheduler_address) == [4, 9]
         assert "has no workers yet" in caplog.text
+
+
+def test_a_lost_scheduler_ends_with_a_sentence(tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    dask = [sys.executable, "-m", "distributed.cli.dask_scheduler"]
+    address_file = tmp_path / "scheduler.json"
+    options = ["--scheduler-file", str(address_file), "--port", "0", "--no-dashboard", "--host", "127.0.0.1"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    scheduler = subprocess.Popen([*dask, *options], **quiet)
+    while not address_file.is_file():
+        time.sleep(0.05)
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", str(address_file), "--no-nanny"],
+        **quiet,
+    )
+    address = json.loads(address_file.read_text())["address"]
+    killer = threading.Timer(6.0, scheduler.kill)
+    killer.start()
+    try:
+        with pytest.raises(UkbobError, match="was lost during the test"):
+            map_cases(time.sleep, [0.5] * 100, description="the test", quiet=True, scheduler=address)
+    finally:
+        killer.cancel()
+        for process in (scheduler, worker):
+            process.kill()
+            process.wait()
 
 
 def test_filter_on_dask_gives_the_same_bytes(make_dataset: Callable[..., Path], scheduler: str, tmp_path: Path) -> None:

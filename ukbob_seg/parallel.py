@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from importlib import import_module
+from typing import Any, TypeVar
 
 from ukbob_seg.errors import ConfigError, UkbobError
 
@@ -27,7 +30,9 @@ class Part:
 
     def __post_init__(self) -> None:
         if not 1 <= self.number <= self.total:
-            raise ConfigError(f"--part {self.number}/{self.total}: the parts are 1/{self.total} to {self.total}/N")
+            raise ConfigError(
+                f"--part {self.number}/{self.total}: the first is 1/{self.total}, the last {self.total}/{self.total}"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Part:
@@ -64,6 +69,17 @@ def available_memory_gb() -> float:
     except (OSError, ValueError):
         pass  # no limit is set
     return max(free, 0.0) / 2**30
+
+
+def total_memory_gb() -> float:
+    """Memory of this machine in GiB, or of the container's limit: the same whatever else is running."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 * 2**30
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
+            total = min(total, int(limit.read()))
+    except (OSError, ValueError):
+        pass  # no limit is set
+    return total / 2**30
 
 
 def cpu_count() -> int:
@@ -159,6 +175,7 @@ def _on_dask(
     """As they finish. The scheduler gives the work of a lost worker to another one."""
     try:
         from distributed import Client, as_completed
+        from distributed.comm import CommClosedError
         from distributed.scheduler import KilledWorker
     except ImportError as error:
         raise ConfigError("--scheduler needs Dask: pip install 'ukbob_seg[dask]'") from error
@@ -166,19 +183,30 @@ def _on_dask(
         client = Client(scheduler, timeout=_CONNECT_SECONDS)
     except (OSError, ValueError, TimeoutError) as error:
         raise UkbobError(f"no Dask scheduler answers at {scheduler} ({error}); is it running?") from error
-    with client:
+    futures: list[Any] = []
+    try:
         if not client.scheduler_info()["workers"]:
             logger.warning("the Dask scheduler at %s has no workers yet; waiting for the first", scheduler)
             client.wait_for_workers(1)
+        client.run(import_module, "ukbob_seg")  # a worker without it would die without a word
         futures = client.map(function, items, pure=False)
         index_of = {future.key: index for index, future in enumerate(futures)}
-        try:
-            for future in as_completed(futures):
-                yield index_of[future.key], future.result()
-        except KilledWorker as error:
-            raise UkbobError(
-                f"several Dask workers died on the same step of {description or 'the work'}, most likely for lack of "
-                "memory; give them more (finished cases are kept)"
-            ) from error
-        finally:
+        for future in as_completed(futures):
+            yield index_of[future.key], future.result()
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the Dask workers at {scheduler} lack {error.name}; install ukbob_seg there") from error
+    except KilledWorker as error:
+        raise UkbobError(
+            f"several Dask workers died on the same step of {description or 'the work'}, most likely for lack of "
+            "memory; give them more (finished cases are kept)"
+        ) from error
+    except (CommClosedError, CancelledError) as error:
+        raise UkbobError(
+            f"the Dask scheduler at {scheduler} was lost during {description or 'the work'}; start it and run the "
+            "same command again (finished cases are kept)"
+        ) from error
+    finally:
+        with suppress(Exception):  # nothing to tidy up where the scheduler is gone
             client.cancel(futures, force=True)
+        with suppress(Exception):
+            client.close()

@@ -186,7 +186,8 @@ def test_wrong_roots_ids_and_options(run, make_dataset, tmp_path):
     assert "the plans hold no network 'unet'" in _error(run(train, 7, 0, *TRAIN, "--network", "unet"))
     assert "nothing to resume" in _error(run(train, 7, 0, *TRAIN, "--resume"))
     assert "learning_rate must be positive" in _error(run(train, 7, 0, *TRAIN, "--lr", "-1"))
-    assert "(trained: none)" in _error(run(predict, "-i", tmp_path, "-o", tmp_path / "o", "-d", 7, "--device", "cpu"))
+    (tmp_path / "results").mkdir(exist_ok=True)
+    assert "no dataset '7'" in _error(run(predict, "-i", tmp_path, "-o", tmp_path / "o", "-d", 7, "--device", "cpu"))
     missing = run(predict, "-i", tmp_path, "-o", tmp_path / "o", "-m", tmp_path / "none", "--device", "cpu")
     assert "does not exist; train first" in _error(missing)
     assert "either as -d ID or as -m" in _error(run(predict, "-i", tmp_path, "-o", tmp_path / "o"))
@@ -200,6 +201,41 @@ def test_edited_plans_with_a_typing_error(run, make_dataset, tmp_path):
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "memory": 3}))
     assert "unknown entry memory" in _error(run(train, 7, 0, *TRAIN))
+    whole = content["configurations"]["3d_fullres"]
+    for change, message in (
+        ({"networks": None}, "networks must be a table"),
+        (
+            {"networks": {"swin_unetr": {**whole["networks"]["swin_unetr"], "patch_size": [64, 64.5, 64]}}},
+            "whole numbers",
+        ),
+        ({"networks": {"swin_unetr": {**whole["networks"]["swin_unetr"], "patch_size": [33, 32, 32]}}}, "divisible by"),
+    ):
+        path.write_text(json.dumps({**content, "configurations": {"3d_fullres": {**whole, **change}}}))
+        assert message in _error(run(train, 7, 0, *TRAIN))
+    assert "--spacing must be positive" in _error(run(plan_and_preprocess, "-d", 7, *PLAN, "--spacing", "nan", 1, 1))
+
+
+def test_cases_listed_in_dataset_json_train_to_the_end(run, make_dataset, tmp_path):
+    folder = make_dataset(cases=5)
+    (folder / "imagesTr").rename(folder / "scans")
+    content = json.loads((folder / "dataset.json").read_text())
+    content["dataset"] = {
+        f"c{k}": {"images": [f"scans/blob_{k:03d}_0000.nii.gz"], "label": f"labelsTr/blob_{k:03d}.nii.gz"}
+        for k in range(5)
+    }
+    (folder / "dataset.json").write_text(json.dumps(content))
+    assert run(plan_and_preprocess, "-d", 7, *PLAN)[0] == 0
+    code, _, error = run(train, 7, 0, *TRAIN)
+    assert code == 0, error
+    assert list((tmp_path / "results").rglob("validation/summary.json"))
+
+
+def test_missing_raw_data_are_noticed_before_training(run, make_dataset, tmp_path):
+    folder = make_dataset(cases=5)
+    run(plan_and_preprocess, "-d", 7, *PLAN)
+    folder.rename(tmp_path / "elsewhere")
+    assert "no dataset '7'" in _error(run(train, 7, 0, *TRAIN))
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

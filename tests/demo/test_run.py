@@ -32,6 +32,12 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        run_demo(tmp_path / "file", DemoConfig())
+
+
 def test_scoring_the_filter(tmp_path):
     import pandas as pd
 

@@ -93,3 +93,14 @@ def test_flagged_classes_are_ignored_and_not_centred_on(preprocessed):
     batch = _dataset(preprocessed, lookup, batch_size=8, fraction=1.0)[0]
     assert set(batch["labels"].unique().tolist()) <= {0, 1, 255}
     assert all((labels == 1).any() for labels in batch["labels"])
+
+
+def test_few_cases_are_held_open(preprocessed, monkeypatch):
+    from ukbob_seg.training import sampling
+
+    whole = [_dataset(preprocessed)[step] for step in range(12)]
+    monkeypatch.setattr(sampling, "MOST_OPEN", 2)
+    dataset = _dataset(preprocessed)
+    for step in range(12):
+        assert torch.equal(dataset[step]["image"], whole[step]["image"])
+        assert len(dataset._open) <= 2

@@ -94,6 +94,31 @@ def test_groups_file(tmp_path):
     (tmp_path / "bad.csv").write_text("id,person\n1,2\n")
     with pytest.raises(DatasetError, match="columns case,subject"):
         load_groups(tmp_path / "bad.csv", NAMES)
+    untidy = tmp_path / "untidy.csv"
+    untidy.write_text("\ufeffcase,subject\n case_000 , a\ncase_001,a\ncase_002,\ncase_003,\n", encoding="utf-8")
+    groups = load_groups(untidy, NAMES)
+    assert groups["case_000"] == groups["case_001"] == "a"
+    assert groups["case_002"] != groups["case_003"]
+    for content, message in (
+        (b"case,subject\ncase_000.nii.gz,a\n", "names none of the"),
+        (b"case,subject\ncase_000,a\ncase_000,b\n", "two subjects: a and b"),
+        (b"case,subject\ncase_000,J\xf6rg\n", "UTF-8"),
+    ):
+        untidy.write_bytes(content)
+        with pytest.raises(DatasetError, match=message):
+            load_groups(untidy, NAMES)
+
+
+def test_kept_splits_are_commented(tmp_path, caplog):
+    load_or_make_splits(tmp_path, NAMES, ALONE)
+    more = [*NAMES, "late"]
+    assert len(load_or_make_splits(tmp_path, more, {**ALONE, "late": "late"}, "80-10-10")) == 5
+    assert "1 cases are in no fold" in caplog.text
+    assert "80/10/10" in caplog.text
+    for content in ("[]", '[{"train": [["a"]], "val": ["b"]}]'):
+        (tmp_path / "splits.json").write_text(content)
+        with pytest.raises(DatasetError, match="must hold a list"):
+            load_or_make_splits(tmp_path, NAMES, ALONE)
 
 
 def test_subsets_are_nested_and_seeded():

@@ -19,6 +19,8 @@ from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError
 from ukbob_seg.filtering.policies import LabelTrust
 from ukbob_seg.preprocessing.pipeline import plan_and_preprocess
 from ukbob_seg.preprocessing.planner import PlanOptions
+from ukbob_seg.preprocessing.plans import Plans
+from ukbob_seg.preprocessing.preprocessor import preprocess
 from ukbob_seg.training.checkpoint import read_checkpoint
 from ukbob_seg.training.config import TrainingConfig
 from ukbob_seg.training.setup import choose_config, label_swap, output_swap, prepare
@@ -231,8 +233,15 @@ def test_a_loss_that_stays_nan_stops_with_a_sentence(roots):
     from ukbob_seg.errors import UkbobError
 
     config = dataclasses.replace(CONFIG, iterations_per_epoch=60, learning_rate=1e30, gradient_clip=0.0)
-    with pytest.raises(UkbobError, match="the loss was not finite for 20 steps in a row"):
+    with pytest.raises(UkbobError, match="loss or gradient were not finite for 20 steps in a row"):
         _train(roots, config)
+    short = dataclasses.replace(config, epochs=30, iterations_per_epoch=4, validation_every=30)
+    with pytest.raises(UkbobError, match=r"not finite for 20 steps in a row \(epoch [4-9]\)"):  # over several epochs
+        _train(roots, short, dataclasses.replace(QUIET, overwrite=True))
+    _, content = read_checkpoint(
+        roots.results / "Dataset007_Blobs/3d_fullres__tests_tiny.Tiny/fold_0/checkpoint_latest.pt"
+    )
+    assert all(torch.isfinite(value).all() for value in content["network_weights"].values())
 
 
 def test_left_right_tables():
@@ -253,6 +262,39 @@ def test_arrays_of_other_plans_are_refused(roots):
     path.write_text(json.dumps(content))
     with pytest.raises(DatasetError, match=r"blob_\d+ was preprocessed before plans\.json .* run ukbob_preprocess"):
         _train(roots)
+
+
+def test_resuming_on_other_arrays_is_refused(roots):
+    _train(roots)
+    path = roots.preprocessed / "Dataset007_Blobs" / "plans.json"
+    content = json.loads(path.read_text())
+    content["configurations"]["3d_fullres"]["spacing_mm"] = [1.25, 1.25, 1.25]
+    path.write_text(json.dumps(content))
+    raw = roots.raw / "Dataset007_Blobs"
+    preprocess(raw, path.parent, Plans.load(path), workers=1, quiet=True)
+    with pytest.raises(ConfigError, match="the preprocessed data changed since"):
+        _train(roots, dataclasses.replace(CONFIG, epochs=5), dataclasses.replace(QUIET, resume=True))
+
+
+def test_without_augmentation_no_flips_are_recorded(roots):
+    config = dataclasses.replace(CONFIG, augmentation="none")
+    setup = prepare(7, "0", roots, config, "3d_fullres", "swin_unetr", True)
+    assert setup.description.mirror_axes == ()
+    assert prepare(7, "0", roots, CONFIG, "3d_fullres", "swin_unetr", True).description.mirror_axes == (0, 1, 2)
+
+
+def test_dice_of_more_regions_than_an_integer_had_bits():
+    from ukbob_seg.dataset.labels import LabelScheme
+    from ukbob_seg.training.validation import _case_dice, _region_bits
+
+    count = 40
+    scheme = LabelScheme.from_json(
+        {"background": 0, **{f"r{k}": [k, k % count + 1] for k in range(1, count + 1)}}, list(range(1, count + 1))
+    )
+    labels = torch.arange(count + 1).reshape(1, 1, -1)
+    logits = torch.from_numpy(scheme.region_table[:, labels.numpy()]).float() * 2 - 1
+    predicted = _region_bits(logits).numpy()
+    assert _case_dice(predicted, labels.numpy(), scheme) == [1.0] * count
 
 
 def test_resuming_with_another_batch_size_is_refused(roots):

@@ -7,7 +7,7 @@ import subprocess
 import textwrap
 from typing import TYPE_CHECKING
 
-from ukbob_seg.parallel import available_memory_gb
+from ukbob_seg.parallel import total_memory_gb
 
 if TYPE_CHECKING:
     from ukbob_seg.preprocessing.planner import PlanOptions
@@ -34,7 +34,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         "--memory-gb",
         type=float,
         metavar="GB",
-        help="memory for a training step (default: 90%% of the GPU; on a CPU half of the free memory, at most 5)",
+        help="memory for a training step (default: 90%% of the GPU; on a CPU half of the memory, at most 5)",
     )
     group.add_argument("--spacing", type=float, nargs=3, metavar=("Z", "Y", "X"), help="target spacing in mm")
     group.add_argument("--patch-size", type=int, nargs=3, metavar=("Z", "Y", "X"), help="patch in voxels")
@@ -62,7 +62,7 @@ def plan_options(arguments: argparse.Namespace) -> PlanOptions:
 def default_memory_gb() -> float:
     """Memory of the training device: most of the first GPU, or a modest share of the main memory."""
     gpu = gpu_memory_gb()
-    return round(0.9 * gpu if gpu else max(1.0, min(CPU_DEFAULT_GB, available_memory_gb() / 2)), 1)
+    return round(0.9 * gpu if gpu else max(1.0, min(CPU_DEFAULT_GB, total_memory_gb() / 2)), 1)
 
 
 def gpu_memory_gb() -> float | None:

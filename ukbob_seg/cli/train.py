@@ -14,6 +14,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     roots = roots_from(arguments)
 
+    from ukbob_seg.dataset.paths import find_dataset
     from ukbob_seg.training.setup import choose_config
     from ukbob_seg.training.trainer import RunOptions, train
 
@@ -40,6 +41,8 @@ def main(argv: list[str] | None = None) -> None:
         subset_fraction=arguments.subset_fraction,
         seed=arguments.seed,
     )
+    if not arguments.no_validation:  # its images are read after training; say now when they are not there
+        find_dataset(roots.raw, arguments.dataset)
     folder = train(
         arguments.dataset,
         arguments.fold,

@@ -17,6 +17,7 @@ from ukbob_seg.demo.write import DATASET, WrittenCohort, write_cohort
 from ukbob_seg.errors import ConfigError
 from ukbob_seg.evaluation.evaluate import ReportOptions, evaluate
 from ukbob_seg.evaluation.summary import EvaluationSummary
+from ukbob_seg.files import ensure_writable
 from ukbob_seg.filtering.cohort import solf_filter
 from ukbob_seg.filtering.config import FilterConfig
 from ukbob_seg.inference.etta import EttaConfig
@@ -132,11 +133,13 @@ def run_demo(folder: Path, config: DemoConfig | None = None) -> DemoResult:
 
 
 def _fresh_folder(folder: Path) -> Path:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; give a folder with -o")
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARKER).is_file():
             raise ConfigError(f"{folder} is not empty and was not made by ukbob_demo; give another folder with -o")
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    ensure_writable(folder)
     (folder / MARKER).touch()
     return folder
 

@@ -55,4 +55,5 @@ def validate_fold(
             output = folder / f"{case.name}{spec.file_ending}"
             predictor.predict_case(case.images, output)
             pairs.append((case.name, output, case.label))
-    return evaluate_pairs(pairs, spec.labels, folder, report=ReportOptions(images=raw / "imagesTr"))
+    images = raw / "imagesTr"  # cases listed in dataset.json may lie elsewhere; the pictures then have no background
+    return evaluate_pairs(pairs, spec.labels, folder, report=ReportOptions(images=images if images.is_dir() else None))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import signature
@@ -63,6 +63,22 @@ def set_deep_supervision(network: nn.Module, enabled: bool) -> None:
 def _swin_unetr(in_channels: int, out_channels: int, arguments: Mapping[str, Any]) -> nn.Module:
     given = {"in_channels": in_channels, "out_channels": out_channels, **arguments}
     return _construct(SwinUNETR, "swin_unetr", given)
+
+
+def check_patch(name: str, arguments: Mapping[str, Any], patch_size: Sequence[int]) -> None:
+    """Refuse a patch that a named network cannot halve as often as it has to.
+
+    Raises:
+        ConfigError: says by what each axis must be divisible. Networks given by a dotted path are not checked.
+    """
+    entry = NETWORKS.get(name)
+    if entry is None:
+        return
+    divisor = entry.divisor(arguments)
+    if any(n % d for n, d in zip(patch_size, divisor, strict=True)):
+        raise ConfigError(
+            f"network {name!r} needs a patch (z, y, x) divisible by {tuple(divisor)}, the plans say {tuple(patch_size)}"
+        )
 
 
 def _swin_divisor(arguments: Mapping[str, Any]) -> tuple[int, int, int]:

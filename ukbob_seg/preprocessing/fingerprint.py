@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ukbob_seg.dataset.image_io import read_geometry
 from ukbob_seg.dataset.labels import LabelScheme
 from ukbob_seg.dataset.spec import Case, DatasetSpec, find_cases, summarise_problems
 from ukbob_seg.dataset.verify import inspect_case
@@ -128,7 +129,9 @@ def extract_fingerprint(
     reader = _CaseReader(spec.labels, max(1, MAX_SAMPLES // len(cases)), allow_empty)
     # Starting worker processes takes longer than reading a few hundred small files.
     total_bytes = sum(file.stat().st_size for case in cases for file in case.images)
-    count = 1 if workers is None and total_bytes < 50e6 else choose_workers(workers, len(cases))
+    count = (
+        1 if workers is None and total_bytes < 50e6 else choose_workers(workers, len(cases), _memory_per_case_gb(cases))
+    )
     readings = map_cases(reader, cases, workers=count, description=f"fingerprint of {spec.name}", quiet=quiet)
     for case, reading in zip(cases, readings, strict=True):
         problems.extend(f"case {case.name}: {problem}" for problem in reading.problems)
@@ -156,6 +159,22 @@ def file_stamps(case: Case) -> list[Any]:
 
 def _with_tuples(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+
+
+def largest_voxels(cases: Sequence[Case]) -> float:
+    """Voxels of the case with the largest image file, judged by its header; 0 without cases."""
+    if not cases:
+        return 0.0
+    largest = max((case.images[0] for case in cases), key=lambda path: path.stat().st_size)
+    try:
+        return float(np.prod(read_geometry(largest).shape, dtype=float))
+    except DatasetError:  # reported when its turn comes
+        return 0.0
+
+
+def _memory_per_case_gb(cases: Sequence[Case]) -> float:
+    """All channels in float32, twice, and the label map."""
+    return 0.2 + largest_voxels(cases) * (8 * len(cases[0].images) + 8) / 2**30
 
 
 def _load_if_valid(path: Path) -> Fingerprint | None:

@@ -51,7 +51,7 @@ class PlanOptions:
             raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
         if not 0.5 <= self.memory_gb <= 10_000:
             raise ConfigError(f"--memory-gb must be at least 0.5, got {self.memory_gb}")
-        if self.spacing_mm is not None and min(self.spacing_mm) <= 0:
+        if self.spacing_mm is not None and not all(0 < mm < float("inf") for mm in self.spacing_mm):
             raise ConfigError(f"--spacing must be positive (z y x, mm), got {self.spacing_mm}")
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError(f"--batch-size must be at least 1, got {self.batch_size}")

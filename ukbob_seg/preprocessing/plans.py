@@ -35,8 +35,11 @@ class NetworkPlan:
     estimated_memory_gb: float
 
     def __post_init__(self) -> None:
-        if len(self.patch_size) != 3 or min(self.patch_size) < 1:
-            raise ConfigError(f"patch_size must be three positive numbers (z, y, x), got {self.patch_size}")
+        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (*self.patch_size, self.batch_size))
+        if not whole or len(self.patch_size) != 3 or min(self.patch_size) < 1:
+            raise ConfigError(
+                f"patch_size must be three positive whole numbers (z, y, x), got {self.patch_size}, and batch_size one"
+            )
         if self.batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}")
 
@@ -136,11 +139,11 @@ class Plans:
             _build(ChannelNormalization, entry, f"{where}: normalization") for entry in plain.get("normalization", ())
         )
         configurations = {}
-        for name, entry in dict(plain.get("configurations", {})).items():
-            inner = dict(entry)
+        for name, entry in _table(plain.get("configurations", {}), f"{where}: configurations").items():
+            inner = dict(_table(entry, f"{where}: {name}"))
             inner["networks"] = {
                 network: _build(NetworkPlan, plan, f"{where}: {name}: {network}")
-                for network, plan in dict(inner.get("networks", {})).items()
+                for network, plan in _table(inner.get("networks", {}), f"{where}: {name}: networks").items()
             }
             configurations[name] = _build(ConfigurationPlan, inner, f"{where}: {name}")
         plain["configurations"] = configurations
@@ -160,6 +163,12 @@ class Plans:
             path.replace(path.with_name(f"{path.stem}.previous.json"))
             log.warning("%s: the plans that were there are kept as %s.previous.json", path, path.stem)
         write_json(path, self.to_json())
+
+
+def _table(content: Any, where: str) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where} must be a table of names, got {content!r}")
+    return content
 
 
 def _build(cls: type, content: Mapping[str, Any], where: str) -> Any:

@@ -18,7 +18,7 @@ from ukbob_seg.errors import DatasetError
 from ukbob_seg.files import atomic_path, digest, ensure_writable, read_json, write_json
 from ukbob_seg.parallel import choose_workers, map_cases
 from ukbob_seg.preprocessing.cropping import nonzero_box, nonzero_mask
-from ukbob_seg.preprocessing.fingerprint import file_stamps
+from ukbob_seg.preprocessing.fingerprint import file_stamps, largest_voxels
 from ukbob_seg.preprocessing.normalization import normalize
 from ukbob_seg.preprocessing.planner import ANISOTROPY_THRESHOLD, resampled_shape
 from ukbob_seg.preprocessing.plans import ConfigurationPlan, Plans
@@ -141,7 +141,8 @@ def preprocess(
     recipe = preprocessing_recipe(plans, plan, spec)
     worker = _Preprocessor(spec.labels, plans, plan, folder, recipe, allow_empty)
     todo = [case for case in cases if not is_current(folder, case, recipe)]
-    gigabytes = WORKING_COPIES * len(spec.channel_names) * float(np.prod(plan.median_shape)) * 4 / 2**30
+    voxels = max(float(np.prod(plan.median_shape)), largest_voxels(todo))
+    gigabytes = WORKING_COPIES * len(spec.channel_names) * voxels * 4 / 2**30
     count = choose_workers(workers, len(todo), gigabytes)
     if workers is None and gigabytes < SMALL_CASE_GB:
         count = 1

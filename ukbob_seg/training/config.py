@@ -71,6 +71,8 @@ class TrainingConfig:
         for name in ("warmup_epochs", "validation_cases", "weight_decay", "gradient_clip", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.seed >= 2**31:
+            raise ConfigError(f"seed must be below {2**31}, got {self.seed}")
         if not self.learning_rate > 0:
             raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}")
         if self.warmup_epochs >= self.epochs and self.warmup_epochs:

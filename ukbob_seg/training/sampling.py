@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ukbob_seg.preprocessing.preprocessor import case_files, load_record
 from ukbob_seg.preprocessing.storage import open_array
+
+MOST_OPEN = 64  # cases held open by one process: two file descriptors and a table of locations each
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class PatchDataset(Dataset):
         self._folder = Path(folder)
         self._cases = tuple(cases)
         self._settings = settings
-        self._open: dict[str, tuple[Any, Any, dict[int, np.ndarray]]] = {}
+        self._open: OrderedDict[str, tuple[Any, Any, dict[int, np.ndarray]]] = OrderedDict()
         for case in self._cases:
             load_record(self._folder, case.name)  # fail before training starts, naming the case
 
@@ -89,6 +92,9 @@ class PatchDataset(Dataset):
                 if index != self._settings.ignore_index and (case.lookup is None or case.lookup[index] == index)
             }
             self._open[case.name] = open_array(image_path), open_array(label_path), usable
+            if len(self._open) > MOST_OPEN:
+                self._open.popitem(last=False)
+        self._open.move_to_end(case.name)
         return self._open[case.name]
 
 

@@ -17,8 +17,8 @@ from ukbob_seg.dataset.labels import LabelScheme, left_right_pairs
 from ukbob_seg.dataset.paths import Roots, find_dataset
 from ukbob_seg.dataset.spec import DatasetSpec
 from ukbob_seg.errors import ConfigError, DatasetError
-from ukbob_seg.files import write_json
 from ukbob_seg.filtering.policies import LabelTrust, case_lookup
+from ukbob_seg.networks.registry import check_patch
 from ukbob_seg.preprocessing.fingerprint import Fingerprint
 from ukbob_seg.preprocessing.plans import ConfigurationPlan, NetworkPlan, Plans
 from ukbob_seg.preprocessing.preprocessor import load_record, preprocessing_recipe
@@ -45,6 +45,7 @@ class TrainingSetup:
         description: what the checkpoints will say.
         train: cases to learn from, with what may be trusted in them.
         val: cases to validate on.
+        recipe: hash of what made the preprocessed arrays.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class TrainingSetup:
     description: ModelDescription
     train: tuple[TrainingCase, ...]
     val: tuple[TrainingCase, ...]
+    recipe: str
 
 
 def choose_config(
@@ -86,7 +88,7 @@ def prepare(
     network: str,
     use_filter: bool,
 ) -> TrainingSetup:
-    """Find the preprocessed dataset, its plans, splits and SOLF flags; write the model folder's descriptions.
+    """Find the preprocessed dataset, its plans, splits and SOLF flags.
 
     Raises:
         ConfigError: unknown dataset, configuration, network or fold.
@@ -97,6 +99,7 @@ def prepare(
     spec = DatasetSpec.from_json(DatasetSpec.load(folder).content, folder.name)
     plan = plans.configuration(configuration)
     network_plan = plan.network(network)
+    check_patch(network, network_plan.arguments, network_plan.patch_size)
     arrays = folder / configuration
     if not any(arrays.glob("*.json")):
         raise DatasetError(f"{folder.name} is not preprocessed for {configuration}; run ukbob_preprocess -d {dataset}")
@@ -107,7 +110,8 @@ def prepare(
     splits = None if fold == "all" else load_or_make_splits(folder, names, groups, scheme)
     split = choose_split(splits, fold, names)
     train = take_subset(split.train, config.subset_fraction, config.seed, groups)
-    _check_arrays(arrays, (*train, *split.val), preprocessing_recipe(plans, plan, spec))
+    recipe = preprocessing_recipe(plans, plan, spec)
+    _check_arrays(arrays, (*train, *split.val), recipe)
     trust = LabelTrust.load(folder / "solf") if use_filter else None
     head = "sigmoid" if spec.labels.has_regions or config.loss == "bce_dice" else "softmax"
     description = ModelDescription(
@@ -116,13 +120,13 @@ def prepare(
         configuration=configuration,
         fold=fold,
         head=head,
-        mirror_axes=_safe_mirror_axes(config.mirror_axes, spec.labels, plans.left_right_axis),
+        mirror_axes=_safe_mirror_axes(
+            () if config.augmentation == "none" else config.mirror_axes, spec.labels, plans.left_right_axis
+        ),
         plans=plans.to_json(),
         dataset=spec.content,
     )
     model_folder = roots.results / folder.name / f"{configuration}__{network.replace(':', '.')}"
-    write_json(model_folder / "plans.json", plans.to_json())
-    write_json(model_folder / "dataset.json", spec.content)
     return TrainingSetup(
         folder=model_folder / f"fold_{fold}",
         arrays=arrays,
@@ -130,6 +134,7 @@ def prepare(
         configuration=plan,
         network=network_plan,
         description=description,
+        recipe=recipe,
         train=_trusted(train, trust, spec.labels, "training"),
         val=_trusted(split.val[: config.validation_cases or None], trust, spec.labels, "validation"),
     )

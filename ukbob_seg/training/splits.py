@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 
 from ukbob_seg.errors import ConfigError, DatasetError
 from ukbob_seg.files import read_json, write_json
+
+log = logging.getLogger(__name__)
 
 FOLDS = 5
 SPLIT_SEED = 12345  # nnU-Net's, so that both tools hold out the same cases
@@ -30,17 +33,30 @@ def load_groups(path: Path, names: Sequence[str]) -> dict[str, str]:
     """Subject of each case from groups.csv (columns case, subject); a case that is not listed is its own subject.
 
     Raises:
-        DatasetError: the columns are missing.
+        DatasetError: the columns are missing, no line is about a case of the dataset, or a case has two subjects.
     """
     groups = {name: name for name in names}
     if not path.is_file():
         return groups
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if not {"case", "subject"} <= set(reader.fieldnames or ()):
-            raise DatasetError(f"{path} must have the columns case,subject; found {reader.fieldnames}")
-        groups.update({row["case"]: row["subject"] for row in reader if row["case"] in groups})
-    return groups
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns, rows = reader.fieldnames or (), list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"{path} is not a CSV file in UTF-8; save it as CSV UTF-8") from error
+    if not {"case", "subject"} <= set(columns):
+        raise DatasetError(f"{path} must have the columns case,subject; found {', '.join(columns) or 'none'}")
+    given: dict[str, str] = {}
+    for row in rows:
+        case, subject = (row["case"] or "").strip(), (row["subject"] or "").strip()
+        if case in groups and subject and given.setdefault(case, subject) != subject:
+            raise DatasetError(f"{path} gives case {case} two subjects: {given[case]} and {subject}")
+    if rows and not given:
+        raise DatasetError(
+            f"{path} names none of the {len(groups)} training cases; write them as {next(iter(groups), 'CASE')}, "
+            "without folder, channel number or file ending"
+        )
+    return groups | given
 
 
 def make_splits(names: Sequence[str], groups: Mapping[str, str], scheme: str = "5-fold") -> list[Split]:
@@ -88,13 +104,28 @@ def load_or_make_splits(
     """
     for path in (folder / "splits.json", folder / "splits_final.json"):
         if path.is_file():
-            return _read_splits(path, set(names), groups)
+            splits = _read_splits(path, set(names), groups)
+            _warn_about(path, splits, names, scheme)
+            return splits
     splits = make_splits(names, groups, scheme)
     write_json(
         folder / "splits.json",
         [{"train": s.train, "val": s.val, **({"test": s.test} if s.test else {})} for s in splits],
     )
     return splits
+
+
+def _warn_about(path: Path, splits: Sequence[Split], names: Sequence[str], scheme: str) -> None:
+    """Say what an existing file of splits means that a new one would not."""
+    used = {name for split in splits for name in (*split.train, *split.val, *split.test)}
+    unused = [name for name in names if name not in used]
+    if unused:
+        log.warning(
+            "%s: %d cases are in no fold and are not used (%s, ...); remove the file to split anew",
+            path, len(unused), unused[0],
+        )  # fmt: skip
+    if scheme == "80-10-10" and len(splits) > 1:
+        log.warning("%s: its %d folds are kept; remove it to have the preset's split 80/10/10", path, len(splits))
 
 
 def choose_split(splits: Sequence[Split] | None, fold: str, names: Sequence[str]) -> Split:
@@ -106,7 +137,7 @@ def choose_split(splits: Sequence[Split] | None, fold: str, names: Sequence[str]
     if fold == "all":
         return Split(tuple(sorted(names)), tuple(sorted(names)))
     count = len(splits or ())
-    if not fold.isdigit() or int(fold) >= count:
+    if not (fold.isascii() and fold.isdigit()) or int(fold) >= count:
         raise ConfigError(f"fold must be 0..{count - 1} or 'all', got {fold!r}")
     assert splits is not None
     return splits[int(fold)]
@@ -127,6 +158,8 @@ def _read_splits(path: Path, names: set[str], groups: Mapping[str, str]) -> list
     content = read_json(path, "splits")
     try:
         splits = [Split(tuple(s["train"]), tuple(s["val"]), tuple(s.get("test", ()))) for s in content]
+        if not splits or not all(isinstance(name, str) for s in splits for name in (*s.train, *s.val, *s.test)):
+            raise TypeError("not lists of names")
     except (TypeError, KeyError, AttributeError) as error:
         raise DatasetError(f'{path} must hold a list of {{"train": [...], "val": [...]}}') from error
     for number, split in enumerate(splits):

@@ -71,6 +71,7 @@ class TrainState:
     epoch: int = 0
     best_dice: float = -math.inf
     history: list[dict[str, Any]] = field(default_factory=list)
+    bad_steps: int = 0  # in a row, without a finite loss and gradient
 
 
 def train(
@@ -146,6 +147,8 @@ def _start(setup: TrainingSetup, config: TrainingConfig, options: RunOptions) ->
             f"{setup.folder} already holds a training run; go on with --resume or start afresh with --overwrite"
         )
     ensure_writable(setup.folder)
+    write_json(setup.folder.parent / "plans.json", setup.description.plans)
+    write_json(setup.folder.parent / "dataset.json", setup.spec.content)
     torch.manual_seed(config.seed)  # every library draws initial weights from torch's global generator
     network = setup.description.build().to(options.device)
     state = TrainState(network, make_optimizer(network, config))
@@ -180,7 +183,7 @@ def _restore(state: TrainState, setup: TrainingSetup, config: TrainingConfig, pa
         listing = ", ".join(f"{key} {before.get(key)} -> {now[key]}" for key in changed)
         raise ConfigError(f"cannot resume {path} with another recipe ({listing}); give the same flags or --overwrite")
     for what, value in _fixed_inputs(setup).items():
-        if content[what] != value:
+        if content.get(what, value) != value:  # older checkpoints lack some
             raise ConfigError(f"cannot resume {path}: the {what} changed since; restore them or start with --overwrite")
     if config.epochs < content["epoch"]:
         raise ConfigError(f"{path} has already trained {content['epoch']} epochs, --epochs is {config.epochs}")
@@ -225,7 +228,8 @@ def _run_epoch(
 ) -> float:
     """Train one epoch; returns the mean loss over its steps."""
     state.network.train()
-    total, counted, bad = torch.zeros((), device=device), 0, 0
+    total, counted = torch.zeros((), device=device), 0
+    most = config.gradient_clip or float("inf")
     for _ in range(config.iterations_per_epoch):
         step, batch = next(batches)
         seed = config.seed * 1_000_003 + step  # a resumed run draws what the uninterrupted one would have drawn
@@ -239,21 +243,20 @@ def _run_epoch(
             outputs = state.network(batch.image)
         value = loss(outputs, batch.labels)
         bar.update()
-        if not torch.isfinite(value):
-            bad += 1
-            if bad >= MAX_BAD_STEPS:
+        value.backward()
+        norm = nn.utils.clip_grad_norm_(state.network.parameters(), most)
+        if not (torch.isfinite(value) and torch.isfinite(norm)):  # a step would spoil the weights
+            state.bad_steps += 1
+            if state.bad_steps >= MAX_BAD_STEPS:
                 raise UkbobError(
-                    f"the loss was not finite for {bad} steps in a row (epoch {state.epoch}); lower --lr; the last "
-                    "good state is kept in checkpoint_latest.pt"
+                    f"loss or gradient were not finite for {state.bad_steps} steps in a row (epoch {state.epoch}); "
+                    "lower --lr; the last good state is kept in checkpoint_latest.pt"
                 )
             continue
-        bad = 0
-        value.backward()
-        if config.gradient_clip:
-            nn.utils.clip_grad_norm_(state.network.parameters(), config.gradient_clip)
+        state.bad_steps = 0
         state.optimizer.step()
         total, counted = total + value.detach(), counted + 1
-    return float(total) / max(counted, 1)
+    return float(total) / counted if counted else float("nan")
 
 
 def _validate(state: TrainState, setup: TrainingSetup, device: str) -> ValidationScore:
@@ -310,6 +313,9 @@ def _fixed_inputs(setup: TrainingSetup) -> dict[str, Any]:
         "training cases": [case.name for case in setup.train],
         "patch and batch size": [*setup.network.patch_size, setup.network.batch_size],
         "filter flags": digest(flags),
+        "preprocessed data": setup.recipe,
+        "validation cases": [case.name for case in setup.val],
+        "network arguments": json.loads(json.dumps(setup.description.arguments)),
     }
 
 

@@ -73,7 +73,7 @@ def validate(
 
 def _region_bits(logits: Tensor) -> Tensor:
     """Positive regions of each voxel as bits of one integer, so that overlapping regions survive in one map."""
-    powers = 2 ** torch.arange(logits.shape[0], device=logits.device, dtype=torch.int32)
+    powers = 2 ** torch.arange(logits.shape[0], device=logits.device, dtype=torch.int64)
     return ((logits > 0) * powers.view(-1, 1, 1, 1)).sum(0)
 
 
