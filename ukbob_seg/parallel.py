@@ -183,6 +183,7 @@ def _on_dask(
         client = Client(scheduler, timeout=_CONNECT_SECONDS)
     except (OSError, ValueError, TimeoutError) as error:
         raise UkbobError(f"no Dask scheduler answers at {scheduler} ({error}); is it running?") from error
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # its tracebacks would stand before our sentences
     futures: list[Any] = []
     try:
         if not client.scheduler_info()["workers"]:

@@ -170,6 +170,8 @@ def test_folders_can_be_given(filter_command: Callable[..., int], tmp_path: Path
         (("--review", "nowhere.csv"), "nowhere.csv does not exist"),
         (("--workers", "-1"), "--workers must be at least 1"),
         (("--body", ""), "existing folder of masks"),
+        (("--ablate", "--epsilon", "3"), "leave out --epsilon"),
+        (("--ablate", "--policy", "ignore"), "leave out --policy"),
         (("--part", "3/2"), "--part 3/2"),
         (("--part", "two"), "--part must look like 2/8"),
         (("--part", "1/2", "--ablate"), "--part only measures"),

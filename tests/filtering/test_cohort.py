@@ -247,6 +247,13 @@ def test_bounds_without_the_rules_models_are_refused(cohort: Path, tmp_path: Pat
         run(cohort, tmp_path / "new", bounds_file=bounds, rule="anatomy", evidence=True)
 
 
+def test_bounds_of_another_body_are_refused(cohort: Path, tmp_path: Path) -> None:
+    run(cohort, tmp_path / "solf")
+    assert json.loads((tmp_path / "solf" / "bounds.json").read_text())["body"] == "image"
+    with pytest.raises(ConfigError, match="learnt with the body from image, now it is union"):
+        run(cohort, tmp_path / "new", bounds_file=tmp_path / "solf" / "bounds.json", body="union")
+
+
 def test_unusable_bounds_fail_before_the_work(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bounds.json").write_text("{}")
     monkeypatch.setattr(measure, "read_labels", lambda _: pytest.fail("work was started"))

@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError("--reference belongs to --ablate")
     if part is not None and arguments.ablate:
         raise ConfigError("--part only measures; run --ablate after all parts, without --part")
+    if arguments.ablate:
+        _refuse_with_ablate(arguments)
     roots = roots_from(arguments)
     raw = find_dataset(roots.raw, arguments.dataset)
     output = roots.preprocessed / raw.name / "solf"
@@ -49,13 +51,29 @@ def main(argv: list[str] | None = None) -> None:
         print_summary(solf_filter(raw, output, config), config.report)
 
 
+def _refuse_with_ablate(arguments: argparse.Namespace) -> None:
+    """Options that an ablation, which goes through all rules and settings and decides nothing, has no use for."""
+    given = {
+        "--rule": arguments.rule is not None,
+        "--epsilon": arguments.epsilon is not None,
+        "--confidence": arguments.confidence is not None,
+        "--review": arguments.review is not None,
+        "--policy": arguments.policy is not None,
+        "--drop-scan-above": arguments.drop_scan_above is not None,
+        "--no-report": arguments.no_report,
+    }
+    useless = [name for name, is_given in given.items() if is_given]
+    if useless:
+        raise ConfigError(f"--ablate goes through all rules and settings and decides nothing; leave out {useless[0]}")
+
+
 def _config(arguments: argparse.Namespace) -> FilterConfig:
     from ukbob_seg.filtering.config import FilterConfig
     from ukbob_seg.filtering.policies import FilterPolicy
 
     columns = tuple(name.strip() for name in (arguments.stratify_by or "").split(",") if name.strip())
     return FilterConfig(
-        rule=arguments.rule,
+        rule=arguments.rule or "solf",
         epsilon=arguments.epsilon,
         min_samples=arguments.min_samples,
         confidence=arguments.confidence,
@@ -64,7 +82,7 @@ def _config(arguments: argparse.Namespace) -> FilterConfig:
         strata_columns=columns,
         body=arguments.body,
         evidence=arguments.evidence,
-        policy=FilterPolicy(arguments.policy, arguments.drop_scan_above),
+        policy=FilterPolicy(arguments.policy or "ignore", arguments.drop_scan_above),
         review=arguments.review is not None,
         review_file=Path(arguments.review) if arguments.review else None,
         skip_unreadable=arguments.skip_unreadable,
@@ -117,7 +135,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-d", "--dataset", required=True, metavar="ID", help="dataset id (4) or DatasetXXX_Name")
     parser.add_argument(
         "--rule",
-        default="solf",
         metavar="NAME",
         help="solf: two of three features outside; volume: normalized volume outside; iqr: plain volume outside "
         "1.5 interquartile ranges; joint: the three features together improbable; anatomy (with --evidence): size, "
@@ -156,7 +173,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--policy",
-        default="ignore",
         metavar="NAME",
         help="what training does with a flagged organ: ignore its voxels, take them as background, or only report "
         "(default: ignore)",

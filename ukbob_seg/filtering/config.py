@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -80,6 +80,11 @@ class FilterConfig:
             raise ConfigError("--workers is about processes on this machine; a Dask cluster has its own number")
 
     @property
+    def body_kind(self) -> str:
+        """``image``, ``union`` or ``mask``."""
+        return self.body if self.body in (BODY_IMAGE, BODY_UNION) else "mask"
+
+    @property
     def learning(self) -> tuple[float, int, float]:
         """(epsilon, min_samples, confidence) that bounds are learnt with."""
         return (
@@ -103,6 +108,11 @@ class FilterConfig:
                 f"{self.bounds_file} was learnt with --stratify-by {','.join(bounds.columns) or '(nothing)'}; give the "
                 f"same columns (now: {','.join(self.strata_columns) or 'none'}) and --strata"
             )
+        if bounds.body and bounds.body != self.body_kind:
+            raise ConfigError(
+                f"{self.bounds_file} was learnt with the body from {bounds.body}, now it is {self.body_kind}: volumes "
+                "cannot be compared; give the same --body"
+            )
         for feature in get_rule(self.rule).features:
             if feature in MODELS and not any(has_model(cohort, MODELS[feature]) for cohort in bounds.strata.values()):
                 raise ConfigError(
@@ -121,6 +131,7 @@ class FilterConfig:
     def learn(self, features: pd.DataFrame, names: Mapping[int, str]) -> StratifiedBounds:
         """Bounds of this cohort, from features with the column ``stratum``."""
         epsilon, min_samples, confidence = self.learning
-        return learn_strata(
+        bounds = learn_strata(
             features, self.strata_columns, lambda rows: learn_bounds(rows, epsilon, min_samples, names, confidence)
         )
+        return replace(bounds, body=self.body_kind)

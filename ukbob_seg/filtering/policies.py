@@ -111,8 +111,8 @@ class LabelTrust:
             return None
         if (folder / STARTED_FILE).is_file() or not is_complete(folder):
             raise DatasetError(
-                f"the label filter has not finished in {folder}; run ukbob_filter again, or remove that folder to "
-                "train on all labels"
+                f"the label filter has not finished in {folder}; run ukbob_filter again, or train on all "
+                "labels with --no-filter"
             )
         try:
             table = pd.read_parquet(folder / FLAGS_FILE, columns=["case", "label", "flagged"])

@@ -85,9 +85,7 @@ def write_report(
         "One row per organ. Blue bars: kept labels. Red ticks: flagged labels. Dashed lines: bounds. Values far "
         "beyond the bounds are drawn at the edge as triangles."
     )
-    for figure, caption in distribution_figures(
-        flags, summary.bounds, {name: SHORT_NAMES[name] for name in shown if name not in MODELS}
-    ):
+    for figure, caption in distribution_figures(flags, summary.bounds, {name: SHORT_NAMES[name] for name in shown}):
         page.figure(figure, caption)
     page.write(path)
 

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ukbob_seg.dataset.image_io import read_image, read_labels
 from ukbob_seg.dataset.spec import Case
+from ukbob_seg.filtering.solf import MODELS
 from ukbob_seg.filtering.strata import StratifiedBounds
 
 _KEPT, _FLAGGED, _OTHER, _INK, _ORDINARY = "#7aa6d8", "#d62728", "#8fd3ff", "#44505c", "#3ddc84"
@@ -55,7 +56,8 @@ def distribution_figures(
         axes = figure.subplots(len(page), len(features), squeeze=False)
         for row, (label, stratum, rows) in zip(axes, page, strict=True):
             for axis, feature in zip(row, features, strict=True):
-                limits = bounds.strata[stratum].limits(label, feature)
+                known = bounds.strata[stratum]
+                limits = (0.0, known.most_doubt) if feature in MODELS else known.limits(label, feature)
                 _strip(axis, rows[feature].to_numpy(float), rows["flagged"].to_numpy(bool), limits)
             name = _shorten(str(rows["organ"].iloc[0]), 22) + (f"\n{_shorten(stratum, 22)}" if stratum else "")
             row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)

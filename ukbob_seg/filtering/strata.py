@@ -23,10 +23,12 @@ class StratifiedBounds:
     Attributes:
         columns: of the table of subjects that divide the cohort; none when it is not divided.
         strata: by the values of these columns, joined by ``, ``; ``""`` when the cohort is not divided.
+        body: what the volumes were normalized by (``image``, ``union`` or ``mask``); empty when it is not known.
     """
 
     columns: tuple[str, ...]
     strata: Mapping[str, CohortBounds]
+    body: str = ""
 
     @property
     def any(self) -> CohortBounds:
@@ -51,9 +53,9 @@ class StratifiedBounds:
         """Write as JSON, atomically."""
         if self.columns:
             strata = {name: bounds.as_json() for name, bounds in sorted(self.strata.items())}
-            write_json(path, {"columns": list(self.columns), "strata": strata})
+            write_json(path, {"body": self.body, "columns": list(self.columns), "strata": strata})
         else:
-            write_json(path, self.strata[WHOLE].as_json())
+            write_json(path, {"body": self.body, **self.strata[WHOLE].as_json()})
 
     @classmethod
     def load(cls, path: Path) -> StratifiedBounds:
@@ -68,8 +70,9 @@ class StratifiedBounds:
                 strata = {str(name): CohortBounds.from_json(entry) for name, entry in content["strata"].items()}
                 if not strata:
                     raise ValueError("no stratum")
-                return cls(tuple(str(column) for column in content["columns"]), strata)
-            return cls((), {WHOLE: CohortBounds.from_json(content)})
+                columns = tuple(str(column) for column in content["columns"])
+                return cls(columns, strata, str(content.get("body", "")))
+            return cls((), {WHOLE: CohortBounds.from_json(content)}, str(content.get("body", "")))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DatasetError(
                 f"{path} is not a bounds file, or a damaged one; use the bounds.json that ukbob_filter wrote"
