@@ -175,6 +175,8 @@ def test_folders_can_be_given(filter_command: Callable[..., int], tmp_path: Path
         (("--part", "3/2"), "--part 3/2"),
         (("--part", "two"), "--part must look like 2/8"),
         (("--part", "1/2", "--ablate"), "--part only measures"),
+        (("--part", "1/2", "--bounds", "none.json"), "none.json does not exist"),
+        (("--part", "1/2", "--review", "none.csv"), "none.csv does not exist"),
         (("--reference", "x"), "--reference belongs to --ablate"),
         (("--ablate", "--reference", "no/such/folder"), "no/such/folder does not exist"),
         (("--scheduler", "tcp://127.0.0.1:1"), "--workers is about processes on this machine"),

@@ -108,7 +108,10 @@ def measure_part(raw_folder: Path, output_folder: Path, part: Part, config: Filt
     Raises:
         DatasetError: cases cannot be measured; names them. The others are kept.
     """
-    cohort = Cohort.open(raw_folder, output_folder, config or FilterConfig())
+    config = config or FilterConfig()
+    cohort = Cohort.open(raw_folder, output_folder, config)
+    config.load_bounds(cohort.names)  # what the last run will need must be usable before hours of work
+    _verdicts(cohort.folder, config)
     if not is_complete(cohort.folder):  # a part that is run again later changes no decision
         mark_started(cohort.folder)
     return cohort.measure(part).computed
