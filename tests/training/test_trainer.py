@@ -14,17 +14,22 @@ import numpy as np
 import pytest
 import torch
 
+from ukbob_seg.dataset.labels import LabelScheme
 from ukbob_seg.dataset.paths import Roots
 from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError
 from ukbob_seg.filtering.policies import LabelTrust
+from ukbob_seg.inference.sliding_window import WindowSettings
 from ukbob_seg.preprocessing.pipeline import plan_and_preprocess
 from ukbob_seg.preprocessing.planner import PlanOptions
 from ukbob_seg.preprocessing.plans import Plans
-from ukbob_seg.preprocessing.preprocessor import preprocess
+from ukbob_seg.preprocessing.preprocessor import case_files, preprocess
+from ukbob_seg.preprocessing.storage import save_array
 from ukbob_seg.training.checkpoint import read_checkpoint
 from ukbob_seg.training.config import TrainingConfig
+from ukbob_seg.training.sampling import TrainingCase
 from ukbob_seg.training.setup import choose_config, label_swap, output_swap, prepare
 from ukbob_seg.training.trainer import RunOptions, train
+from ukbob_seg.training.validation import validate
 
 CONFIG = TrainingConfig(
     epochs=3, iterations_per_epoch=2, learning_rate=1e-3, schedule="one_cycle", validation_every=2, validation_cases=1
@@ -245,7 +250,6 @@ def test_a_loss_that_stays_nan_stops_with_a_sentence(roots):
 
 
 def test_left_right_tables():
-    from ukbob_seg.dataset.labels import LabelScheme
 
     scheme = LabelScheme.from_json({"background": 0, "kidney_left": 3, "liver": 5, "kidney_right": 9}, None)
     table = label_swap(scheme)
@@ -272,8 +276,11 @@ def test_resuming_on_other_arrays_is_refused(roots):
     path.write_text(json.dumps(content))
     raw = roots.raw / "Dataset007_Blobs"
     preprocess(raw, path.parent, Plans.load(path), workers=1, quiet=True)
+    described = roots.results / "Dataset007_Blobs" / "3d_fullres__tests_tiny.Tiny" / "plans.json"
+    before = described.read_bytes()
     with pytest.raises(ConfigError, match="the preprocessed data changed since"):
         _train(roots, dataclasses.replace(CONFIG, epochs=5), dataclasses.replace(QUIET, resume=True))
+    assert described.read_bytes() == before  # a refused run changes nothing in the model folder
 
 
 def test_without_augmentation_no_flips_are_recorded(roots):
@@ -283,18 +290,36 @@ def test_without_augmentation_no_flips_are_recorded(roots):
     assert prepare(7, "0", roots, CONFIG, "3d_fullres", "swin_unetr", True).description.mirror_axes == (0, 1, 2)
 
 
-def test_dice_of_more_regions_than_an_integer_had_bits():
-    from ukbob_seg.dataset.labels import LabelScheme
-    from ukbob_seg.training.validation import _case_dice, _region_bits
+class _Regions(torch.nn.Module):
+    """Says of every voxel, whose image value is its label, which regions it is in."""
 
-    count = 40
+    def __init__(self, table):
+        super().__init__()
+        self.register_buffer("table", torch.from_numpy(table).float() * 2 - 1)
+
+    def forward(self, image):
+        return self.table[:, image[:, 0].long()].movedim(0, 1)
+
+
+@pytest.mark.parametrize("count", [3, 40, 70])
+def test_every_region_is_scored_through_the_sliding_window(tmp_path, count):
     scheme = LabelScheme.from_json(
-        {"background": 0, **{f"r{k}": [k, k % count + 1] for k in range(1, count + 1)}}, list(range(1, count + 1))
+        {"background": 0, **{f"r{k}": [k, k % count + 1] for k in range(1, count + 1)}, "ignore": count + 1},
+        list(range(1, count + 1)),
     )
-    labels = torch.arange(count + 1).reshape(1, 1, -1)
-    logits = torch.from_numpy(scheme.region_table[:, labels.numpy()]).float() * 2 - 1
-    predicted = _region_bits(logits).numpy()
-    assert _case_dice(predicted, labels.numpy(), scheme) == [1.0] * count
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, count + 1, (20, 18, 16)).astype(np.uint8)
+    table = scheme.region_table[:, : count + 1].copy()
+    image = labels.astype(np.float32)[None]
+    stored = np.where(rng.random(labels.shape) < 0.1, scheme.ignore_index, labels).astype(np.uint8)
+    for array, path in zip((image, stored), case_files(tmp_path, "case")[:2], strict=True):
+        save_array(path, array, (8, 8, 8))
+    windows = WindowSettings((8, 8, 8))
+    score = validate(_Regions(table), tmp_path, [TrainingCase("case")], scheme, windows, "cpu")
+    assert score.per_class == (1.0,) * count
+    table[-1] = False  # the last region is never found
+    score = validate(_Regions(table), tmp_path, [TrainingCase("case")], scheme, windows, "cpu")
+    assert score.per_class == (1.0,) * (count - 1) + (0.0,)
 
 
 def test_resuming_with_another_batch_size_is_refused(roots):

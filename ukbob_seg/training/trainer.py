@@ -147,8 +147,6 @@ def _start(setup: TrainingSetup, config: TrainingConfig, options: RunOptions) ->
             f"{setup.folder} already holds a training run; go on with --resume or start afresh with --overwrite"
         )
     ensure_writable(setup.folder)
-    write_json(setup.folder.parent / "plans.json", setup.description.plans)
-    write_json(setup.folder.parent / "dataset.json", setup.spec.content)
     torch.manual_seed(config.seed)  # every library draws initial weights from torch's global generator
     network = setup.description.build().to(options.device)
     state = TrainState(network, make_optimizer(network, config))
@@ -161,6 +159,9 @@ def _start(setup: TrainingSetup, config: TrainingConfig, options: RunOptions) ->
             options.pretrained, len(report.loaded), len(report.missing), len(report.unexpected),
             len(report.shape_mismatch),
         )  # fmt: skip
+    # Only now, when nothing refuses the run any more: these describe what lies in the model folder.
+    write_json(setup.folder.parent / "plans.json", setup.description.plans)
+    write_json(setup.folder.parent / "dataset.json", setup.spec.content)
     if not options.resume:
         for name in NAMES.values():
             (setup.folder / name).unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ukbob_seg.dataset.labels import LabelScheme
 from ukbob_seg.inference.passes import AveragedPasses
-from ukbob_seg.inference.sliding_window import WindowSettings, segment
+from ukbob_seg.inference.sliding_window import WindowSettings, iterate_slabs, segment
 from ukbob_seg.preprocessing.preprocessor import case_files
 from ukbob_seg.preprocessing.storage import open_array
 from ukbob_seg.training.sampling import TrainingCase
@@ -56,11 +56,8 @@ def validate(
             labels = np.asarray(open_array(label_path)[:])
             if case.lookup is not None:
                 labels = case.lookup[labels]
-            if scheme.has_regions:
-                predicted = segment(AveragedPasses([network]), image, windows, _region_bits).numpy()
-            else:
-                predicted = segment(AveragedPasses([network]), image, windows, lambda x: x.argmax(0)).numpy()
-            rows.append(_case_dice(predicted, labels, scheme))
+            count = _region_counts if scheme.has_regions else _class_counts
+            rows.append([_dice(*counts) for counts in count(AveragedPasses([network]), image, labels, scheme, windows)])
     finally:
         network.train(was_training)
     table = np.array(rows, dtype=float)
@@ -71,25 +68,32 @@ def validate(
     return ValidationScore(tuple(float(v) for v in per_class), mean)
 
 
-def _region_bits(logits: Tensor) -> Tensor:
-    """Positive regions of each voxel as bits of one integer, so that overlapping regions survive in one map."""
-    powers = 2 ** torch.arange(logits.shape[0], device=logits.device, dtype=torch.int64)
-    return ((logits > 0) * powers.view(-1, 1, 1, 1)).sum(0)
+def _region_counts(
+    predict: AveragedPasses, image: Tensor, labels: np.ndarray, scheme: LabelScheme, windows: WindowSettings
+) -> list[tuple[int, int, int]]:
+    """(voxels in both, predicted, true) of each region. Regions overlap, so each slab is counted as it comes."""
+    counts = np.zeros((len(scheme.names), 3), dtype=np.int64)
+    for slab in iterate_slabs(predict, image, windows):
+        part = labels[slab.z_start : slab.z_stop]
+        valid = part != scheme.ignore_index
+        predicted = (slab.logits > 0).cpu().numpy()[:, valid]
+        true = scheme.region_table[:, part[valid].astype(np.int64)]
+        counts += np.stack([(predicted & true).sum(axis=1), predicted.sum(axis=1), true.sum(axis=1)], axis=1)
+    return [(int(both), int(one), int(other)) for both, one, other in counts]
 
 
-def _case_dice(predicted: np.ndarray, labels: np.ndarray, scheme: LabelScheme) -> list[float]:
-    """Dice of each named class or region."""
+def _class_counts(
+    predict: AveragedPasses, image: Tensor, labels: np.ndarray, scheme: LabelScheme, windows: WindowSettings
+) -> list[tuple[int, int, int]]:
+    """(voxels in both, predicted, true) of each class."""
+    predicted = segment(predict, image, windows, lambda logits: logits.argmax(0)).numpy()
     valid = labels != scheme.ignore_index
-    predicted, labels = predicted[valid], labels[valid].astype(np.int64)
-    if scheme.has_regions:
-        member = scheme.region_table[:, labels]
-        pairs = [((predicted >> row & 1).astype(bool), member[row]) for row in range(len(scheme.names))]
-        counts = [(int((p & r).sum()), int(p.sum()), int(r.sum())) for p, r in pairs]
-    else:
-        classes = scheme.num_outputs
-        joint = np.bincount(predicted.astype(np.int64) * classes + labels, minlength=classes**2)
-        joint = joint.reshape(classes, classes)
-        in_prediction, in_labels = joint.sum(axis=1), joint.sum(axis=0)
-        order = [int(np.flatnonzero(row)[0]) for row in scheme.region_table]
-        counts = [(int(joint[k, k]), int(in_prediction[k]), int(in_labels[k])) for k in order]
-    return [2 * both / (p + r) if p + r else float("nan") for both, p, r in counts]
+    classes = scheme.num_outputs
+    joint = predicted[valid].astype(np.int64) * classes + labels[valid].astype(np.int64)
+    table = np.bincount(joint, minlength=classes**2).reshape(classes, classes)
+    order = [int(np.flatnonzero(row)[0]) for row in scheme.region_table]
+    return [(int(table[k, k]), int(table[k].sum()), int(table[:, k].sum())) for k in order]
+
+
+def _dice(both: int, one: int, other: int) -> float:
+    return 2 * both / (one + other) if one + other else float("nan")
