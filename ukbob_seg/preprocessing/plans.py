@@ -53,18 +53,37 @@ class ConfigurationPlan:
         median_shape: median case after cropping and resampling, voxels (z, y, x).
         image_order: spline order of image resampling (labels vote among their eight neighbours, logits are linear).
         networks: a plan for each network, by registry name.
+        slice_axis: array axis across which a 2D configuration cuts its slices, None in 3D. Cases keep their own
+            spacing along it, and patches are one voxel thick.
+        previous_stage: configuration whose segmentation is a further input (second stage of a cascade), or None.
+        arrays_of: configuration whose preprocessed arrays this one uses, None for its own.
     """
 
     spacing_mm: tuple[float, float, float]
     median_shape: tuple[int, int, int]
     image_order: int
     networks: dict[str, NetworkPlan]
+    slice_axis: int | None = None
+    previous_stage: str | None = None
+    arrays_of: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.spacing_mm) != 3 or min(self.spacing_mm) <= 0:
             raise ConfigError(f"spacing_mm must be three positive numbers (z, y, x), got {self.spacing_mm}")
         if self.image_order not in (0, 1, 3):
             raise ConfigError(f"image_order must be 0, 1 or 3, got {self.image_order}")
+        if self.slice_axis not in (None, 0, 1, 2):
+            raise ConfigError(f"slice_axis must be 0, 1, 2 or null, got {self.slice_axis}")
+
+    def target_spacing(self, spacing_mm: tuple[float, float, float]) -> tuple[float, float, float]:
+        """Spacing (z, y, x) in mm that a case of ``spacing_mm`` is resampled to: its own across slices."""
+        if self.slice_axis is None:
+            return self.spacing_mm
+        z, y, x = (
+            own if axis == self.slice_axis else target
+            for axis, (own, target) in enumerate(zip(spacing_mm, self.spacing_mm, strict=True))
+        )
+        return z, y, x
 
     def network(self, name: str) -> NetworkPlan:
         """The plan of one network.
