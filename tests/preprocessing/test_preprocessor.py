@@ -14,7 +14,8 @@ from ukbob_seg.errors import DatasetError
 from ukbob_seg.preprocessing.fingerprint import Fingerprint, extract_fingerprint
 from ukbob_seg.preprocessing.pipeline import plan_and_preprocess
 from ukbob_seg.preprocessing.planner import PlanOptions, plan
-from ukbob_seg.preprocessing.preprocessor import class_locations, find_coarse_axis, load_record, preprocess
+from ukbob_seg.preprocessing.preprocessor import class_locations, find_coarse_axis, preprocess
+from ukbob_seg.preprocessing.records import load_record
 from ukbob_seg.preprocessing.storage import open_array
 
 

@@ -22,7 +22,8 @@ from ukbob_seg.inference.sliding_window import WindowSettings
 from ukbob_seg.preprocessing.pipeline import plan_and_preprocess
 from ukbob_seg.preprocessing.planner import PlanOptions
 from ukbob_seg.preprocessing.plans import Plans
-from ukbob_seg.preprocessing.preprocessor import case_files, preprocess
+from ukbob_seg.preprocessing.preprocessor import preprocess
+from ukbob_seg.preprocessing.records import case_files
 from ukbob_seg.preprocessing.storage import save_array
 from ukbob_seg.training.checkpoint import read_checkpoint
 from ukbob_seg.training.config import TrainingConfig

@@ -90,6 +90,8 @@ def read_geometry(path: Path) -> Geometry:
         raise DatasetError(f"{path} is empty (0 bytes); copy it again")
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
+    if str(path).endswith((".nii", ".nii.gz")):
+        reader.SetImageIO("NiftiImageIO")  # otherwise every format is asked in turn
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:

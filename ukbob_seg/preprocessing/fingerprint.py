@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,28 +11,25 @@ from typing import Any
 import numpy as np
 
 from ukbob_seg.dataset.image_io import read_geometry
-from ukbob_seg.dataset.labels import LabelScheme
 from ukbob_seg.dataset.spec import Case, DatasetSpec, find_cases, summarise_problems
-from ukbob_seg.dataset.verify import inspect_case
 from ukbob_seg.errors import DatasetError
 from ukbob_seg.files import digest, read_json, write_json
 from ukbob_seg.parallel import choose_workers, map_cases
-from ukbob_seg.preprocessing.cropping import nonzero_box
+from ukbob_seg.preprocessing.fingerprint_cases import (
+    PARTS,
+    CaseFingerprint,
+    CaseReading,
+    GroupReader,
+    LoadedCases,
+    case_key,
+    group_cases,
+    load_known,
+    save_known,
+)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_SAMPLES = 10_000_000  # foreground voxels per channel over the whole dataset
-SAMPLING_SEED = 1234
-
-
-@dataclass(frozen=True)
-class CaseFingerprint:
-    """Size of one case before and after cropping to its nonzero box; axes (z, y, x)."""
-
-    name: str
-    shape: tuple[int, int, int]
-    spacing_mm: tuple[float, float, float]
-    cropped_shape: tuple[int, int, int]
-    left_right_axis: int | None
+SMALL_BYTES = 50e6  # starting worker processes takes longer than reading a few hundred small files
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,8 @@ class Fingerprint:
         cases: one entry per training case, sorted by name.
         intensities: one entry per channel.
         cases_with_label: in how many cases each label value occurs (0: the class is absent).
-        inputs: hash of dataset.json and of the size and time of every file; tells whether this is up to date.
+        inputs: hash of the labels in dataset.json and of the size and time of every file; tells whether this is up to
+            date.
     """
 
     dataset: str
@@ -100,18 +97,21 @@ def extract_fingerprint(
     allow_empty: bool = False,
     force: bool = False,
     quiet: bool = False,
+    loaded: LoadedCases | None = None,
 ) -> Fingerprint:
     """Read every training case once, check it, and collect the fingerprint into ``output_folder``.
 
-    An up-to-date fingerprint.json is reused unless ``force``. The result does not depend on ``workers``.
+    Cases that were read before and have not changed are not read again unless ``force``; an interrupted run goes on.
+    The result depends neither on ``workers`` nor on what was read when.
 
     Args:
         raw_folder: raw dataset (``DatasetXXX_Name``).
-        output_folder: preprocessed dataset folder; gets fingerprint.json.
+        output_folder: preprocessed dataset folder; gets fingerprint.json and the readings of the cases.
         workers: processes, None to choose.
         allow_empty: accept cases without foreground.
         force: read and check all cases even when nothing has changed.
         quiet: no progress bar.
+        loaded: takes cases that are needed again, as many as fit, when all happens in this process.
 
     Raises:
         DatasetError: all problems of all cases, in one message.
@@ -120,41 +120,76 @@ def extract_fingerprint(
     cases, problems = find_cases(raw_folder, spec)
     if not cases:
         raise DatasetError(summarise_problems(problems))
-    path = Path(output_folder) / "fingerprint.json"
-    inputs = digest([FORMAT_VERSION, spec.content, allow_empty, [file_stamps(case) for case in cases]])
-    if path.is_file() and not force and not problems:
-        known = _load_if_valid(path)
+    folder = Path(output_folder)
+    keys = [case_key(case, label_content(spec), allow_empty) for case in cases]
+    inputs = digest([FORMAT_VERSION, spec.name, spec.channel_names, label_content(spec), keys])
+    if not force and not problems:
+        known = _load_if_valid(folder / "fingerprint.json")
         if known is not None and known.inputs == inputs:
             return known
-    reader = _CaseReader(spec.labels, max(1, MAX_SAMPLES // len(cases)), allow_empty)
-    # Starting worker processes takes longer than reading a few hundred small files.
-    total_bytes = sum(file.stat().st_size for case in cases for file in case.images)
-    count = (
-        1 if workers is None and total_bytes < 50e6 else choose_workers(workers, len(cases), _memory_per_case_gb(cases))
-    )
-    readings = map_cases(reader, cases, workers=count, description=f"fingerprint of {spec.name}", quiet=quiet)
-    for case, reading in zip(cases, readings, strict=True):
+    wanted = max(1, MAX_SAMPLES // len(cases))
+    readings = {} if force else load_known(folder)
+    todo = [
+        (case, key)
+        for case, key in zip(cases, keys, strict=True)
+        if key not in readings or not readings[key].holds(wanted)
+    ]
+    readings.update(_read_groups(todo, spec, wanted, allow_empty, workers, folder, quiet, loaded))
+    used = [readings[key] for key in keys]
+    for case, reading in zip(cases, used, strict=True):
         problems.extend(f"case {case.name}: {problem}" for problem in reading.problems)
+    save_known(folder, used)
     if problems:
         raise DatasetError(summarise_problems(problems))
     fingerprint = Fingerprint(
         dataset=spec.name,
-        cases=tuple(reading.sizes for reading in readings if reading.sizes is not None),
-        intensities=_statistics([reading.samples for reading in readings if reading.samples is not None]),
+        cases=tuple(reading.sizes for reading in used if reading.sizes is not None),
+        intensities=_statistics([reading.samples[:, :wanted] for reading in used]),
         cases_with_label={
-            str(value): sum(k in reading.label_indices for reading in readings)
+            str(value): sum(k in reading.voxels for reading in used)
             for k, value in enumerate(spec.labels.values, start=1)
         },
         inputs=inputs,
     )
-    fingerprint.save(path)
+    fingerprint.save(folder / "fingerprint.json")
     return fingerprint
 
 
-def file_stamps(case: Case) -> list[Any]:
-    """Name, size and time of every file of a case: what tells whether it has changed."""
-    files = [*case.images, *([case.label] if case.label else [])]
-    return [case.name, *([str(path.name), path.stat().st_size, path.stat().st_mtime_ns] for path in files)]
+def label_content(spec: DatasetSpec) -> Any:
+    """What dataset.json says of the labels: all of it that decides how label files are read."""
+    return [spec.content["labels"], spec.content.get("regions_class_order")]
+
+
+def _read_groups(
+    todo: Sequence[tuple[Case, str]],
+    spec: DatasetSpec,
+    wanted: int,
+    allow_empty: bool,
+    workers: int | None,
+    folder: Path,
+    quiet: bool,
+    loaded: LoadedCases | None,
+) -> dict[str, CaseReading]:
+    """Read cases, by key. Several processes leave what they read on disk as they go."""
+    cases = [case for case, _ in todo]
+    total_bytes = sum(file.stat().st_size for case in cases for file in case.images)
+    small = workers is None and total_bytes < SMALL_BYTES
+    count = 1 if small else choose_workers(workers, len(cases), _memory_per_case_gb(cases))
+    groups = group_cases(todo, count)
+    reader = GroupReader(
+        spec.labels, wanted, allow_empty,
+        parts=None if len(groups) == 1 else folder / PARTS,
+        loaded=loaded if count == 1 else None,
+    )  # fmt: skip
+    done = map_cases(
+        reader,
+        groups,
+        workers=count,
+        description=f"fingerprint of {spec.name}",
+        quiet=quiet,
+        amounts=[len(group) for group in groups],
+    )
+    return {reading.key: reading for group in done for reading in group}
 
 
 def _with_tuples(entry: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +209,8 @@ def largest_voxels(cases: Sequence[Case]) -> float:
 
 def _memory_per_case_gb(cases: Sequence[Case]) -> float:
     """All channels in float32, twice, and the label map."""
-    return 0.2 + largest_voxels(cases) * (8 * len(cases[0].images) + 8) / 2**30
+    channels = len(cases[0].images) if cases else 0
+    return 0.2 + largest_voxels(cases) * (8 * channels + 8) / 2**30
 
 
 def _load_if_valid(path: Path) -> Fingerprint | None:
@@ -182,47 +218,6 @@ def _load_if_valid(path: Path) -> Fingerprint | None:
         return Fingerprint.load(path)
     except DatasetError:
         return None  # a damaged fingerprint is simply made again
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """What one case contributes."""
-
-    problems: list[str]
-    sizes: CaseFingerprint | None = None
-    samples: np.ndarray | None = None
-    label_indices: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True)
-class _CaseReader:
-    """Picklable reading of one case for worker processes."""
-
-    scheme: LabelScheme
-    samples_per_case: int
-    allow_empty: bool
-
-    def __call__(self, case: Case) -> _Reading:
-        loaded, problems = inspect_case(case, self.scheme, self.allow_empty)
-        if loaded is None or problems:
-            return _Reading(problems)
-        box = nonzero_box(loaded.image)
-        sizes = CaseFingerprint(
-            case.name,
-            loaded.geometry.shape,
-            loaded.geometry.spacing_mm,
-            (box[0].stop - box[0].start, box[1].stop - box[1].start, box[2].stop - box[2].start),
-            loaded.geometry.left_right_axis,
-        )
-        present = np.bincount(loaded.labels.ravel(), minlength=1)
-        foreground = np.flatnonzero((loaded.labels > 0) & (loaded.labels != self.scheme.ignore_index))
-        if len(foreground) > self.samples_per_case:
-            # Seeded by the case's name, so that neither order nor number of workers matters.
-            generator = np.random.default_rng([SAMPLING_SEED, zlib.crc32(case.name.encode())])
-            foreground = generator.choice(foreground, self.samples_per_case, replace=False)
-        samples = loaded.image.reshape(len(loaded.image), -1)[:, foreground]
-        indices = frozenset(int(k) for k in np.flatnonzero(present) if 0 < k != self.scheme.ignore_index)
-        return _Reading([], sizes, samples, indices)
 
 
 def _statistics(samples: Sequence[np.ndarray]) -> tuple[IntensityStatistics, ...]:

@@ -10,9 +10,10 @@ from ukbob_seg.dataset.paths import Roots, find_dataset
 from ukbob_seg.dataset.spec import DatasetSpec
 from ukbob_seg.files import ensure_writable
 from ukbob_seg.preprocessing.fingerprint import Fingerprint, extract_fingerprint
+from ukbob_seg.preprocessing.fingerprint_cases import LoadedCases
 from ukbob_seg.preprocessing.planner import PlanOptions, plan
 from ukbob_seg.preprocessing.plans import Plans
-from ukbob_seg.preprocessing.preprocessor import preprocess
+from ukbob_seg.preprocessing.preprocessor import arrays_folder, preprocess
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,14 @@ def plan_and_preprocess(
     raw_folder = find_dataset(roots.raw, dataset)
     folder = roots.preprocessed / raw_folder.name
     ensure_writable(folder)
-    fingerprint = extract_fingerprint(raw_folder, folder, workers, allow_empty, force=verify)
+    loaded = LoadedCases()
+    fingerprint = extract_fingerprint(raw_folder, folder, workers, allow_empty, force=verify, loaded=loaded)
     plans = plan(fingerprint, DatasetSpec.load(raw_folder), options)
-    for configuration in configurations:
-        plans.configuration(configuration)
+    # Configurations that share arrays are one piece of work.
+    distinct = {arrays_folder(folder, plans, name): name for name in configurations}
     plans.save(folder / "plans.json")
-    done = sum(preprocess(raw_folder, folder, plans, name, workers, allow_empty) for name in configurations)
+    done = sum(
+        preprocess(raw_folder, folder, plans, name, workers, allow_empty, verify=verify, loaded=loaded)
+        for name in distinct.values()
+    )
     return Prepared(folder, fingerprint, plans, done)

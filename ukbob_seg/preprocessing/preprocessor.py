@@ -6,7 +6,6 @@ import dataclasses
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,17 +14,18 @@ from ukbob_seg.dataset.labels import LabelScheme
 from ukbob_seg.dataset.spec import Case, DatasetSpec, require_cases
 from ukbob_seg.dataset.verify import load_case
 from ukbob_seg.errors import DatasetError
-from ukbob_seg.files import atomic_path, digest, ensure_writable, read_json, write_json
+from ukbob_seg.files import atomic_path, digest, ensure_writable, write_json
 from ukbob_seg.parallel import choose_workers, map_cases
 from ukbob_seg.preprocessing.cropping import nonzero_box, nonzero_mask
-from ukbob_seg.preprocessing.fingerprint import file_stamps, largest_voxels
+from ukbob_seg.preprocessing.fingerprint import label_content, largest_voxels
+from ukbob_seg.preprocessing.fingerprint_cases import LoadedCases, file_stamps
 from ukbob_seg.preprocessing.normalization import normalize
 from ukbob_seg.preprocessing.planner import ANISOTROPY_THRESHOLD, resampled_shape
 from ukbob_seg.preprocessing.plans import ConfigurationPlan, Plans
-from ukbob_seg.preprocessing.resampling import resample_image, resample_labels
+from ukbob_seg.preprocessing.records import case_files, case_key, is_current, is_intact, write_record
 from ukbob_seg.preprocessing.storage import save_array
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_LOCATIONS = 10_000  # per class and case, or 1% of the class where that is more
 SMALL_CASE_GB = 0.05  # below this, one process is faster than starting several
 WORKING_COPIES = 8  # float32 copies of the resampled volume that a case needs at its peak, roughly
@@ -80,8 +80,9 @@ def preprocess_image(
     masked = any(entry.mask_nonzero for entry in plans.normalization)
     normalized = normalize(cropped, plans.normalization, nonzero_mask(cropped) if masked else None)
     z, y, x = cropped.shape[1:]
-    shape = resampled_shape((z, y, x), geometry.spacing_mm, configuration.spacing_mm)
-    axis = find_coarse_axis(geometry.spacing_mm, configuration.spacing_mm)
+    target_mm = configuration.target_spacing(geometry.spacing_mm)
+    shape = resampled_shape((z, y, x), geometry.spacing_mm, target_mm)
+    axis = find_coarse_axis(geometry.spacing_mm, target_mm)
     properties = CaseProperties(
         geometry=geometry,
         box_start=(box[0].start, box[1].start, box[2].start),
@@ -90,6 +91,9 @@ def preprocess_image(
         coarse_axis=axis,
     )
     if shape != (z, y, x):
+        # Imported here: it takes a third of a second, and many datasets have their target spacing already.
+        from ukbob_seg.preprocessing.resampling import resample_image
+
         normalized = resample_image(normalized, shape, order=configuration.image_order, coarse_axis=axis)
     return normalized, properties
 
@@ -114,17 +118,21 @@ def preprocess(
     workers: int | None = None,
     allow_empty: bool = False,
     quiet: bool = False,
+    verify: bool = False,
+    loaded: LoadedCases | None = None,
 ) -> int:
     """Preprocess every training case of a dataset; cases that are present and up to date are left alone.
 
     Args:
         raw_folder: raw dataset.
-        output_folder: preprocessed dataset; cases go to ``output_folder/configuration``.
+        output_folder: preprocessed dataset; cases go to the folder of the configuration (``arrays_folder``).
         plans: from the planner.
         configuration: which configuration of the plans.
         workers: processes, None to choose by processors and memory.
         allow_empty: accept cases without foreground.
         quiet: no progress bar.
+        verify: look into every file that is there, instead of trusting its size and time.
+        loaded: cases that an earlier stage has in memory.
 
     Returns:
         How many cases were done now (the others were up to date).
@@ -135,41 +143,36 @@ def preprocess(
     spec = DatasetSpec.load(raw_folder)
     cases = require_cases(raw_folder, spec)
     plan = plans.configuration(configuration)
-    folder = Path(output_folder) / configuration
+    folder = arrays_folder(Path(output_folder), plans, configuration)
     ensure_writable(folder)
     write_json(Path(output_folder) / "dataset.json", spec.content)
     recipe = preprocessing_recipe(plans, plan, spec)
-    worker = _Preprocessor(spec.labels, plans, plan, folder, recipe, allow_empty)
-    todo = [case for case in cases if not is_current(folder, case, recipe)]
+    todo = cases if verify else [case for case in cases if not is_current(folder, case, recipe)]
     voxels = max(float(np.prod(plan.median_shape)), largest_voxels(todo))
     gigabytes = WORKING_COPIES * len(spec.channel_names) * voxels * 4 / 2**30
     count = choose_workers(workers, len(todo), gigabytes)
     if workers is None and gigabytes < SMALL_CASE_GB:
         count = 1
-    map_cases(worker, todo, workers=count, description=f"preprocessing {spec.name} {configuration}", quiet=quiet)
-    return len(todo)
+    worker = _Preprocessor(spec.labels, plans, plan, folder, recipe, allow_empty, loaded if count == 1 else None)
+    description = f"preprocessing {spec.name} {folder.name}"
+    return sum(map_cases(worker, todo, workers=count, description=description, quiet=quiet))
+
+
+def arrays_folder(preprocessed: Path, plans: Plans, configuration: str) -> Path:
+    """Folder of the arrays that a configuration uses: its own, or those of the one it names."""
+    return preprocessed / (plans.configuration(configuration).arrays_of or configuration)
 
 
 def preprocessing_recipe(plans: Plans, plan: ConfigurationPlan, spec: DatasetSpec) -> str:
     """Hash of everything in the plans and labels that decides a preprocessed array."""
     normalization = [dataclasses.asdict(entry) for entry in plans.normalization]
-    return digest([FORMAT_VERSION, normalization, plan.spacing_mm, plan.image_order, spec.content["labels"]])
-
-
-def is_current(folder: Path, case: Case, recipe: str) -> bool:
-    """Whether a case was preprocessed completely, from these files, by this recipe."""
-    try:
-        record = read_json(folder / f"{case.name}.json")
-        return record["key"] == digest([recipe, file_stamps(case)]) and all(
-            (folder / name).stat().st_size == size for name, size in record["files"].items()
-        )
-    except (DatasetError, OSError, KeyError, TypeError):
-        return False
+    decisive = [FORMAT_VERSION, normalization, plan.spacing_mm, plan.image_order, label_content(spec)]
+    return digest(decisive if plan.slice_axis is None else [*decisive, plan.slice_axis])
 
 
 @dataclass(frozen=True)
 class _Preprocessor:
-    """Picklable preprocessing of one training case for worker processes."""
+    """Picklable preprocessing of one training case for worker processes; tells whether there was anything to do."""
 
     scheme: LabelScheme
     plans: Plans
@@ -177,53 +180,36 @@ class _Preprocessor:
     folder: Path
     recipe: str
     allow_empty: bool
+    loaded: LoadedCases | None = None
 
-    def __call__(self, case: Case) -> None:
+    def __call__(self, case: Case) -> bool:
+        if is_intact(self.folder, case, self.recipe):
+            return False
         stamps = file_stamps(case)
-        loaded = load_case(case, self.scheme, self.allow_empty)
+        loaded = self.loaded.get(case) if self.loaded is not None else None
+        loaded = loaded or load_case(case, self.scheme, self.allow_empty)
         image, properties = preprocess_image(loaded.image, loaded.geometry, self.plans, self.plan)
-        labels = loaded.labels[properties.box]
-        if labels.shape != properties.shape:
-            labels = resample_labels(labels, properties.shape, nearest_axis=properties.coarse_axis)
+        labels = preprocess_labels(loaded.labels, properties)
         locations, counts = class_locations(labels, case.name)
-        patch = self.plan.networks["swin_unetr"].patch_size if "swin_unetr" in self.plan.networks else (64, 64, 64)
+        patch = next(iter(self.plan.networks.values())).patch_size if self.plan.networks else (64, 64, 64)
         image_path, label_path, table_path = case_files(self.folder, case.name)
         save_array(image_path, image, patch)
         save_array(label_path, np.ascontiguousarray(labels), patch)
         with atomic_path(table_path) as temporary, open(temporary, "wb") as file:
             np.savez(file, **locations)  # type: ignore[arg-type]
-        # The record is written last: a case without it, or with other sizes in it, is done again.
-        write_json(
-            self.folder / f"{case.name}.json",
-            {
-                "key": digest([self.recipe, stamps]),
-                "recipe": self.recipe,
-                "files": {path.name: path.stat().st_size for path in (image_path, label_path, table_path)},
-                "properties": dataclasses.asdict(properties),
-                "voxels_per_label": counts,
-            },
-        )
+        content = {"properties": dataclasses.asdict(properties), "voxels_per_label": counts}
+        write_record(self.folder, case.name, case_key(self.recipe, stamps), self.recipe, content)
+        return True
 
 
-def case_files(folder: Path, name: str) -> tuple[Path, Path, Path]:
-    """Image, label and class-location files of a preprocessed case."""
-    return folder / f"{name}.b2nd", folder / f"{name}_labels.b2nd", folder / f"{name}_locations.npz"
+def preprocess_labels(labels: np.ndarray, properties: CaseProperties) -> np.ndarray:
+    """A label map (Z, Y, X) on a file's grid, brought to the grid of the preprocessed array."""
+    labels = labels[properties.box]
+    if labels.shape == properties.shape:
+        return labels
+    from ukbob_seg.preprocessing.resampling import resample_labels
 
-
-def load_record(folder: Path, name: str) -> dict[str, Any]:
-    """The record that completes a preprocessed case.
-
-    Raises:
-        DatasetError: the case was not preprocessed.
-    """
-    path = folder / f"{name}.json"
-    if not path.is_file():
-        raise DatasetError(f"case {name} is not preprocessed in {folder}; run ukbob_preprocess")
-    record = read_json(path, "preprocessing record")
-    lost = [file for file in record.get("files", {"?": 0}) if not (folder / file).is_file()]
-    if lost:
-        raise DatasetError(f"case {name}: {', '.join(lost)} is missing in {folder}; run ukbob_preprocess again")
-    return dict(record)
+    return resample_labels(labels, properties.shape, nearest_axis=properties.coarse_axis)
 
 
 def class_locations(labels: np.ndarray, seed_text: str) -> tuple[dict[str, np.ndarray], dict[str, int]]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ukbob_seg.preprocessing.preprocessor import case_files, load_record
+from ukbob_seg.preprocessing.records import case_files, load_record
 from ukbob_seg.preprocessing.storage import open_array
 
 MOST_OPEN = 64  # cases held open by one process: two file descriptors and a table of locations each

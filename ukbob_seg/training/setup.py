@@ -21,7 +21,8 @@ from ukbob_seg.filtering.policies import LabelTrust, case_lookup
 from ukbob_seg.networks.registry import check_patch
 from ukbob_seg.preprocessing.fingerprint import Fingerprint
 from ukbob_seg.preprocessing.plans import ConfigurationPlan, NetworkPlan, Plans
-from ukbob_seg.preprocessing.preprocessor import load_record, preprocessing_recipe
+from ukbob_seg.preprocessing.preprocessor import arrays_folder, preprocessing_recipe
+from ukbob_seg.preprocessing.records import load_record
 from ukbob_seg.training.augmentation import AugmentationSetup, Transform, make_transforms
 from ukbob_seg.training.checkpoint import ModelDescription
 from ukbob_seg.training.config import TrainingConfig, recipe
@@ -100,7 +101,7 @@ def prepare(
     plan = plans.configuration(configuration)
     network_plan = plan.network(network)
     check_patch(network, network_plan.arguments, network_plan.patch_size)
-    arrays = folder / configuration
+    arrays = arrays_folder(folder, plans, configuration)
     if not any(arrays.glob("*.json")):
         raise DatasetError(f"{folder.name} is not preprocessed for {configuration}; run ukbob_preprocess -d {dataset}")
     names = [case.name for case in Fingerprint.load(folder / "fingerprint.json").cases]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ukbob_seg.dataset.labels import LabelScheme
 from ukbob_seg.inference.passes import AveragedPasses
 from ukbob_seg.inference.sliding_window import WindowSettings, iterate_slabs, segment
-from ukbob_seg.preprocessing.preprocessor import case_files
+from ukbob_seg.preprocessing.records import case_files
 from ukbob_seg.preprocessing.storage import open_array
 from ukbob_seg.training.sampling import TrainingCase
 
