@@ -138,7 +138,7 @@ def extract_fingerprint(
     used = [readings[key] for key in keys]
     for case, reading in zip(cases, used, strict=True):
         problems.extend(f"case {case.name}: {problem}" for problem in reading.problems)
-    save_known(folder, used)
+    save_known(folder, used, wanted)
     if problems:
         raise DatasetError(summarise_problems(problems))
     fingerprint = Fingerprint(

@@ -224,7 +224,15 @@ def load_known(folder: Path) -> dict[str, CaseReading]:
     return {reading.key: reading for path in paths for reading in load_readings(path)}
 
 
-def save_known(folder: Path, readings: Sequence[CaseReading]) -> None:
-    """Put all readings into one file and remove the parts."""
-    save_readings(folder / STORE, readings)
+def save_known(folder: Path, readings: Sequence[CaseReading], samples: int) -> None:
+    """Put all readings into one file and remove the parts.
+
+    Readings of smaller cohorts hold more samples than are wanted now. Some are kept, for when cases are removed
+    again, but no more than twice as many, so that the file does not grow with the cohort.
+    """
+    shortened = [
+        dataclasses.replace(r, samples=r.samples[:, : 2 * samples], sample_labels=r.sample_labels[: 2 * samples])
+        for r in readings
+    ]
+    save_readings(folder / STORE, shortened)
     shutil.rmtree(folder / PARTS, ignore_errors=True)
