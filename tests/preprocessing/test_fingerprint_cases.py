@@ -43,7 +43,8 @@ def test_samples_are_distinct_and_a_shorter_demand_is_a_beginning(count, wanted)
 def test_samples_are_spread_evenly():
     count, wanted = 1_000_003, 10_000
     share = np.histogram(module.spread(count, wanted), bins=100, range=(0, count))[0] / (wanted / 100)
-    assert share.min() > 0.9 and share.max() < 1.1
+    assert share.min() > 0.9
+    assert share.max() < 1.1
 
 
 def test_statistics_of_samples_are_those_of_all_voxels(make_dataset, tmp_path, monkeypatch):
@@ -87,7 +88,7 @@ def test_good_cases_are_kept_when_others_have_problems(make_dataset, tmp_path, r
     path = folder / "imagesTr" / "blob_001_0000.nii.gz"
     whole = path.read_bytes()
     path.write_bytes(whole[:500])
-    with pytest.raises(DatasetError, match="case blob_001.*corrupt"):
+    with pytest.raises(DatasetError, match=r"case blob_001.*corrupt"):
         extract_fingerprint(folder, tmp_path / "p", workers=1, quiet=True)
     path.write_bytes(whole)
     read_names.clear()
@@ -136,8 +137,8 @@ def test_a_description_in_dataset_json_changes_nothing(make_dataset, tmp_path, r
     read_names.clear()
     extract_fingerprint(folder, tmp_path / "p", quiet=True)
     assert read_names == []
-    (folder / "dataset.json").write_text(json.dumps({**content, "labels": {"background": 0, "both": [1, 2], "second": 2},
-                                                     "regions_class_order": [1, 2]}))  # fmt: skip
+    regions = {"labels": {"background": 0, "both": [1, 2], "second": 2}, "regions_class_order": [1, 2]}
+    (folder / "dataset.json").write_text(json.dumps({**content, **regions}))
     extract_fingerprint(folder, tmp_path / "p", quiet=True)
     assert len(read_names) == 2
 

@@ -44,7 +44,9 @@ def _times(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("rename, moment", [(1, "before"), (4, "after"), (6, "before"), (9, "before"), (12, "after")])
+@pytest.mark.parametrize(
+    ("rename", "moment"), [(1, "before"), (4, "after"), (6, "before"), (9, "before"), (12, "after")]
+)
 def test_killed_at_any_moment_it_goes_on_without_redoing_finished_cases(make_dataset, tmp_path, rename, moment):
     make_dataset(cases=3)
     whole = _run(tmp_path)
@@ -122,4 +124,5 @@ def test_new_cases_are_done_alone(make_dataset, tmp_path):
     for path in moved:
         (tmp_path / path.name).rename(path)
     prepared = _run(tmp_path)
-    assert prepared.cases_done == 1 and len(prepared.fingerprint.cases) == 4
+    assert prepared.cases_done == 1
+    assert len(prepared.fingerprint.cases) == 4

@@ -78,7 +78,7 @@ class Fingerprint:
         """
         content = read_json(path, "fingerprint")
         try:
-            content["cases"] = tuple(CaseFingerprint(**_with_tuples(case)) for case in content["cases"])
+            content["cases"] = tuple(CaseFingerprint.from_json(case) for case in content["cases"])
             content["intensities"] = tuple(IntensityStatistics(**entry) for entry in content["intensities"])
             fingerprint = cls(**content)
         except (KeyError, TypeError) as error:
@@ -190,10 +190,6 @@ def _read_groups(
         amounts=[len(group) for group in groups],
     )
     return {reading.key: reading for group in done for reading in group}
-
-
-def _with_tuples(entry: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
 
 
 def largest_voxels(cases: Sequence[Case]) -> float:

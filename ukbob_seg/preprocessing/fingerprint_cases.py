@@ -42,6 +42,11 @@ class CaseFingerprint:
     cropped_shape: tuple[int, int, int]
     left_right_axis: int | None
 
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> CaseFingerprint:
+        """From what ``dataclasses.asdict`` gave, after a way through JSON."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
+
 
 @dataclass(frozen=True)
 class CaseReading:
@@ -209,7 +214,7 @@ def load_readings(path: Path) -> list[CaseReading]:
         readings, start = [], 0
         for entry in table:
             stop = start + entry["samples"]
-            sizes = CaseFingerprint(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry["sizes"].items()})
+            sizes = CaseFingerprint.from_json(entry["sizes"])
             voxels = {int(k): int(v) for k, v in entry["voxels"].items()}
             readings.append(CaseReading(entry["key"], (), sizes, voxels, samples[:, start:stop], labels[start:stop]))
             start = stop
