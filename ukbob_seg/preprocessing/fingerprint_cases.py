@@ -45,7 +45,8 @@ class CaseFingerprint:
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> CaseFingerprint:
         """From what ``dataclasses.asdict`` gave, after a way through JSON."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
+        content: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+        return cls(**content)
 
 
 @dataclass(frozen=True)
