@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-d", "--dataset", metavar="ID", help="dataset id (4) or DatasetXXX_Name that was trained")
     parser.add_argument("-m", "--model", type=Path, metavar="DIR", help="model folder (CONFIG__NETWORK) instead of -d")
     parser.add_argument("-c", "--configuration", default="3d_fullres", help="with -d; default: 3d_fullres")
-    parser.add_argument("--network", default="swin_unetr", help="with -d; default: swin_unetr")
+    parser.add_argument("--network", help="with -d; default: swin_unetr, or the only one trained")
     parser.add_argument("-f", "--folds", nargs="+", metavar="FOLD", help="folds to average (default: all trained)")
     parser.add_argument("--checkpoint", choices=("best", "final"), default="best", help="default: best")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")

@@ -15,15 +15,16 @@ def main(argv: list[str] | None = None) -> None:
     roots = roots_from(arguments)
 
     from ukbob_seg.dataset.paths import find_dataset
-    from ukbob_seg.training.setup import choose_config
+    from ukbob_seg.training.setup import choose_config, default_network
     from ukbob_seg.training.trainer import RunOptions, train
 
     device = choose_device(arguments.device)
     _limit_threads(arguments.threads)
+    network = arguments.network or default_network(arguments.dataset, roots, arguments.configuration)
     config = choose_config(
         arguments.dataset,
         roots,
-        arguments.network,
+        network,
         pretrained=arguments.pretrained is not None,
         epochs=arguments.epochs,
         iterations_per_epoch=arguments.iterations_per_epoch,
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
             pretrained=arguments.pretrained,
         ),
         configuration=arguments.configuration,
-        network=arguments.network,
+        network=network,
         use_filter=not arguments.no_filter,
     )
     print(f"trained -> {folder}")
@@ -82,8 +83,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("dataset", help="dataset id (4) or DatasetXXX_Name")
     parser.add_argument("fold", help="0, 1, 2, ... or all (train on every case)")
-    parser.add_argument("-c", "--configuration", default="3d_fullres", help="default: 3d_fullres")
-    parser.add_argument("--network", default="swin_unetr", help="swin_unetr (default) or plain_conv_unet")
+    parser.add_argument(
+        "-c", "--configuration", default="3d_fullres",
+        help="3d_fullres (default), 3d_lowres, 3d_cascade_fullres or 2d, as the plans have them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--network", help="swin_unetr (default, except in 2d), plain_conv_unet, or another of the plans"
+    )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     run = parser.add_argument_group("run")
     run.add_argument("--resume", action="store_true", help="continue after the last finished epoch, exactly")

@@ -50,7 +50,9 @@ def validate_fold(
     chosen = choose_split(splits, fold, sorted(cases)).val[: max_cases or None]
     folder = model_folder / f"fold_{fold}" / "validation"
     pairs = []
-    with Predictor.from_model_folder(model_folder, [fold], checkpoint, device, settings) as predictor:
+    # In a cascade the first stage must not have seen these cases either: its fold of the same number, then.
+    first_stage = None if fold == "all" else [fold]
+    with Predictor.from_model_folder(model_folder, [fold], checkpoint, device, settings, first_stage) as predictor:
         for case in tqdm([cases[n] for n in chosen], desc=f"validating fold {fold}", unit="case"):
             output = folder / f"{case.name}{spec.file_ending}"
             predictor.predict_case(case.images, output)

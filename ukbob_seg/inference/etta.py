@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ukbob_seg.errors import ConfigError
-from ukbob_seg.inference.sliding_window import WindowSettings, window_starts
+from ukbob_seg.inference.sliding_window import WindowSettings
 
 NORM_LAYERS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 
@@ -223,11 +223,11 @@ def _choose_patches(
     network: nn.Module, image: Tensor, windows: WindowSettings, meaning: OutputMeaning, config: EttaConfig
 ) -> list[Tensor]:
     """Windows (1, C, z, y, x) that show foreground and are uncertain, from evenly spread candidates."""
-    patch = windows.patch_size
+    patch = windows.window(image.shape[1:])
     padding = [max(0, p - n) for p, n in zip(patch, image.shape[1:], strict=True)]
     flat = [side for p in reversed(padding) for side in (p // 2, p - p // 2)]
     padded = F.pad(image, flat)
-    starts = window_starts(tuple(padded.shape[1:]), patch, windows.step)
+    starts = windows.starts(padded.shape[1:])
     corners = [(z, y, x) for z in starts[0] for y in starts[1] for x in starts[2]]
     count = min(config.candidates, len(corners))
     spread = [corners[round(i * (len(corners) - 1) / max(1, count - 1))] for i in range(count)]

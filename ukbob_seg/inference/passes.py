@@ -18,15 +18,28 @@ class Mirroring:
         axes: which of (0 = z, 1 = y, 2 = x) to flip, in all combinations.
         left_right_axis: array axis that runs left-right, or None.
         output_swap: (K,) order of output channels that exchanges left and right classes, or None.
+        input_swap: table that exchanges left and right label indices in the last input channel (the first stage's
+            labels, in a cascade), or None.
     """
 
     axes: tuple[int, ...] = ()
     left_right_axis: int | None = None
     output_swap: tuple[int, ...] | None = None
+    input_swap: tuple[int, ...] | None = None
 
     def combinations(self) -> list[tuple[int, ...]]:
         """All sets of axes to flip, the empty one first."""
         return [c for n in range(len(self.axes) + 1) for c in itertools.combinations(self.axes, n)]
+
+    def apply(self, windows: Tensor, flipped: tuple[int, ...]) -> Tensor:
+        """Flip windows (B, C, z, y, x)."""
+        if not flipped:
+            return windows
+        windows = windows.flip([axis + 2 for axis in flipped])
+        if self.input_swap is not None and self.left_right_axis in flipped:
+            table = torch.tensor(self.input_swap, device=windows.device)
+            windows[:, -1] = table[windows[:, -1].long()].to(windows.dtype)
+        return windows
 
     def undo(self, logits: Tensor, flipped: tuple[int, ...]) -> Tensor:
         """Bring logits (B, K, z, y, x) of a flipped window back."""
@@ -54,7 +67,7 @@ class AveragedPasses:
         total: Tensor | None = None
         flips = self.mirroring.combinations()
         for flipped in flips:
-            turned = windows.flip([axis + 2 for axis in flipped]) if flipped else windows
+            turned = self.mirroring.apply(windows, flipped)
             for network in self.networks:
                 with torch.autocast(windows.device.type, torch.bfloat16, enabled=windows.device.type == "cuda"):
                     outputs = network(turned)

@@ -118,8 +118,19 @@ def predict(
     return [job.output for job in jobs]
 
 
-def model_folder(results: Path, dataset: str, configuration: str, network: str) -> Path:
-    """``results/DatasetXXX_Name/CONFIG__NETWORK``."""
+def model_folder(results: Path, dataset: str, configuration: str, network: str | None = None) -> Path:
+    """``results/DatasetXXX_Name/CONFIG__NETWORK``; without a network Swin-BOB's, or else the only one trained.
+
+    Raises:
+        ConfigError: no network is named and several were trained, but not Swin-BOB.
+    """
     from ukbob_seg.dataset.paths import find_dataset
 
-    return find_dataset(results, dataset) / f"{configuration}__{network.replace(':', '.')}"
+    folder = find_dataset(results, dataset)
+    preferred = folder / f"{configuration}__{(network or 'swin_unetr').replace(':', '.')}"
+    if network is not None or preferred.is_dir():
+        return preferred
+    trained = sorted(path.name.split("__", 1)[1] for path in folder.glob(f"{configuration}__*"))
+    if len(trained) > 1:
+        raise ConfigError(f"{folder} has {configuration} of {', '.join(trained)}; choose one with --network")
+    return folder / f"{configuration}__{trained[0]}" if trained else preferred

@@ -21,9 +21,9 @@ from ukbob_seg.inference.etta import EttaConfig, OutputMeaning, adapted
 from ukbob_seg.inference.export import decide, decide_resampled, save_probabilities, to_file_values
 from ukbob_seg.inference.passes import AveragedPasses, Mirroring
 from ukbob_seg.inference.sliding_window import WindowSettings, predict_logits, segment
-from ukbob_seg.preprocessing.preprocessor import CaseProperties, preprocess_image
+from ukbob_seg.preprocessing.preprocessor import CaseProperties, preprocess_image, preprocess_labels
 from ukbob_seg.training.checkpoint import NAMES, ModelDescription, load_network
-from ukbob_seg.training.setup import output_swap
+from ukbob_seg.training.setup import label_swap, output_swap
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
@@ -59,10 +59,19 @@ class Prediction:
     Attributes:
         labels: (Z, Y, X) label values of dataset.json on the input's grid.
         etta: one record per network, empty without adaptation.
+        previous_stage: of a cascade, or None.
     """
 
     labels: np.ndarray
     etta: tuple[dict[str, Any], ...]
+    previous_stage: Prediction | None = None
+
+    def etta_record(self) -> dict[str, Any]:
+        """What adaptation did, as plain values, first stages included."""
+        record: dict[str, Any] = {"folds": list(self.etta)}
+        return (
+            record if self.previous_stage is None else {**record, "previous_stage": self.previous_stage.etta_record()}
+        )
 
 
 class Predictor:
@@ -73,9 +82,10 @@ class Predictor:
         description: of the checkpoints.
         device: where the networks are.
         settings: how to predict.
+        previous_stage: predictor whose label map is a further input, for the second stage of a cascade.
 
     Raises:
-        ConfigError: flips are asked of a model that was trained without any.
+        ConfigError: flips are asked of a model that was trained without any, or a first stage is lacking.
     """
 
     def __init__(
@@ -84,6 +94,7 @@ class Predictor:
         description: ModelDescription,
         device: str = "cpu",
         settings: PredictionSettings | None = None,
+        previous_stage: Predictor | None = None,
     ) -> None:
         self.settings = settings or PredictionSettings()
         self.device = device
@@ -93,13 +104,22 @@ class Predictor:
         self.configuration = self.plans.configuration(description.configuration)
         self._networks = list(networks)
         network_plan = self.configuration.network(description.network)
-        self._windows = WindowSettings(network_plan.patch_size, self.settings.step, self.settings.window_batch)
+        self._windows = WindowSettings(
+            network_plan.patch_size, self.settings.step, self.settings.window_batch, self.configuration.slice_axis
+        )
+        self._previous_stage = previous_stage
+        if (previous_stage is not None) != (self.configuration.previous_stage is not None):
+            raise ConfigError(
+                f"{description.configuration} takes {self.configuration.previous_stage or 'no first stage'} as its "
+                f"first stage, got {previous_stage and previous_stage.description.configuration}"
+            )
         if self.settings.tta and not description.mirror_axes:
             raise ConfigError("--tta averages over flips, but this model was trained without any; predict without it")
         self._mirroring = Mirroring(
             axes=description.mirror_axes if self.settings.tta else (),
             left_right_axis=self.plans.left_right_axis,
             output_swap=output_swap(self.spec.labels),
+            input_swap=None if previous_stage is None else _table(label_swap(self.spec.labels)),
         )
 
     @classmethod
@@ -110,15 +130,17 @@ class Predictor:
         checkpoint: str = "best",
         device: str = "cpu",
         settings: PredictionSettings | None = None,
+        previous_folds: Sequence[str] | None = None,
     ) -> Predictor:
-        """Load a model folder (``CONFIG__NETWORK``).
+        """Load a model folder (``CONFIG__NETWORK``), and for a cascade the first stage's, which lies beside it.
 
         Args:
             folder: holds ``fold_K`` folders.
             folds: which to average, None for every trained one.
             checkpoint: ``best`` or ``final``.
             device: where to predict.
-            settings: how to predict.
+            settings: how to predict, in both stages of a cascade.
+            previous_folds: which folds of a cascade's first stage to average, None for every trained one.
 
         Raises:
             CheckpointError: nothing trained there, a fold is missing, or folds of different models.
@@ -141,7 +163,13 @@ class Predictor:
                     f"{folder}: folds {chosen} were trained with different plans or recipes; predict them apart"
                 )
         log.info("model %s, fold %s (%s)", folder, ", ".join(chosen), NAMES[checkpoint])
-        return cls([network for network, _ in loaded], descriptions[0], device, settings)
+        first = descriptions[0]
+        stage = first.parsed_plans().configuration(first.configuration).previous_stage
+        previous = None
+        if stage is not None:
+            beside = folder.resolve().with_name(f"{stage}__{first.network.replace(':', '.')}")
+            previous = cls.from_model_folder(beside, previous_folds, checkpoint, device, settings)
+        return cls([network for network, _ in loaded], first, device, settings, previous)
 
     def predict_array(
         self,
@@ -165,10 +193,15 @@ class Predictor:
             raise DatasetError("the image has NaN or infinite voxels; replace them (for example by 0)")
         array, properties = preprocess_image(image, geometry, self.plans, self.configuration)
         tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        first = None
+        if self._previous_stage is not None:
+            first = self._previous_stage.predict_array(image, geometry, progress=progress)
+            indices = preprocess_labels(self.spec.labels.to_indices(first.labels, "the first stage"), properties)
+            tensor = torch.cat([tensor, torch.from_numpy(indices.astype(np.float32))[None].to(self.device)])
         with self._adapted_networks(tensor) as (networks, records):
             passes = AveragedPasses(networks, self._mirroring)
             decision = self._decide(passes, tensor, properties, probabilities, progress)
-        return Prediction(to_file_values(decision, properties, self.spec.labels), tuple(records))
+        return Prediction(to_file_values(decision, properties, self.spec.labels), tuple(records), first)
 
     def predict_case(
         self, images: Sequence[Path], output: Path, save_probabilities: bool = False, progress: Progress | None = None
@@ -189,13 +222,15 @@ class Predictor:
         path = output.with_name(f"{stem}_probabilities.b2nd") if save_probabilities else None
         prediction = self.predict_array(image, geometry, path, progress)
         if prediction.etta:
-            write_json(output.with_name(f"{stem}_etta.json"), {"folds": list(prediction.etta)})
+            write_json(output.with_name(f"{stem}_etta.json"), prediction.etta_record())
         write_labels(prediction.labels, geometry, output)
         return prediction
 
     def close(self) -> None:
         """Let go of the networks and their memory."""
         self._networks.clear()
+        if self._previous_stage is not None:
+            self._previous_stage.close()
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
 
@@ -245,6 +280,10 @@ def find_folds(folder: Path, checkpoint: str) -> dict[str, Path]:
     if not folder.is_dir():
         raise CheckpointError(f"model folder {folder} does not exist; train first, or give it with -m")
     return {path.parent.name.removeprefix("fold_"): path for path in sorted(folder.glob(f"fold_*/{NAMES[checkpoint]}"))}
+
+
+def _table(swap: torch.Tensor | None) -> tuple[int, ...] | None:
+    return None if swap is None else tuple(swap.tolist())
 
 
 def _stem(path: Path, ending: str) -> str:

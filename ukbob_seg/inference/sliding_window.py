@@ -7,13 +7,14 @@ they are normalised and handed on, and the accumulator moves down.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SLICES_AT_ONCE = 8  # how many slices a window of a 2D network holds
 SIGMA_SHARE = 1 / 8  # sigma of the Gaussian weights, as a share of the patch edge
 LEAST_WEIGHT = 1e-3  # keeps corners from vanishing (MONAI uses the same)
 
@@ -26,11 +27,28 @@ class WindowSettings:
         patch_size: voxels (z, y, x).
         step: distance of neighbouring windows, as a share of the patch; 0.5 is half overlap.
         batch_size: windows per forward pass.
+        slice_axis: axis that slices are cut across for a 2D network, whose patch is one voxel thick there; a window
+            then takes some slices at once, without overlap. None in 3D.
     """
 
     patch_size: tuple[int, int, int]
     step: float = 0.5
     batch_size: int = 1
+    slice_axis: int | None = None
+
+    def window(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """Voxels (z, y, x) of a window on an image of this shape."""
+        z, y, x = (
+            min(SLICES_AT_ONCE, n) if axis == self.slice_axis else p
+            for axis, (p, n) in enumerate(zip(self.patch_size, shape, strict=True))
+        )
+        return z, y, x
+
+    def starts(self, shape: Sequence[int]) -> list[list[int]]:
+        """First voxels of the windows along each axis of an image at least as large as the window."""
+        steps = [1.0 if axis == self.slice_axis else self.step for axis in range(3)]
+        window = self.window(shape)
+        return [window_starts((n,), (p,), step)[0] for n, p, step in zip(shape, window, steps, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -85,12 +103,12 @@ def iterate_slabs(
         ``Slab`` after ``Slab``; together they cover every row once. An image smaller than the patch is padded with
         zeros on both sides and cropped again.
     """
-    patch = settings.patch_size
+    patch = settings.window(image.shape[1:])
     padding = [max(0, p - n) for p, n in zip(patch, image.shape[1:], strict=True)]
     before = [p // 2 for p in padding]
     flat = [side for b, p in zip(reversed(before), reversed(padding), strict=True) for side in (b, p - b)]
     padded = F.pad(image, flat) if any(padding) else image
-    starts_z, starts_y, starts_x = window_starts(tuple(padded.shape[1:]), patch, settings.step)
+    starts_z, starts_y, starts_x = settings.starts(padded.shape[1:])
     corners = [(y, x) for y in starts_y for x in starts_x]
     gauss = gaussian_weights(patch, image.device)
     row_weights = _plane_weights(gauss, tuple(padded.shape[2:]), corners)

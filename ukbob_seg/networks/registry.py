@@ -13,6 +13,7 @@ from torch import nn
 
 from ukbob_seg.errors import ConfigError
 from ukbob_seg.networks.swin_unetr import SwinUNETR
+from ukbob_seg.networks.wrappers import CascadeNetwork, SliceNetwork, unwrapped
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,22 @@ def build_network(name: str, in_channels: int, out_channels: int, arguments: Map
             ``in_channels``, ``out_channels`` and the arguments.
         in_channels: image channels.
         out_channels: outputs.
-        arguments: from the plans.
+        arguments: from the plans. Two of them are not the network's own: ``slice_axis`` (it is a 2D network, fed with
+            the slices across this axis) and ``previous_labels`` (it is the second stage of a cascade: its input has one
+            more channel, a map of so many labels).
 
     Raises:
         ConfigError: unknown name, missing package, or arguments that the constructor does not take.
     """
+    own = dict(arguments)
+    slice_axis, previous_labels = own.pop("slice_axis", None), own.pop("previous_labels", 0)
+    network = _build_plain(name, in_channels + previous_labels, out_channels, own)
+    if slice_axis is not None:
+        network = SliceNetwork(network, slice_axis)
+    return CascadeNetwork(network, in_channels, previous_labels) if previous_labels else network
+
+
+def _build_plain(name: str, in_channels: int, out_channels: int, arguments: Mapping[str, Any]) -> nn.Module:
     if ":" in name:
         found = _import_class(name)
         return _construct(found, name, {"in_channels": in_channels, "out_channels": out_channels, **arguments})
@@ -55,7 +67,7 @@ def build_network(name: str, in_channels: int, out_channels: int, arguments: Map
 
 def set_deep_supervision(network: nn.Module, enabled: bool) -> None:
     """Switch the extra coarse outputs of a network that has them; others are left as they are."""
-    decoder = getattr(network, "decoder", None)
+    decoder = getattr(unwrapped(network), "decoder", None)
     if decoder is not None and hasattr(decoder, "deep_supervision"):
         decoder.deep_supervision = enabled
 
@@ -87,8 +99,10 @@ def _swin_divisor(arguments: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def _conv_divisor(arguments: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Product of the strides along each axis; a stride may be one number for all three."""
-    strides = [(s, s, s) if isinstance(s, int) else tuple(s) for s in arguments["strides"]]
+    """Product of the strides along each axis (1 across slices); a stride may be one number for all axes."""
+    strides = [(s, s, s) if isinstance(s, int) else list(s) for s in arguments["strides"]]
+    if (across := arguments.get("slice_axis")) is not None:
+        strides = [(*stride[:across], 1, *stride[across:2]) for stride in strides]
     z, y, x = (prod(stride[axis] for stride in strides) for axis in range(3))
     return z, y, x
 
@@ -113,13 +127,14 @@ def _dynamic(
         norm = given.pop("norm", "instance")
         if norm not in _NORMS:
             raise ConfigError(f"norm must be one of {', '.join(_NORMS)}, got {norm!r}")
+        flat = any(not isinstance(kernel, int) and len(kernel) == 2 for kernel in given["kernel_sizes"])
         fixed = {
             "input_channels": in_channels,
             "num_classes": out_channels,
             "n_stages": len(given["features_per_stage"]),
-            "conv_op": nn.Conv3d,
+            "conv_op": nn.Conv2d if flat else nn.Conv3d,
             "conv_bias": True,
-            "norm_op": _NORMS[norm],
+            "norm_op": _NORMS[norm][flat],
             "norm_op_kwargs": {"eps": 1e-5, "affine": True},
             "nonlin": nn.LeakyReLU,
             "nonlin_kwargs": {"inplace": True},
@@ -166,7 +181,7 @@ def _import_class(path: str) -> Callable[..., nn.Module]:
 
 
 _DYNAMIC_PACKAGE = "pip install --no-deps dynamic-network-architectures"
-_NORMS = {"instance": nn.InstanceNorm3d, "batch": nn.BatchNorm3d}
+_NORMS = {"instance": (nn.InstanceNorm3d, nn.InstanceNorm2d), "batch": (nn.BatchNorm3d, nn.BatchNorm2d)}
 
 NETWORKS: dict[str, NetworkEntry] = {
     "swin_unetr": NetworkEntry(_swin_unetr, "Swin-UNETR, the paper's network (Swin-BOB)", _swin_divisor),

@@ -85,6 +85,17 @@ class ConfigurationPlan:
         )
         return z, y, x
 
+    @property
+    def default_network(self) -> str:
+        """Swin-BOB where the configuration has it, else the first network.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if not self.networks:
+            raise ConfigError("the configuration has no network in plans.json; run ukbob_plan again")
+        return "swin_unetr" if "swin_unetr" in self.networks else next(iter(self.networks))
+
     def network(self, name: str) -> NetworkPlan:
         """The plan of one network.
 

@@ -7,7 +7,7 @@ the random foreground crop is the patch sampler's (``sampling.py``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,10 +16,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Image (B, C, z, y, x) float32 and labels (B, z, y, x) integer, on one device."""
+    """Image (B, C, z, y, x) float32 and labels (B, z, y, x) integer, on one device.
+
+    ``previous`` (B, z, y, x): in a cascade, the first stage's label indices, which move with the labels.
+    """
 
     image: Tensor
     labels: Tensor
+    previous: Tensor | None = None
+
+    def network_input(self) -> Tensor:
+        """(B, C, z, y, x), or with the first stage's labels as one more channel."""
+        if self.previous is None:
+            return self.image
+        return torch.cat([self.image, self.previous.unsqueeze(1).to(self.image.dtype)], dim=1)
+
+    def label_maps(self) -> tuple[Tensor, ...]:
+        """Everything that is made of label indices."""
+        return (self.labels,) if self.previous is None else (self.labels, self.previous)
 
 
 class Transform(Protocol):
@@ -68,17 +82,18 @@ class RandomFlip:
 
     def apply(self, batch: Batch, record: FlipRecord) -> Batch:
         """Flip in place of copies only where something is flipped."""
-        image, labels = batch.image.clone(), batch.labels.clone()
+        image, maps = batch.image.clone(), [labels.clone() for labels in batch.label_maps()]
         for element, flips in enumerate(record.flipped.tolist()):
             dims = [axis for axis in range(3) if flips[axis]]
             if not dims:
                 continue
             image[element] = batch.image[element].flip([axis + 1 for axis in dims])
-            flipped = batch.labels[element].flip(dims)
-            if self.swap is not None and self.left_right_axis in dims:
-                flipped = self.swap.to(flipped.device)[flipped.long()].to(flipped.dtype)
-            labels[element] = flipped
-        return Batch(image, labels)
+            for labels, before in zip(maps, batch.label_maps(), strict=True):
+                flipped = before[element].flip(dims)
+                if self.swap is not None and self.left_right_axis in dims:
+                    flipped = self.swap.to(flipped.device)[flipped.long()].to(flipped.dtype)
+                labels[element] = flipped
+        return Batch(image, *maps)
 
 
 @dataclass(frozen=True)
@@ -110,13 +125,14 @@ class RandomRotate90:
         """Rotate the elements that were drawn; nothing happens without a plane to rotate in."""
         if not self.planes or not bool(record.turns.any()):
             return batch
-        image, labels = batch.image.clone(), batch.labels.clone()
+        image, maps = batch.image.clone(), [labels.clone() for labels in batch.label_maps()]
         for element, (turns, plane) in enumerate(zip(record.turns.tolist(), record.plane.tolist(), strict=True)):
             if turns:
                 a, b = self.planes[plane]
                 image[element] = torch.rot90(batch.image[element], turns, (a + 1, b + 1))
-                labels[element] = torch.rot90(batch.labels[element], turns, (a, b))
-        return Batch(image, labels)
+                for labels, before in zip(maps, batch.label_maps(), strict=True):
+                    labels[element] = torch.rot90(before[element], turns, (a, b))
+        return Batch(image, *maps)
 
 
 @dataclass(frozen=True)
@@ -138,7 +154,8 @@ class RandomIntensityShift:
 
     def apply(self, batch: Batch, record: IntensityRecord) -> Batch:
         """Add the offsets."""
-        return Batch(batch.image + record.value.to(batch.image).view(-1, 1, 1, 1, 1), batch.labels)
+        offset = record.value.to(batch.image).view(-1, 1, 1, 1, 1)
+        return replace(batch, image=batch.image + offset)
 
 
 class RandomIntensityScale:
@@ -153,7 +170,8 @@ class RandomIntensityScale:
 
     def apply(self, batch: Batch, record: IntensityRecord) -> Batch:
         """Multiply."""
-        return Batch(batch.image * (1 + record.value.to(batch.image).view(-1, 1, 1, 1, 1)), batch.labels)
+        factor = 1 + record.value.to(batch.image).view(-1, 1, 1, 1, 1)
+        return replace(batch, image=batch.image * factor)
 
 
 def _uniform(batch_size: int, width: float, probability: float, generator: torch.Generator) -> Tensor:

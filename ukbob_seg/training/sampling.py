@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ukbob_seg.preprocessing.records import case_files, load_record
 from ukbob_seg.preprocessing.storage import open_array
+from ukbob_seg.training.cascade import augment_map, read_map
 
 MOST_OPEN = 64  # cases held open by one process: two file descriptors and a table of locations each
 
@@ -33,7 +34,7 @@ class TrainingCase:
 
 @dataclass(frozen=True)
 class PatchSettings:
-    """How patches are drawn."""
+    """How patches are drawn; ``augment_previous`` is for the first stage's maps in a cascade."""
 
     patch_size: tuple[int, int, int]
     batch_size: int
@@ -41,16 +42,29 @@ class PatchSettings:
     ignore_index: int
     seed: int
     rank: int = 0
+    augment_previous: bool = True
 
 
 class PatchDataset(Dataset):
-    """Batches by step number: image (B, C, z, y, x) float32 and labels (B, z, y, x) int16."""
+    """Batches by step number: image (B, C, z, y, x) float32 and labels (B, z, y, x) int32.
 
-    def __init__(self, folder: Path, cases: Sequence[TrainingCase], settings: PatchSettings) -> None:
+    In a cascade also previous (B, z, y, x) int32, the first stage's label indices.
+
+    Args:
+        folder: preprocessed configuration.
+        cases: to draw from.
+        settings: how.
+        previous: folder of the first stage's maps, or None.
+    """
+
+    def __init__(
+        self, folder: Path, cases: Sequence[TrainingCase], settings: PatchSettings, previous: Path | None = None
+    ) -> None:
         self._folder = Path(folder)
+        self._previous = previous
         self._cases = tuple(cases)
         self._settings = settings
-        self._open: OrderedDict[str, tuple[Any, Any, dict[int, np.ndarray]]] = OrderedDict()
+        self._open: OrderedDict[str, tuple[Any, Any, Any, dict[int, np.ndarray]]] = OrderedDict()
         for case in self._cases:
             load_record(self._folder, case.name)  # fail before training starts, naming the case
 
@@ -65,23 +79,25 @@ class PatchDataset(Dataset):
             self._patch(self._cases[index], generator, centred=position >= free)
             for position, index in enumerate(chosen)
         ]
-        return {
-            "image": torch.from_numpy(np.stack([image for image, _ in patches])),
-            "labels": torch.from_numpy(np.stack([labels for _, labels in patches])),
-        }
+        names = ("image", "labels", "previous")
+        columns = zip(*patches, strict=True)
+        return {name: torch.from_numpy(np.stack(column)) for name, column in zip(names, columns, strict=False)}
 
-    def _patch(
-        self, case: TrainingCase, generator: np.random.Generator, centred: bool
-    ) -> tuple[np.ndarray, np.ndarray]:
-        images, labels, locations = self._load(case)
+    def _patch(self, case: TrainingCase, generator: np.random.Generator, centred: bool) -> tuple[np.ndarray, ...]:
+        images, labels, previous, locations = self._load(case)
         start = choose_start(images.shape[1:], self._settings.patch_size, generator, locations if centred else {})
         image = read_patch(images, start, self._settings.patch_size)
         patch = read_patch(labels, start, self._settings.patch_size)
         if case.lookup is not None:
             patch = case.lookup[patch]
-        return image, patch.astype(np.int32)
+        if previous is None:
+            return image, patch.astype(np.int32)
+        first_stage = read_patch(previous, start, self._settings.patch_size)
+        if self._settings.augment_previous:
+            first_stage = augment_map(first_stage, generator)
+        return image, patch.astype(np.int32), first_stage.astype(np.int32)
 
-    def _load(self, case: TrainingCase) -> tuple[Any, Any, dict[int, np.ndarray]]:
+    def _load(self, case: TrainingCase) -> tuple[Any, Any, Any, dict[int, np.ndarray]]:
         if case.name not in self._open:
             image_path, label_path, table_path = case_files(self._folder, case.name)
             with np.load(table_path) as table:
@@ -91,7 +107,8 @@ class PatchDataset(Dataset):
                 for index, voxels in locations.items()
                 if index != self._settings.ignore_index and (case.lookup is None or case.lookup[index] == index)
             }
-            self._open[case.name] = open_array(image_path), open_array(label_path), usable
+            previous = None if self._previous is None else read_map(self._previous, case.name)
+            self._open[case.name] = open_array(image_path), open_array(label_path), previous, usable
             if len(self._open) > MOST_OPEN:
                 self._open.popitem(last=False)
         self._open.move_to_end(case.name)

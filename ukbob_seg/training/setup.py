@@ -24,6 +24,7 @@ from ukbob_seg.preprocessing.plans import ConfigurationPlan, NetworkPlan, Plans
 from ukbob_seg.preprocessing.preprocessor import arrays_folder, preprocessing_recipe
 from ukbob_seg.preprocessing.records import load_record
 from ukbob_seg.training.augmentation import AugmentationSetup, Transform, make_transforms
+from ukbob_seg.training.cascade import previous_stage_maps
 from ukbob_seg.training.checkpoint import ModelDescription
 from ukbob_seg.training.config import TrainingConfig, recipe
 from ukbob_seg.training.losses import SigmoidDiceLoss, SoftmaxDiceLoss, with_deep_supervision
@@ -47,6 +48,7 @@ class TrainingSetup:
         train: cases to learn from, with what may be trusted in them.
         val: cases to validate on.
         recipe: hash of what made the preprocessed arrays.
+        previous: in a cascade, the folder of the first stage's maps.
     """
 
     folder: Path
@@ -58,6 +60,13 @@ class TrainingSetup:
     train: tuple[TrainingCase, ...]
     val: tuple[TrainingCase, ...]
     recipe: str
+    previous: Path | None = None
+
+
+def default_network(dataset: int | str, roots: Roots, configuration: str) -> str:
+    """The network that a configuration is trained with unless another is named."""
+    plans = Plans.load(find_dataset(roots.preprocessed, dataset) / "plans.json")
+    return plans.configuration(configuration).default_network
 
 
 def choose_config(
@@ -112,6 +121,7 @@ def prepare(
     split = choose_split(splits, fold, names)
     train = take_subset(split.train, config.subset_fraction, config.seed, groups)
     recipe = preprocessing_recipe(plans, plan, spec)
+    val = split.val[: config.validation_cases or None]
     _check_arrays(arrays, (*train, *split.val), recipe)
     trust = LabelTrust.load(folder / "solf") if use_filter else None
     head = "sigmoid" if spec.labels.has_regions or config.loss == "bce_dice" else "softmax"
@@ -122,12 +132,20 @@ def prepare(
         fold=fold,
         head=head,
         mirror_axes=_safe_mirror_axes(
-            () if config.augmentation == "none" else config.mirror_axes, spec.labels, plans.left_right_axis
+            # A patch of one slice looks the same flipped across it, but its labels would be exchanged.
+            [a for a in config.mirror_axes if config.augmentation != "none" and a != plan.slice_axis],
+            spec.labels,
+            plans.left_right_axis,
         ),
         plans=plans.to_json(),
         dataset=spec.content,
     )
     model_folder = roots.results / folder.name / f"{configuration}__{network.replace(':', '.')}"
+    previous = None
+    if plan.previous_stage is not None:
+        first_stage = model_folder.with_name(f"{plan.previous_stage}__{network.replace(':', '.')}")
+        maps = folder / "previous_stage" / f"{first_stage.name}__{arrays.name}"
+        previous = previous_stage_maps(first_stage, arrays, maps, (*train, *val), spec)
     return TrainingSetup(
         folder=model_folder / f"fold_{fold}",
         arrays=arrays,
@@ -136,8 +154,9 @@ def prepare(
         network=network_plan,
         description=description,
         recipe=recipe,
+        previous=previous,
         train=_trusted(train, trust, spec.labels, "training"),
-        val=_trusted(split.val[: config.validation_cases or None], trust, spec.labels, "validation"),
+        val=_trusted(val, trust, spec.labels, "validation"),
     )
 
 

@@ -29,6 +29,7 @@ from ukbob_seg.training.schedules import learning_rate
 from ukbob_seg.training.setup import (
     TrainingSetup,
     choose_config,
+    default_network,
     make_augmentation,
     make_loss,
     make_optimizer,
@@ -82,7 +83,7 @@ def train(
     options: RunOptions | None = None,
     *,
     configuration: str = "3d_fullres",
-    network: str = "swin_unetr",
+    network: str | None = None,
     use_filter: bool = True,
 ) -> Path:
     """Train one fold; returns its folder, with checkpoint_best.pt, checkpoint_final.pt, progress.csv and .png.
@@ -94,13 +95,14 @@ def train(
         config: recipe, None for the network's own (PAPER 3 for Swin-BOB).
         options: device, resuming, and so on.
         configuration: of the plans.
-        network: name in the registry and the plans.
+        network: name in the registry and the plans, None for Swin-BOB (or the only network of a 2D configuration).
         use_filter: honour the flags of ukbob_filter when there are some.
 
     Raises:
         ConfigError, DatasetError, CheckpointError: in one sentence, before the first step where possible.
     """
     options = options or RunOptions()
+    network = network or default_network(dataset, roots, configuration)
     config = config or choose_config(dataset, roots, network, options.pretrained is not None)
     setup = prepare(dataset, str(fold), roots, config, configuration, network, use_filter)
     left_right_axis = setup.description.plans["left_right_axis"]
@@ -109,7 +111,7 @@ def train(
     gpus = [torch.device(options.device)] if options.device.startswith("cuda") else []
     with torch.random.fork_rng(devices=gpus):  # leaves the caller's random state as it was
         state = _start(setup, config, options)
-        patches = PatchDataset(setup.arrays, setup.train, _patch_settings(setup, config))
+        patches = PatchDataset(setup.arrays, setup.train, _patch_settings(setup, config), setup.previous)
         batches = _batches(patches, config, options, state.epoch)
         log.info(
             "%s fold %s: %d training and %d validation cases, %s, patch %s, batch %d, epochs %d..%d on %s",
@@ -201,6 +203,7 @@ def _patch_settings(setup: TrainingSetup, config: TrainingConfig) -> PatchSettin
         foreground_fraction=config.foreground_fraction,
         ignore_index=setup.spec.labels.ignore_index,
         seed=config.seed,
+        augment_previous=config.augmentation != "none",
     )
 
 
@@ -213,9 +216,7 @@ def _batches(
     first, last = epoch * config.iterations_per_epoch, config.epochs * config.iterations_per_epoch
     loader = make_loader(patches, first, last, workers, pin=on_gpu)
     for step, arrays in enumerate(loader, start=first):
-        image = arrays["image"].to(options.device, non_blocking=True)
-        labels = arrays["labels"].to(options.device, non_blocking=True)
-        yield step, Batch(image, labels)
+        yield step, Batch(**{name: array.to(options.device, non_blocking=True) for name, array in arrays.items()})
 
 
 def _run_epoch(
@@ -241,7 +242,7 @@ def _run_epoch(
             group["lr"] = learning_rate(config, step)
         state.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=device.startswith("cuda")):
-            outputs = state.network(batch.image)
+            outputs = state.network(batch.network_input())
         value = loss(outputs, batch.labels)
         bar.update()
         value.backward()
@@ -263,8 +264,8 @@ def _run_epoch(
 def _validate(state: TrainState, setup: TrainingSetup, device: str) -> ValidationScore:
     from ukbob_seg.inference.sliding_window import WindowSettings
 
-    windows = WindowSettings(setup.network.patch_size)
-    return validate(state.network, setup.arrays, setup.val, setup.spec.labels, windows, device)
+    windows = WindowSettings(setup.network.patch_size, slice_axis=setup.configuration.slice_axis)
+    return validate(state.network, setup.arrays, setup.val, setup.spec.labels, windows, device, setup.previous)
 
 
 def _record(

@@ -15,6 +15,7 @@ from ukbob_seg.inference.passes import AveragedPasses
 from ukbob_seg.inference.sliding_window import WindowSettings, iterate_slabs, segment
 from ukbob_seg.preprocessing.records import case_files
 from ukbob_seg.preprocessing.storage import open_array
+from ukbob_seg.training.cascade import read_map
 from ukbob_seg.training.sampling import TrainingCase
 
 
@@ -33,6 +34,7 @@ def validate(
     scheme: LabelScheme,
     windows: WindowSettings,
     device: str,
+    previous: Path | None = None,
 ) -> ValidationScore:
     """Predict every case as a whole and score it at the preprocessed spacing.
 
@@ -45,6 +47,7 @@ def validate(
         scheme: what the stored label indices mean.
         windows: sliding window.
         device: where the network is.
+        previous: in a cascade, the first stage's maps, which are the last input channel.
     """
     was_training = network.training
     network.eval()
@@ -52,7 +55,11 @@ def validate(
     try:
         for case in cases:
             image_path, label_path, _ = case_files(folder, case.name)
-            image = torch.from_numpy(np.asarray(open_array(image_path)[:])).to(device)
+            channels = np.asarray(open_array(image_path)[:])
+            if previous is not None:
+                first_stage = np.asarray(read_map(previous, case.name)[:], dtype=np.float32)
+                channels = np.concatenate([channels, first_stage[None]])
+            image = torch.from_numpy(channels).to(device)
             labels = np.asarray(open_array(label_path)[:])
             if case.lookup is not None:
                 labels = case.lookup[labels]
