@@ -65,6 +65,11 @@ def previous_stage_maps(
     return output
 
 
+def maps_key(folder: Path | None, names: Sequence[str]) -> str:
+    """Hash of the predictions that the maps of some cases were made from; the same for no maps at all."""
+    return digest([] if folder is None else [_known_key(folder / f"{name}.json") for name in names])
+
+
 def find_predictions(model: Path, file_ending: str) -> dict[str, Path]:
     """Validation prediction of each case; one of a fold that held the case out, rather than of the fold ``all``."""
     folders = sorted(model.glob("fold_*/validation"), key=lambda path: path.parent.name != "fold_all")

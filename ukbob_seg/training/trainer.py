@@ -21,6 +21,7 @@ from ukbob_seg.errors import CheckpointError, ConfigError, UkbobError
 from ukbob_seg.files import digest, ensure_writable, write_json
 from ukbob_seg.networks.pretrained import load_weights
 from ukbob_seg.training.augmentation import Batch, Transform, augment
+from ukbob_seg.training.cascade import maps_key
 from ukbob_seg.training.checkpoint import NAMES, load_into, read_checkpoint, save_checkpoint
 from ukbob_seg.training.config import TrainingConfig
 from ukbob_seg.training.progress import write_csv, write_plot
@@ -316,6 +317,7 @@ def _fixed_inputs(setup: TrainingSetup) -> dict[str, Any]:
         "patch and batch size": [*setup.network.patch_size, setup.network.batch_size],
         "filter flags": digest(flags),
         "preprocessed data": setup.recipe,
+        "first stage's predictions": maps_key(setup.previous, [case.name for case in setup.train]),
         "validation cases": [case.name for case in setup.val],
         "network arguments": json.loads(json.dumps(setup.description.arguments)),
     }
