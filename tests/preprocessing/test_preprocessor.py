@@ -14,7 +14,7 @@ from ukbob_seg.errors import DatasetError
 from ukbob_seg.preprocessing.fingerprint import Fingerprint, extract_fingerprint
 from ukbob_seg.preprocessing.pipeline import plan_and_preprocess
 from ukbob_seg.preprocessing.planner import PlanOptions, plan
-from ukbob_seg.preprocessing.preprocessor import class_locations, find_coarse_axis, preprocess
+from ukbob_seg.preprocessing.preprocessor import find_coarse_axis, preprocess
 from ukbob_seg.preprocessing.records import load_record
 from ukbob_seg.preprocessing.storage import open_array
 
@@ -159,20 +159,6 @@ def test_all_problems_of_all_cases_in_one_message(make_dataset, tmp_path):
     (folder / "labelsTr" / "blob_000.nii.gz").unlink()
     prepared = plan_and_preprocess(7, Roots.below(tmp_path), PlanOptions(memory_gb=2), workers=1, allow_empty=True)
     assert prepared.cases_done == 2
-
-
-def test_locations_point_at_their_class(rng):
-    labels = rng.choice([0, 0, 0, 1, 5, 255], size=(30, 40, 50)).astype(np.uint8)
-    labels[0, 0, 0] = 9
-    locations, counts = class_locations(labels, "case")
-    assert set(locations) == {"1", "5", "9", "255"}
-    for key, voxels in locations.items():
-        assert (labels[tuple(voxels.T.astype(int))] == int(key)).all()
-        assert counts[key] == (labels == int(key)).sum()
-        assert len(voxels) == min(counts[key], 10_000)
-        assert len(np.unique(voxels, axis=0)) == len(voxels)
-    assert np.array_equal(class_locations(labels, "case")[0]["1"], locations["1"])
-    assert class_locations(np.zeros((3, 3, 3), np.uint8), "empty") == ({}, {})
 
 
 def test_the_coarse_axis():

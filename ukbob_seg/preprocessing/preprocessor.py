@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from ukbob_seg.parallel import choose_workers, map_cases
 from ukbob_seg.preprocessing.cropping import nonzero_box, nonzero_mask
 from ukbob_seg.preprocessing.fingerprint import label_content, largest_voxels
 from ukbob_seg.preprocessing.fingerprint_cases import LoadedCases, file_stamps
+from ukbob_seg.preprocessing.locations import class_locations
 from ukbob_seg.preprocessing.normalization import normalize
 from ukbob_seg.preprocessing.planner import ANISOTROPY_THRESHOLD, resampled_shape
 from ukbob_seg.preprocessing.plans import ConfigurationPlan, Plans
@@ -26,7 +26,6 @@ from ukbob_seg.preprocessing.records import case_files, case_key, is_current, is
 from ukbob_seg.preprocessing.storage import save_array
 
 FORMAT_VERSION = 2
-MAX_LOCATIONS = 10_000  # per class and case, or 1% of the class where that is more
 SMALL_CASE_GB = 0.05  # below this, one process is faster than starting several
 WORKING_COPIES = 8  # float32 copies of the resampled volume that a case needs at its peak, roughly
 
@@ -210,28 +209,3 @@ def preprocess_labels(labels: np.ndarray, properties: CaseProperties) -> np.ndar
     from ukbob_seg.preprocessing.resampling import resample_labels
 
     return resample_labels(labels, properties.shape, nearest_axis=properties.coarse_axis)
-
-
-def class_locations(labels: np.ndarray, seed_text: str) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Where each class lies, for foreground oversampling.
-
-    Args:
-        labels: (Z, Y, X) label indices.
-        seed_text: seeds the choice among many voxels.
-
-    Returns:
-        ({index: (n, 3) voxel positions}, {index: voxel count}) for each index above 0 that occurs, the ignore index
-        included; n = min(count, max(10 000, 1% of count)).
-    """
-    flat = np.flatnonzero(labels)
-    values = labels.ravel()[flat]
-    order = np.argsort(values, kind="stable")
-    present, starts = np.unique(values[order], return_index=True)
-    generator = np.random.default_rng([zlib.crc32(seed_text.encode())])
-    locations, counts = {}, {}
-    for value, part in zip(present, np.split(flat[order], starts[1:]) if len(present) else [], strict=True):
-        counts[str(int(value))] = len(part)
-        keep = min(len(part), max(MAX_LOCATIONS, len(part) // 100))
-        chosen = np.sort(generator.choice(part, keep, replace=False)) if keep < len(part) else part
-        locations[str(int(value))] = np.stack(np.unravel_index(chosen, labels.shape), axis=1).astype(np.uint16)
-    return locations, counts
