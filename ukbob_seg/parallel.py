@@ -51,6 +51,26 @@ class Part:
         return index % self.total == self.number - 1
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """Where work over cases goes beyond this machine.
+
+    Attributes:
+        scheduler: address of a Dask scheduler, or None.
+        part: the part of the cases that this process does, or None for all.
+    """
+
+    scheduler: str | None = None
+    part: Part | None = None
+
+    def share(self, items: Sequence[Item]) -> list[Item]:
+        """The items of this process's part."""
+        return [item for index, item in enumerate(items) if self.part is None or self.part.has(index)]
+
+
+HERE = Cluster()  # all of the work, on this machine
+
+
 def available_memory_gb() -> float:
     """Memory that this process may still take, in GiB: what the system has free, within the container's limit."""
     free = float("inf")

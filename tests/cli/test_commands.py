@@ -269,3 +269,20 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
         fill_the_disk()
     assert (tmp_path / "a.txt").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_parts_of_the_fingerprint_and_kept_plans(make_dataset, tmp_path, capsys):
+    make_dataset(cases=3)
+    roots = ["--raw", str(tmp_path / "raw"), "--preprocessed", str(tmp_path / "p")]
+    for part in ("1/2", "2/2"):
+        assert extract_fingerprint.main(["-d", "7", "--part", part, *roots]) == 0
+    assert "when all parts are done" in capsys.readouterr().out
+    assert plan_and_preprocess.main(["-d", "7", "--keep-plans", *roots]) == 2
+    assert "plans.json does not exist" in capsys.readouterr().err
+    assert plan_and_preprocess.main(["-d", "7", "--memory-gb", "2", "--no-preprocess", *roots]) == 0
+    assert plan_and_preprocess.main(["-d", "7", "--keep-plans", "--memory-gb", "3", *roots]) == 2
+    assert "--keep-plans follows plans.json and takes no --memory-gb" in capsys.readouterr().err
+    assert plan_and_preprocess.main(["-d", "7", "--keep-plans", *roots]) == 0
+    assert "preprocessed 3 cases" in capsys.readouterr().out
+    assert preprocess.main(["-d", "7", "--part", "0/2", *roots]) == 2
+    assert extract_fingerprint.main(["-d", "7", "--part", "1/2", "--scheduler", "tcp://x:1", *roots]) == 2

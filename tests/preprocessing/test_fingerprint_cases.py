@@ -14,6 +14,7 @@ from ukbob_seg.dataset.image_io import Geometry, read_image, write_image
 from ukbob_seg.dataset.spec import Case
 from ukbob_seg.dataset.verify import LoadedCase
 from ukbob_seg.errors import DatasetError
+from ukbob_seg.parallel import Part
 from ukbob_seg.preprocessing import fingerprint as fingerprint_module
 from ukbob_seg.preprocessing import fingerprint_cases as module
 from ukbob_seg.preprocessing.fingerprint import extract_fingerprint
@@ -172,3 +173,24 @@ def test_each_file_is_read_once_from_fingerprint_to_arrays(make_dataset, tmp_pat
     shutil.rmtree(tmp_path / "p" / folder.name / "3d_fullres")
     plan_and_preprocess(7, roots, PlanOptions(memory_gb=2))
     assert len(read_names) == 6  # the fingerprint is known, so the images are read for the arrays alone
+
+
+def test_parts_give_what_one_run_gives(make_dataset, tmp_path, read_names):
+    folder = make_dataset(cases=5)
+    for number in (1, 2, 3):
+        done = fingerprint_module.read_part(folder, tmp_path / "p", Part(number, 3), workers=1, quiet=True)
+        assert done == (1 if number == 3 else 2)
+    assert fingerprint_module.read_part(folder, tmp_path / "p", Part(1, 3), workers=1, quiet=True) == 0
+    read_names.clear()
+    found = extract_fingerprint(folder, tmp_path / "p", workers=1, quiet=True)
+    assert read_names == []
+    assert found == extract_fingerprint(folder, tmp_path / "fresh", workers=1, quiet=True)
+
+
+def test_plans_of_a_dataset_that_changed_are_noticed(make_dataset, tmp_path):
+    folder = make_dataset(cases=2)
+    inputs = extract_fingerprint(folder, tmp_path / "p", quiet=True).inputs
+    assert fingerprint_module.describe_changes(inputs, folder) is None
+    assert fingerprint_module.describe_changes("", folder) is None  # plans of an earlier version do not say
+    os.utime(folder / "imagesTr" / "blob_000_0000.nii.gz")
+    assert "Dataset007_Blobs has changed" in fingerprint_module.describe_changes(inputs, folder)

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from ukbob_seg.dataset.paths import Roots
+from ukbob_seg.parallel import Cluster, Part
 from ukbob_seg.preprocessing.pipeline import plan_and_preprocess
 from ukbob_seg.preprocessing.planner import PlanOptions
+from ukbob_seg.preprocessing.preprocessor import preprocess
 from ukbob_seg.preprocessing.records import case_files, load_record
 from ukbob_seg.preprocessing.storage import open_array
 
@@ -18,6 +20,7 @@ KILLED_AT_RENAME = """
 import os, signal, sys
 from pathlib import Path
 from ukbob_seg.dataset.paths import Roots
+from ukbob_seg.parallel import Cluster, Part
 from ukbob_seg.preprocessing.pipeline import plan_and_preprocess
 from ukbob_seg.preprocessing.planner import PlanOptions
 
@@ -126,3 +129,31 @@ def test_new_cases_are_done_alone(make_dataset, tmp_path):
     prepared = _run(tmp_path)
     assert prepared.cases_done == 1
     assert len(prepared.fingerprint.cases) == 4
+
+
+def test_kept_plans_need_only_the_new_cases(make_dataset, tmp_path):
+    """A CT's normalization follows all cases, so that new plans would change every array."""
+    folder = make_dataset(cases=4, channel_names=("CT",))
+    moved = [folder / "imagesTr" / "blob_003_0000.nii.gz", folder / "labelsTr" / "blob_003.nii.gz"]
+    for path in moved:
+        path.rename(tmp_path / path.name)
+    before = _run(tmp_path).plans
+    for path in moved:
+        (tmp_path / path.name).rename(path)
+    kept = _run(tmp_path, keep_plans=True)
+    assert kept.plans == before
+    assert kept.cases_done == 1
+    anew = _run(tmp_path)
+    assert anew.plans.normalization != before.normalization
+    assert anew.cases_done == 4
+
+
+def test_parts_of_a_job_array_do_every_case_once(make_dataset, tmp_path):
+    folder = make_dataset(cases=5)
+    prepared = _run(tmp_path, configurations=())
+    done = [
+        preprocess(folder, prepared.folder, prepared.plans, workers=1, quiet=True, cluster=Cluster(part=Part(k, 3)))
+        for k in (1, 2, 3)
+    ]
+    assert done == [2, 2, 1]
+    assert _run(tmp_path).cases_done == 0

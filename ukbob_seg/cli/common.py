@@ -70,6 +70,18 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_cluster(parser: argparse.ArgumentParser, part: str | None) -> None:
+    """Add --scheduler, and --part with what to do when all parts are done (None: no parts)."""
+    group = parser.add_argument_group("many machines")
+    if part is not None:
+        group.add_argument(
+            "--part", metavar="I/N", help=f"only part I of N of the cases (I from 1), for job arrays; {part}"
+        )
+    group.add_argument(
+        "--scheduler", metavar="ADDRESS", help="work on the workers of a Dask scheduler (tcp://host:8786)"
+    )
+
+
 def choose_device(name: str) -> str:
     """Resolve ``auto`` to cuda when there is one, and refuse a device that is not there.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ukbob_seg.cli.common import add_roots, add_workers, command, make_parser, roots_from
-from ukbob_seg.cli.planning import add_dataset, add_plan_options, describe, plan_options
+from ukbob_seg.cli.common import add_cluster, add_roots, add_workers, command, make_parser, roots_from
+from ukbob_seg.cli.planning import add_dataset, add_plan_options, describe, given_plan_options, plan_options
+from ukbob_seg.errors import ConfigError
 
 
 @command
@@ -28,9 +29,14 @@ def main(argv: list[str] | None = None) -> None:
         "--verify-only", action="store_true", help="check every case, report all problems, write nothing"
     )
     parser.add_argument("--allow-empty", action="store_true", help="accept cases whose label map has no foreground")
+    parser.add_argument(
+        "--keep-plans", action="store_true",
+        help="follow the plans.json that is there: after adding cases, only these are preprocessed",
+    )  # fmt: skip
     parser.add_argument("--no-preprocess", action="store_true", help="stop after planning")
     add_plan_options(parser)
     add_workers(parser)
+    add_cluster(parser, part=None)
     add_roots(parser, "raw", "preprocessed")
     arguments = parser.parse_args(argv)
     roots = roots_from(arguments)
@@ -41,16 +47,21 @@ def main(argv: list[str] | None = None) -> None:
         verify_and_report(roots, arguments.dataset, arguments.workers, arguments.allow_empty)
         return
 
+    if arguments.keep_plans and (given := given_plan_options(arguments)):
+        raise ConfigError(f"--keep-plans follows plans.json and takes no {', '.join(given)}; edit plans.json instead")
+
     from ukbob_seg.preprocessing.pipeline import plan_and_preprocess
 
     prepared = plan_and_preprocess(
         arguments.dataset,
         roots,
-        plan_options(arguments),
+        None if arguments.keep_plans else plan_options(arguments),
         configurations=() if arguments.no_preprocess else arguments.configurations,
         workers=arguments.workers,
         verify=arguments.verify,
         allow_empty=arguments.allow_empty,
+        keep_plans=arguments.keep_plans,
+        scheduler=arguments.scheduler,
     )
     if arguments.verify:
         print(f"verified {len(prepared.fingerprint.cases)} cases: no problems")

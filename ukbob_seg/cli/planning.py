@@ -42,6 +42,17 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--feature-size", type=int, metavar="N", help="Swin-UNETR feature size (a multiple of 12)")
 
 
+def given_plan_options(arguments: argparse.Namespace) -> list[str]:
+    """The planning options that a command line gives, as they are spelt there."""
+    parser = argparse.ArgumentParser()
+    add_plan_options(parser)
+    return [
+        action.option_strings[0]
+        for action in parser._actions
+        if action.dest != "help" and getattr(arguments, action.dest) != action.default
+    ]
+
+
 def plan_options(arguments: argparse.Namespace) -> PlanOptions:
     """Options from parsed arguments; the memory budget is what the device has unless given."""
     from ukbob_seg.preprocessing.planner import PlanOptions

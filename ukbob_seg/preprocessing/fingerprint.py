@@ -14,7 +14,7 @@ from ukbob_seg.dataset.image_io import read_geometry
 from ukbob_seg.dataset.spec import Case, DatasetSpec, find_cases, summarise_problems
 from ukbob_seg.errors import DatasetError
 from ukbob_seg.files import digest, read_json, write_json
-from ukbob_seg.parallel import choose_workers, map_cases
+from ukbob_seg.parallel import Cluster, Part, choose_workers, map_cases
 from ukbob_seg.preprocessing.fingerprint_cases import (
     PARTS,
     CaseFingerprint,
@@ -29,6 +29,7 @@ from ukbob_seg.preprocessing.fingerprint_cases import (
 
 FORMAT_VERSION = 2
 MAX_SAMPLES = 10_000_000  # foreground voxels per channel over the whole dataset
+MANY_WORKERS = 64  # on a cluster, whose size is not known
 SMALL_BYTES = 50e6  # starting worker processes takes longer than reading a few hundred small files
 
 
@@ -98,6 +99,7 @@ def extract_fingerprint(
     force: bool = False,
     quiet: bool = False,
     loaded: LoadedCases | None = None,
+    scheduler: str | None = None,
 ) -> Fingerprint:
     """Read every training case once, check it, and collect the fingerprint into ``output_folder``.
 
@@ -112,6 +114,7 @@ def extract_fingerprint(
         force: read and check all cases even when nothing has changed.
         quiet: no progress bar.
         loaded: takes cases that are needed again, as many as fit, when all happens in this process.
+        scheduler: address of a Dask scheduler whose workers read.
 
     Raises:
         DatasetError: all problems of all cases, in one message.
@@ -122,7 +125,7 @@ def extract_fingerprint(
         raise DatasetError(summarise_problems(problems))
     folder = Path(output_folder)
     keys = [case_key(case, label_content(spec), allow_empty) for case in cases]
-    inputs = digest([FORMAT_VERSION, spec.name, spec.channel_names, label_content(spec), keys])
+    inputs = _inputs(spec, keys)
     if not force and not problems:
         known = _load_if_valid(folder / "fingerprint.json")
         if known is not None and known.inputs == inputs:
@@ -134,7 +137,8 @@ def extract_fingerprint(
         for case, key in zip(cases, keys, strict=True)
         if key not in readings or not readings[key].holds(wanted)
     ]
-    readings.update(_read_groups(todo, spec, wanted, allow_empty, workers, folder, quiet, loaded))
+    reader = GroupReader(spec.labels, wanted, allow_empty, folder / PARTS, loaded)
+    readings.update(_read_groups(reader, todo, spec.name, workers, quiet, scheduler))
     used = [readings[key] for key in keys]
     for case, reading in zip(cases, used, strict=True):
         problems.extend(f"case {case.name}: {problem}" for problem in reading.problems)
@@ -155,38 +159,96 @@ def extract_fingerprint(
     return fingerprint
 
 
+def read_part(
+    raw_folder: Path,
+    output_folder: Path,
+    part: Part,
+    workers: int | None = None,
+    allow_empty: bool = False,
+    force: bool = False,
+    quiet: bool = False,
+) -> int:
+    """Read the cases of one part and keep the readings for ``extract_fingerprint``; for job arrays.
+
+    Arguments as there. Problems are reported there as well, for all cases together.
+
+    Returns:
+        How many cases were read now.
+    """
+    spec = DatasetSpec.load(raw_folder)
+    cases, _ = find_cases(raw_folder, spec)
+    folder = Path(output_folder)
+    keyed = [(case, case_key(case, label_content(spec), allow_empty)) for case in cases]
+    wanted = max(1, MAX_SAMPLES // max(1, len(cases)))
+    known = {} if force else load_known(folder)
+    todo = [
+        (case, key) for case, key in Cluster(part=part).share(keyed) if key not in known or not known[key].holds(wanted)
+    ]
+    reader = GroupReader(spec.labels, wanted, allow_empty, folder / PARTS)
+    return len(_read_groups(reader, todo, spec.name, workers, quiet, keep=True))
+
+
+def describe_changes(plans_inputs: str, raw_folder: Path) -> str | None:
+    """Whether plans were made from the dataset as it is now.
+
+    Args:
+        plans_inputs: ``Fingerprint.inputs`` that the plans were made from; empty when they do not say.
+        raw_folder: raw dataset.
+
+    Returns:
+        None, or what to say about it.
+    """
+    spec = DatasetSpec.load(raw_folder)
+    cases, _ = find_cases(raw_folder, spec)
+    known = [
+        _inputs(spec, [case_key(case, label_content(spec), allow_empty) for case in cases])
+        for allow_empty in (False, True)
+    ]
+    if not plans_inputs or plans_inputs in known:
+        return None
+    return (
+        f"{spec.name} has changed since its plans were made (cases were added, removed or written again); going on "
+        "with these plans. ukbob_plan_and_preprocess makes new ones."
+    )
+
+
+def _inputs(spec: DatasetSpec, keys: Sequence[str]) -> str:
+    """Hash of all that a fingerprint depends on."""
+    return digest([FORMAT_VERSION, spec.name, spec.channel_names, label_content(spec), list(keys)])
+
+
 def label_content(spec: DatasetSpec) -> Any:
     """What dataset.json says of the labels: all of it that decides how label files are read."""
     return [spec.content["labels"], spec.content.get("regions_class_order")]
 
 
 def _read_groups(
+    reader: GroupReader,
     todo: Sequence[tuple[Case, str]],
-    spec: DatasetSpec,
-    wanted: int,
-    allow_empty: bool,
+    name: str,
     workers: int | None,
-    folder: Path,
     quiet: bool,
-    loaded: LoadedCases | None,
+    scheduler: str | None = None,
+    keep: bool = False,
 ) -> dict[str, CaseReading]:
-    """Read cases, by key. Several processes leave what they read on disk as they go."""
+    """Read cases, by key. More than one group, or ``keep``: each leaves what it read on disk."""
     cases = [case for case, _ in todo]
     total_bytes = sum(file.stat().st_size for case in cases for file in case.images)
     small = workers is None and total_bytes < SMALL_BYTES
     count = 1 if small else choose_workers(workers, len(cases), _memory_per_case_gb(cases))
-    groups = group_cases(todo, count)
-    reader = GroupReader(
-        spec.labels, wanted, allow_empty,
-        parts=None if len(groups) == 1 else folder / PARTS,
-        loaded=loaded if count == 1 else None,
-    )  # fmt: skip
+    groups = group_cases(todo, MANY_WORKERS if scheduler else count)
+    reader = dataclasses.replace(
+        reader,
+        parts=reader.parts if keep or len(groups) > 1 else None,
+        loaded=reader.loaded if count == 1 and scheduler is None else None,
+    )
     done = map_cases(
         reader,
         groups,
         workers=count,
-        description=f"fingerprint of {spec.name}",
+        description=f"fingerprint of {name}",
         quiet=quiet,
+        scheduler=scheduler,
         amounts=[len(group) for group in groups],
     )
     return {reading.key: reading for group in done for reading in group}

@@ -9,6 +9,7 @@ from pathlib import Path
 from ukbob_seg.dataset.paths import Roots, find_dataset
 from ukbob_seg.dataset.spec import DatasetSpec
 from ukbob_seg.files import ensure_writable
+from ukbob_seg.parallel import Cluster
 from ukbob_seg.preprocessing.fingerprint import Fingerprint, extract_fingerprint
 from ukbob_seg.preprocessing.fingerprint_cases import LoadedCases
 from ukbob_seg.preprocessing.planner import PlanOptions, plan
@@ -34,6 +35,8 @@ def plan_and_preprocess(
     workers: int | None = None,
     verify: bool = False,
     allow_empty: bool = False,
+    keep_plans: bool = False,
+    scheduler: str | None = None,
 ) -> Prepared:
     """Read a raw dataset, decide how to treat it, and preprocess its training cases.
 
@@ -45,6 +48,8 @@ def plan_and_preprocess(
         workers: processes, None to choose.
         verify: read and check every case again even when nothing has changed.
         allow_empty: accept cases without foreground.
+        keep_plans: follow the plans.json that is there; new cases are then the only ones to be preprocessed.
+        scheduler: address of a Dask scheduler whose workers read and preprocess.
 
     Raises:
         DatasetError: every problem of every case, in one message.
@@ -54,13 +59,29 @@ def plan_and_preprocess(
     folder = roots.preprocessed / raw_folder.name
     ensure_writable(folder)
     loaded = LoadedCases()
-    fingerprint = extract_fingerprint(raw_folder, folder, workers, allow_empty, force=verify, loaded=loaded)
-    plans = plan(fingerprint, DatasetSpec.load(raw_folder), options)
+    fingerprint = extract_fingerprint(
+        raw_folder, folder, workers, allow_empty, force=verify, loaded=loaded, scheduler=scheduler
+    )
+    if keep_plans:
+        plans = Plans.load(folder / "plans.json")
+    else:
+        plans = plan(fingerprint, DatasetSpec.load(raw_folder), options)
     # Configurations that share arrays are one piece of work.
     distinct = {arrays_folder(folder, plans, name): name for name in configurations}
-    plans.save(folder / "plans.json")
+    if not keep_plans:
+        plans.save(folder / "plans.json")
     done = sum(
-        preprocess(raw_folder, folder, plans, name, workers, allow_empty, verify=verify, loaded=loaded)
+        preprocess(
+            raw_folder,
+            folder,
+            plans,
+            name,
+            workers,
+            allow_empty,
+            verify=verify,
+            loaded=loaded,
+            cluster=Cluster(scheduler),
+        )
         for name in distinct.values()
     )
     return Prepared(folder, fingerprint, plans, done)

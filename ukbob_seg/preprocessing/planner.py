@@ -92,6 +92,7 @@ def plan(fingerprint: Fingerprint, spec: DatasetSpec, options: PlanOptions | Non
         left_right_axis=axes.pop() if len(axes) == 1 else None,
         configurations=configurations,
         reasons=tuple(reasons),
+        fingerprint=fingerprint.inputs,
     )
 
 

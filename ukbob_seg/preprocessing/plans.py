@@ -122,6 +122,7 @@ class Plans:
         left_right_axis: array axis (0 = z, 1 = y, 2 = x) that runs left-right in every case, or None.
         configurations: by name; ``3d_fullres`` always, ``3d_lowres`` when the cases are large.
         reasons: why, in sentences.
+        fingerprint: ``inputs`` of the fingerprint that they were made from; tells whether the dataset has changed.
         format_version: of this file.
     """
 
@@ -132,6 +133,7 @@ class Plans:
     left_right_axis: int | None
     configurations: dict[str, ConfigurationPlan]
     reasons: tuple[str, ...] = field(default=())
+    fingerprint: str = ""
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from ukbob_seg.dataset.spec import Case, DatasetSpec, require_cases
 from ukbob_seg.dataset.verify import load_case
 from ukbob_seg.errors import DatasetError
 from ukbob_seg.files import atomic_path, digest, ensure_writable, write_json
-from ukbob_seg.parallel import choose_workers, map_cases
+from ukbob_seg.parallel import HERE, Cluster, choose_workers, map_cases
 from ukbob_seg.preprocessing.cropping import nonzero_box, nonzero_mask
 from ukbob_seg.preprocessing.fingerprint import label_content, largest_voxels
 from ukbob_seg.preprocessing.fingerprint_cases import LoadedCases, file_stamps
@@ -119,6 +119,7 @@ def preprocess(
     quiet: bool = False,
     verify: bool = False,
     loaded: LoadedCases | None = None,
+    cluster: Cluster = HERE,
 ) -> int:
     """Preprocess every training case of a dataset; cases that are present and up to date are left alone.
 
@@ -132,6 +133,7 @@ def preprocess(
         quiet: no progress bar.
         verify: look into every file that is there, instead of trusting its size and time.
         loaded: cases that an earlier stage has in memory.
+        cluster: the part of the cases to do, and on which machines.
 
     Returns:
         How many cases were done now (the others were up to date).
@@ -140,7 +142,7 @@ def preprocess(
         DatasetError: a case cannot be used; finished cases are kept.
     """
     spec = DatasetSpec.load(raw_folder)
-    cases = require_cases(raw_folder, spec)
+    cases = cluster.share(require_cases(raw_folder, spec))
     plan = plans.configuration(configuration)
     folder = arrays_folder(Path(output_folder), plans, configuration)
     ensure_writable(folder)
@@ -152,9 +154,11 @@ def preprocess(
     count = choose_workers(workers, len(todo), gigabytes)
     if workers is None and gigabytes < SMALL_CASE_GB:
         count = 1
-    worker = _Preprocessor(spec.labels, plans, plan, folder, recipe, allow_empty, loaded if count == 1 else None)
+    here = count == 1 and cluster.scheduler is None
+    worker = _Preprocessor(spec.labels, plans, plan, folder, recipe, allow_empty, loaded if here else None)
     description = f"preprocessing {spec.name} {folder.name}"
-    return sum(map_cases(worker, todo, workers=count, description=description, quiet=quiet))
+    done = map_cases(worker, todo, workers=count, description=description, quiet=quiet, scheduler=cluster.scheduler)
+    return sum(done)
 
 
 def arrays_folder(preprocessed: Path, plans: Plans, configuration: str) -> Path:
