@@ -40,7 +40,8 @@ class CaseProperties:
         box_start: first voxel (z, y, x) of the nonzero box that was kept.
         box_stop: one past its last voxel.
         shape: voxels (z, y, x) of the preprocessed array.
-        coarse_axis: axis resampled by nearest neighbour because its voxels are much longer, or None.
+        coarse_axis: axis resampled by nearest neighbour (images: by ``coarse_order``) because its voxels are much
+            longer, or None.
     """
 
     geometry: Geometry
@@ -90,7 +91,14 @@ def preprocess_image(
         coarse_axis=axis,
     )
     if shape != (z, y, x):
-        normalized = resample_image(normalized, shape, order=configuration.image_order, coarse_axis=axis)
+        normalized = resample_image(
+            normalized,
+            shape,
+            order=configuration.image_order,
+            coarse_axis=axis,
+            coarse_order=configuration.coarse_order,
+            anti_alias=configuration.anti_alias,
+        )
     return normalized, properties
 
 
@@ -153,7 +161,11 @@ def preprocess(
 def preprocessing_recipe(plans: Plans, plan: ConfigurationPlan, spec: DatasetSpec) -> str:
     """Hash of everything in the plans and labels that decides a preprocessed array."""
     normalization = [dataclasses.asdict(entry) for entry in plans.normalization]
-    return digest([FORMAT_VERSION, normalization, plan.spacing_mm, plan.image_order, spec.content["labels"]])
+    recipe = [FORMAT_VERSION, normalization, plan.spacing_mm, plan.image_order, spec.content["labels"]]
+    # Only where they differ from the default, so that arrays made before there was a choice stay valid.
+    options = {"anti_alias": plan.anti_alias, "coarse_order": plan.coarse_order}
+    chosen = {name: value for name, value in options.items() if value}
+    return digest([*recipe, chosen] if chosen else recipe)
 
 
 def is_current(folder: Path, case: Case, recipe: str) -> bool:
