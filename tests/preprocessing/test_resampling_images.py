@@ -49,6 +49,17 @@ def test_large_images_equal_scipy_at_the_border(rng, factor):
     assert max(inner, difference.max()) <= 1e-5 * np.ptp(image)
 
 
+def test_clipped_to_its_range_an_image_equals_nnunets(rng):
+    """skimage cuts off what a spline overshoots, nnU-Net therefore too; scipy and this package keep it."""
+    image = rng.normal(size=(1, 14, 17, 12)).astype(np.float32)
+    image[0, :3] += 8
+    for shape in ((21, 25, 18), (9, 30, 12)):
+        ours = resample_image(image, shape)[0]
+        theirs = resize(image[0].astype(float), shape, order=3, mode="edge", anti_aliasing=False)
+        assert np.abs(ours - theirs).max() > 1e-2 * np.ptp(image)
+        assert np.abs(ours.clip(image.min(), image.max()) - theirs).max() <= 1e-5 * np.ptp(image)
+
+
 @pytest.mark.parametrize(("old", "new"), SHRINKING)
 @pytest.mark.parametrize("order", [0, 1, 3])
 def test_anti_aliasing_is_a_gaussian_before_the_spline(rng, old, new, order):
