@@ -5,6 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ukbob_seg.preprocessing import resampling, resampling_torch
 
@@ -135,6 +137,31 @@ def test_images_are_the_same(rng, small_slabs, old, new, options):
     assert np.abs(result.numpy() - expected).max() <= 1e-6 * np.ptp(image)
     assert torch.equal(resampling_torch.resample_image(strided(torch.from_numpy(image)), new, **options), result)
     assert torch.equal(resampling_torch.resample_image(torch.from_numpy(image).double(), new, **options), result)
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers how many values the largest tensor has that an operation returns."""
+
+    values = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.values = max([self.values, *(t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor))])
+        return result
+
+
+def test_memory_is_a_slab_of_one_class(rng, small_slabs):
+    """Nothing is made that is larger than the result, however many classes there are."""
+    logits = torch.from_numpy(rng.normal(size=(40, 6, 7, 8)).astype(np.float16))
+    new = (12, 14, 16)
+    for function in (resampling_torch.logits_to_indices, resampling_torch.logits_to_regions):
+        with _Largest() as largest:
+            function(logits, new)
+        assert largest.values == np.prod(new)  # the result; the input is five times as large
+    labels = torch.from_numpy(rng.integers(0, 200, (6, 7, 8)).astype(np.uint8))
+    with _Largest() as largest:
+        resampling_torch.resample_labels(labels, (24, 14, 16))
+    assert largest.values == 24 * 14 * 16
 
 
 def test_an_unchanged_image_is_a_copy(rng):
