@@ -11,6 +11,7 @@ from ukbob_seg.dataset.paths import Roots
 from ukbob_seg.inference.etta import EttaConfig
 from ukbob_seg.inference.predictor import PredictionSettings, Predictor
 from ukbob_seg.networks.swin_unetr import SwinUNETR
+from ukbob_seg.preprocessing import resampling, resampling_torch
 from ukbob_seg.preprocessing.pipeline import plan_and_preprocess
 from ukbob_seg.preprocessing.planner import PlanOptions
 from ukbob_seg.training.config import TrainingConfig
@@ -31,6 +32,53 @@ def test_swin_unetr_on_the_device_equals_the_cpu():
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         found = network.cuda()(x.cuda()).cpu()
     assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+SHAPES = [((30, 41, 52), (45, 62, 78)), ((45, 62, 78), (30, 41, 52)), ((1, 40, 50), (1, 20, 25))]
+
+
+@pytest.mark.parametrize(("old", "new"), SHAPES)
+@pytest.mark.parametrize("axis", [None, 0])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_labels_resampled_on_the_device_equal_the_cpu(rng, old, new, axis, dtype):
+    labels = rng.integers(0, 5, old).astype(dtype) * (9000 if dtype == np.uint16 else 60)
+    result = resampling_torch.resample_labels(torch.from_numpy(labels).cuda(), new, axis)
+    assert result.is_cuda
+    assert np.array_equal(result.cpu().numpy(), resampling.resample_labels(labels, new, axis))
+
+
+@pytest.mark.parametrize(("old", "new"), SHAPES)
+@pytest.mark.parametrize("axis", [None, 0])
+@pytest.mark.parametrize("classes", [5, 300])
+def test_decisions_on_the_device_equal_the_cpu(rng, old, new, axis, classes):
+    logits = rng.normal(size=(classes, *old)).astype(np.float16)
+    source = torch.from_numpy(logits).cuda()
+    for given in (source, source.float()):
+        indices = resampling_torch.logits_to_indices(given, new, axis).cpu().numpy()
+        assert np.array_equal(indices, resampling.logits_to_indices(logits, new, axis))
+        regions = resampling_torch.logits_to_regions(given, new, axis).cpu().numpy()
+        assert np.array_equal(regions, resampling.logits_to_regions(logits, new, axis))
+    planes = resampling_torch.resample_logits_planes(source, new, 0, 1, axis).cpu().numpy()
+    assert np.array_equal(planes, resampling.resample_logits_planes(logits, new, 0, 1, axis))
+
+
+@pytest.mark.parametrize(("old", "new"), SHAPES)
+@pytest.mark.parametrize("options", [{}, {"anti_alias": True}, {"coarse_axis": 0, "coarse_order": 1}, {"order": 0}])
+def test_images_resampled_on_the_device_equal_the_cpu(rng, old, new, options):
+    image = rng.normal(size=(2, *old)).astype(np.float32)
+    result = resampling_torch.resample_image(torch.from_numpy(image).cuda(), new, **options).cpu().numpy()
+    assert np.abs(result - resampling.resample_image(image, new, **options)).max() <= 1e-5 * np.ptp(image)
+
+
+def test_deciding_on_the_device_never_holds_all_classes(rng):
+    logits = torch.from_numpy(rng.normal(size=(40, 40, 60, 60)).astype(np.float32)).cuda()
+    new = (80, 240, 240)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    resampling_torch.logits_to_indices(logits, new)
+    added = torch.cuda.max_memory_allocated() - before
+    assert added < 0.25 * 4 * 40 * np.prod(new)
 
 
 @pytest.mark.parametrize("network", ["swin_unetr", "plain_conv_unet"])

@@ -92,6 +92,17 @@ def test_the_steps_one_by_one(run, make_dataset, tmp_path):
     assert run(preprocess, "-d", 7)[1].startswith("3d_fullres: 0 cases preprocessed")
 
 
+@pytest.mark.parametrize("command", [plan, plan_and_preprocess])
+def test_options_of_interpolation(run, make_dataset, tmp_path, command):
+    make_dataset(cases=2)
+    run(extract_fingerprint, "-d", 7)
+    assert run(command, "-d", 7, *PLAN, "--anti-alias", "--coarse-order", 1)[0] == 0
+    path = tmp_path / "preprocessed" / "Dataset007_Blobs" / "plans.json"
+    full = json.loads(path.read_text())["configurations"]["3d_fullres"]
+    assert (full["anti_alias"], full["coarse_order"]) == (True, 1)
+    assert "invalid choice" in _error(run(command, "-d", 7, *PLAN, "--coarse-order", 2))
+
+
 def test_roots_from_the_environment(run, make_dataset, tmp_path, monkeypatch):
     make_dataset(cases=2)
     monkeypatch.setenv("UKBOB_RAW", str(tmp_path / "raw"))

@@ -11,6 +11,7 @@ from torch import nn
 from ukbob_seg.dataset.image_io import Geometry, read_image, read_labels, write_image
 from ukbob_seg.dataset.spec import DatasetSpec
 from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError
+from ukbob_seg.inference import export
 from ukbob_seg.inference.etta import EttaConfig
 from ukbob_seg.inference.predict import find_jobs, predict
 from ukbob_seg.inference.predictor import PredictionSettings, Predictor
@@ -41,6 +42,16 @@ class Identity(nn.Module):
         x = x[:, 0] + 0 * self.norm(x[:, 0, ..., None])[..., 0]
         bumps = [x.new_full(x.shape, 0.5), x, 3 * x - 2.4]  # argmax: < 0.5, 0.5..1.2, > 1.2
         return torch.stack(bumps, dim=1) * self.scale
+
+
+REGIONS = {**DATASET, "labels": {"background": 0, "whole": [2, 7], "core": [7]}, "regions_class_order": [2, 7]}
+
+
+class Regions(nn.Module):
+    """The same thresholds as overlapping regions."""
+
+    def forward(self, x):
+        return torch.stack([x[:, 0] - 0.5, x[:, 0] - 1.2], dim=1)
 
 
 def _plans(spacing=(1.0, 1.0, 1.0)):
@@ -139,14 +150,8 @@ def test_settings_do_not_change_a_perfect_network(settings):
 
 
 def test_regions_are_written_in_order():
-    dataset = {**DATASET, "labels": {"background": 0, "whole": [2, 7], "core": [7]}, "regions_class_order": [2, 7]}
-
-    class Regions(nn.Module):
-        def forward(self, x):
-            return torch.stack([x[:, 0] - 0.5, x[:, 0] - 1.2], dim=1)
-
     for spacing in ((1.0, 1.0, 1.0), (1.4, 1.0, 1.0)):
-        predictor = _predictor(dataset=dataset, networks=[Regions()], spacing=spacing)
+        predictor = _predictor(dataset=REGIONS, networks=[Regions()], spacing=spacing)
         image = _blobs((22, 31, 27))
         labels = predictor.predict_array(image, Geometry((22, 31, 27), (1.0, 1.0, 1.0))).labels
         agree = (labels == _truth(image)).mean()
@@ -171,6 +176,25 @@ def test_probabilities(tmp_path):
     inside = image[0] > 0
     assert np.abs(probabilities - expected)[:, inside].max() < 2e-3
     assert np.array_equal(labels, _truth(image))
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_logits_that_stay_on_the_device_give_the_same(tmp_path, monkeypatch, regions):
+    """What a GPU runs, here on tensors of the CPU: labels equal, probabilities to the last bit."""
+    given = {"dataset": REGIONS, "networks": [Regions()]} if regions else {}
+    image = _blobs((22, 31, 27))
+    geometry = Geometry((22, 31, 27), (5.0, 1.0, 1.0) if regions else (1.0, 1.0, 1.0))  # one with a coarse axis
+    results = []
+    for on_device in (False, True):
+        monkeypatch.setattr(export, "_on_device", lambda logits, answer=on_device: answer)
+        predictor = _predictor(spacing=(1.5, 1.0, 1.2), **given)
+        path = tmp_path / f"{on_device}.b2nd"
+        labels = predictor.predict_array(image, geometry, probabilities=path).labels
+        assert np.array_equal(predictor.predict_array(image, geometry).labels, labels)
+        results.append((labels, open_array(path)[:]))
+    assert len(np.unique(results[0][0])) == 3
+    assert np.array_equal(results[0][0], results[1][0])
+    assert np.array_equal(results[0][1], results[1][1])
 
 
 def _model_folder(tmp_path, folds=("0", "1")):

@@ -174,6 +174,28 @@ def test_wishes_are_honoured_or_refused():
             PlanOptions(**wish)
 
 
+def test_options_of_interpolation_enter_every_configuration(tmp_path):
+    fingerprint = _fingerprint([(400, 400, 400)] * 5, [(1.0, 1.0, 1.0)] * 5)
+    plans = _plan(fingerprint, anti_alias=True, coarse_order=1)
+    plans.save(tmp_path / "plans.json")
+    for configuration in Plans.load(tmp_path / "plans.json").configurations.values():
+        assert configuration.anti_alias is True
+        assert configuration.coarse_order == 1
+    assert len(plans.configurations) == 2
+    content = _plan(fingerprint).to_json()
+    full = content["configurations"]["3d_fullres"]
+    older = {key: value for key, value in full.items() if key not in ("anti_alias", "coarse_order")}
+    read = Plans.from_json({**content, "configurations": {"3d_fullres": older}}).configuration("3d_fullres")
+    assert (read.anti_alias, read.coarse_order) == (False, 0)
+    for change, message in (
+        ({"anti_alias": "yes"}, "anti_alias must be true or false, got 'yes'"),
+        ({"coarse_order": 3}, r"coarse_order must be 0 \(nearest\) or 1 \(linear\), got 3"),
+        ({"coarse_order": True}, "coarse_order must be 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Plans.from_json({**content, "configurations": {"3d_fullres": {**full, **change}}})
+
+
 def test_the_same_input_gives_the_same_bytes(tmp_path):
     fingerprint = _fingerprint([(100, 90, 80)] * 5, [(1.0, 0.9, 0.8)] * 5)
     for name in ("a", "b"):

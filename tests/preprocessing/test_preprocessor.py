@@ -1,5 +1,6 @@
 """Fingerprint and preprocessing on small datasets: right numbers, resume, staleness, bad input."""
 
+import dataclasses
 import json
 import os
 
@@ -12,10 +13,12 @@ from ukbob_seg.dataset.paths import Roots
 from ukbob_seg.dataset.spec import DatasetSpec
 from ukbob_seg.errors import DatasetError
 from ukbob_seg.preprocessing.fingerprint import Fingerprint, extract_fingerprint
+from ukbob_seg.preprocessing.normalization import normalize
 from ukbob_seg.preprocessing.pipeline import plan_and_preprocess
 from ukbob_seg.preprocessing.planner import PlanOptions, plan
-from ukbob_seg.preprocessing.preprocessor import find_coarse_axis, preprocess
+from ukbob_seg.preprocessing.preprocessor import find_coarse_axis, preprocess, preprocess_image, preprocessing_recipe
 from ukbob_seg.preprocessing.records import load_record
+from ukbob_seg.preprocessing.resampling import resample_image
 from ukbob_seg.preprocessing.storage import open_array
 
 
@@ -121,6 +124,50 @@ def test_only_what_changed_is_done_again(make_dataset, tmp_path):
     fingerprint = Fingerprint.load(tmp_path / "p" / "fingerprint.json")
     other = plan(fingerprint, DatasetSpec.load(folder), PlanOptions(memory_gb=2, spacing_mm=(2.0, 2.0, 2.0)))
     assert preprocess(folder, tmp_path / "p", other, workers=1, quiet=True) == 3
+
+
+OPTIONS = [{"anti_alias": True}, {"coarse_order": 1}, {"anti_alias": True, "coarse_order": 1}]
+
+
+def _with(plans, **options):
+    changed = dataclasses.replace(plans.configuration("3d_fullres"), **options)
+    return dataclasses.replace(plans, configurations={"3d_fullres": changed})
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_of_interpolation_reach_the_images_alone(make_dataset, tmp_path, options):
+    """Every other slice and column of a case with thick slices."""
+    folder = make_dataset(cases=1, spacing_mm=(4.0, 1.0, 1.0))
+    arrays, plans, _ = _prepared(folder, tmp_path, spacing_mm=(2.0, 2.0, 1.0))
+    assert preprocess(folder, tmp_path / "q", _with(plans, **options), workers=1, quiet=True) == 1
+    other = tmp_path / "q" / "3d_fullres"
+    image, geometry = read_image([folder / "imagesTr" / "blob_000_0000.nii.gz"])
+    record = load_record(other, "blob_000")["properties"]
+    box = tuple(slice(a, b) for a, b in zip(record["box_start"], record["box_stop"], strict=True))
+    assert record["coarse_axis"] == 0
+    normalized = normalize(image[(slice(None), *box)], plans.normalization, image[(slice(None), *box)][0] != 0)
+    expected = resample_image(normalized, record["shape"], coarse_axis=0, **options)
+    stored = open_array(other / "blob_000.b2nd")[:]
+    assert np.array_equal(stored, expected)
+    assert np.array_equal(stored, preprocess_image(image, geometry, *_both(_with(plans, **options)))[0])
+    assert not np.allclose(stored, open_array(arrays / "blob_000.b2nd")[:], atol=0.05)
+    labels = open_array(other / "blob_000_labels.b2nd")[:]
+    assert np.array_equal(labels, open_array(arrays / "blob_000_labels.b2nd")[:])
+
+
+def _both(plans):
+    return plans, plans.configuration("3d_fullres")
+
+
+def test_every_option_makes_other_arrays(make_dataset, tmp_path):
+    folder = make_dataset(cases=1)
+    _, plans, _ = _prepared(folder, tmp_path)
+    spec = DatasetSpec.load(folder)
+    choices = [{}, *OPTIONS, {"slice_axis": 0}, {"slice_axis": 1}]
+    recipes = {preprocessing_recipe(*_both(_with(plans, **options)), spec) for options in choices}
+    assert len(recipes) == len(choices)
+    assert preprocess(folder, tmp_path / "p", _with(plans, anti_alias=True), workers=1, quiet=True) == 1
+    assert preprocess(folder, tmp_path / "p", plans, workers=1, quiet=True) == 1
 
 
 def test_workers_change_nothing(make_dataset, tmp_path):

@@ -40,6 +40,14 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--patch-size", type=int, nargs=3, metavar=("Z", "Y", "X"), help="patch in voxels")
     group.add_argument("--batch-size", type=int, metavar="N", help="patches per training step")
     group.add_argument("--feature-size", type=int, metavar="N", help="Swin-UNETR feature size (a multiple of 12)")
+    group.add_argument("--anti-alias", action="store_true", help="blur images along axes that shrink (as skimage does)")
+    group.add_argument(
+        "--coarse-order",
+        type=int,
+        choices=(0, 1),
+        default=0,
+        help="images across an axis over 3 times as coarse: 0 nearest voxels, 1 linear (default: 0)",
+    )
 
 
 def given_plan_options(arguments: argparse.Namespace) -> list[str]:
@@ -67,6 +75,8 @@ def plan_options(arguments: argparse.Namespace) -> PlanOptions:
         patch_size=triple(arguments.patch_size),
         batch_size=arguments.batch_size,
         feature_size=arguments.feature_size,
+        anti_alias=arguments.anti_alias,
+        coarse_order=arguments.coarse_order,
     )
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ukbob_seg.dataset.labels import LabelScheme
+from ukbob_seg.preprocessing import resampling, resampling_torch
 from ukbob_seg.preprocessing.preprocessor import CaseProperties
-from ukbob_seg.preprocessing.resampling import logits_to_indices, logits_to_regions, resample_logits_planes
 from ukbob_seg.preprocessing.storage import save_array
 
 PLANES_AT_ONCE = 8
+Logits = np.ndarray | Tensor
 
 
 def decide(logits: Tensor, has_regions: bool) -> Tensor:
@@ -32,11 +34,23 @@ def decide(logits: Tensor, has_regions: bool) -> Tensor:
     return ((logits > 0) * order).amax(dim=0)
 
 
-def decide_resampled(logits: np.ndarray, properties: CaseProperties, has_regions: bool) -> np.ndarray:
-    """Decision at the file's resolution from logits (K, z, y, x) at the network's, interpolated linearly."""
-    shape = _box_shape(properties)
-    kernel = logits_to_regions if has_regions else logits_to_indices
-    return kernel(logits, shape, coarse_axis=properties.coarse_axis)
+def decide_resampled(logits: Logits, properties: CaseProperties, has_regions: bool) -> np.ndarray:
+    """Decision at the file's resolution from logits at the network's, interpolated linearly on the device they are on.
+
+    Args:
+        logits: (K, z, y, x) float32.
+        properties: of the case.
+        has_regions: whether outputs overlap.
+
+    Returns:
+        (Z, Y, X) of the kept box, uint8 or uint16, as ``decide``; the same on every device for the same logits.
+    """
+    shape, axis = _box_shape(properties), properties.coarse_axis
+    if _on_device(logits):
+        on_device = resampling_torch.logits_to_regions if has_regions else resampling_torch.logits_to_indices
+        return on_device(logits, shape, coarse_axis=axis).cpu().numpy()
+    on_host = resampling.logits_to_regions if has_regions else resampling.logits_to_indices
+    return on_host(np.asarray(logits), shape, coarse_axis=axis)
 
 
 def to_file_values(decision: np.ndarray, properties: CaseProperties, scheme: LabelScheme) -> np.ndarray:
@@ -55,7 +69,7 @@ def to_file_values(decision: np.ndarray, properties: CaseProperties, scheme: Lab
     return values
 
 
-def save_probabilities(path: Path, logits: np.ndarray, properties: CaseProperties, head: str, exclusive: bool) -> None:
+def save_probabilities(path: Path, logits: Logits, properties: CaseProperties, head: str, exclusive: bool) -> None:
     """Write class probabilities at the file's geometry as Blosc2 float16, (K, Z, Y, X).
 
     Logits are interpolated some planes at a time, then turned into probabilities. Outside the kept box background
@@ -63,7 +77,7 @@ def save_probabilities(path: Path, logits: np.ndarray, properties: CasePropertie
 
     Args:
         path: ``.b2nd`` file.
-        logits: (K, z, y, x) float32 at the network's resolution.
+        logits: (K, z, y, x) float32 at the network's resolution, on any device.
         properties: of the case.
         head: ``softmax`` or ``sigmoid``.
         exclusive: whether output 0 is background.
@@ -75,12 +89,23 @@ def save_probabilities(path: Path, logits: np.ndarray, properties: CasePropertie
     inside = result[(slice(None), *properties.box)]
     for start in range(0, shape[0], PLANES_AT_ONCE):
         stop = min(start + PLANES_AT_ONCE, shape[0])
-        planes = torch.from_numpy(
-            resample_logits_planes(logits, shape, start, stop, coarse_axis=properties.coarse_axis)
-        )
+        planes = _planes(logits, shape, start, stop, properties.coarse_axis)
         probabilities = planes.softmax(dim=0) if head == "softmax" else planes.sigmoid()
-        inside[:, start:stop] = probabilities.numpy()
+        inside[:, start:stop] = probabilities.half().cpu().numpy()
     save_array(path, result, (64, 64, 64))
+
+
+def _planes(logits: Logits, shape: tuple[int, int, int], start: int, stop: int, coarse_axis: int | None) -> Tensor:
+    """Interpolated logits of some output planes, (K, stop - start, Y, X) float32, where ``logits`` are."""
+    if _on_device(logits):
+        return resampling_torch.resample_logits_planes(logits, shape, start, stop, coarse_axis=coarse_axis)
+    planes = resampling.resample_logits_planes(np.asarray(logits), shape, start, stop, coarse_axis=coarse_axis)
+    return torch.from_numpy(planes)
+
+
+def _on_device(logits: Logits) -> TypeGuard[Tensor]:
+    """Whether the compiled loops, which are faster than torch on a CPU, cannot reach the logits."""
+    return isinstance(logits, Tensor) and logits.device.type != "cpu"
 
 
 def _box_shape(properties: CaseProperties) -> tuple[int, int, int]:

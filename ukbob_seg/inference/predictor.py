@@ -265,7 +265,8 @@ class Predictor:
         if properties.shape == box and probabilities is None:
             # Nothing to interpolate: decide slab by slab and never hold all classes.
             return segment(passes, image, self._windows, lambda logits: decide(logits, regions), progress).numpy()
-        logits = predict_logits(passes, image, self._windows, progress).cpu().numpy()
+        # On the device they stay there: only the decision comes back.
+        logits = predict_logits(passes, image, self._windows, progress)
         if probabilities is not None:
             save_probabilities(probabilities, logits, properties, self.description.head, exclusive=not regions)
         return decide_resampled(logits, properties, regions)

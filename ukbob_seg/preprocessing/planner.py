@@ -37,6 +37,8 @@ class PlanOptions:
         patch_size: patch (z, y, x) instead of the rule's, for every network.
         batch_size: batch size instead of the rule's, for every network.
         feature_size: Swin-UNETR feature size instead of the rule's.
+        anti_alias: blur images along axes that shrink before they are resampled.
+        coarse_order: interpolation of images across a coarse axis, 0 (nearest voxels) or 1 (linear).
     """
 
     memory_gb: float = 8.0
@@ -45,6 +47,8 @@ class PlanOptions:
     patch_size: tuple[int, int, int] | None = None
     batch_size: int | None = None
     feature_size: int | None = None
+    anti_alias: bool = False
+    coarse_order: int = 0
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -204,7 +208,14 @@ def _plan_configuration(
     for network, planner in NETWORK_PLANNERS.items():
         networks[network], why = planner(given)
         reasons.append(f"{name}, {network}: {why}")
-    return ConfigurationPlan(spacing_mm=spacing, median_shape=(z, y, x), image_order=3, networks=networks)
+    return ConfigurationPlan(
+        spacing_mm=spacing,
+        median_shape=(z, y, x),
+        image_order=3,
+        networks=networks,
+        anti_alias=options.anti_alias,
+        coarse_order=options.coarse_order,
+    )
 
 
 def _lowres_spacing(full: ConfigurationPlan) -> tuple[float, float, float] | None:

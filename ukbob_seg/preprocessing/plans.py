@@ -57,6 +57,8 @@ class ConfigurationPlan:
             spacing along it, and patches are one voxel thick.
         previous_stage: configuration whose segmentation is a further input (second stage of a cascade), or None.
         arrays_of: configuration whose preprocessed arrays this one uses, None for its own.
+        anti_alias: blur images along axes that shrink before they are resampled.
+        coarse_order: interpolation of images across a coarse axis, 0 (nearest voxels) or 1 (linear).
     """
 
     spacing_mm: tuple[float, float, float]
@@ -66,6 +68,8 @@ class ConfigurationPlan:
     slice_axis: int | None = None
     previous_stage: str | None = None
     arrays_of: str | None = None
+    anti_alias: bool = False
+    coarse_order: int = 0
 
     def __post_init__(self) -> None:
         if len(self.spacing_mm) != 3 or min(self.spacing_mm) <= 0:
@@ -74,6 +78,10 @@ class ConfigurationPlan:
             raise ConfigError(f"image_order must be 0, 1 or 3, got {self.image_order}")
         if self.slice_axis not in (None, 0, 1, 2):
             raise ConfigError(f"slice_axis must be 0, 1, 2 or null, got {self.slice_axis}")
+        if not isinstance(self.anti_alias, bool):
+            raise ConfigError(f"anti_alias must be true or false, got {self.anti_alias!r}")
+        if isinstance(self.coarse_order, bool) or self.coarse_order not in (0, 1):
+            raise ConfigError(f"coarse_order must be 0 (nearest) or 1 (linear), got {self.coarse_order!r}")
 
     def target_spacing(self, spacing_mm: tuple[float, float, float]) -> tuple[float, float, float]:
         """Spacing (z, y, x) in mm that a case of ``spacing_mm`` is resampled to: its own across slices."""

@@ -39,7 +39,8 @@ class CaseProperties:
         box_start: first voxel (z, y, x) of the nonzero box that was kept.
         box_stop: one past its last voxel.
         shape: voxels (z, y, x) of the preprocessed array.
-        coarse_axis: axis resampled by nearest neighbour because its voxels are much longer, or None.
+        coarse_axis: axis resampled by nearest neighbour (images: by ``coarse_order``) because its voxels are much
+            longer, or None.
     """
 
     geometry: Geometry
@@ -93,7 +94,14 @@ def preprocess_image(
         # Imported here: it takes a third of a second, and many datasets have their target spacing already.
         from ukbob_seg.preprocessing.resampling import resample_image
 
-        normalized = resample_image(normalized, shape, order=configuration.image_order, coarse_axis=axis)
+        normalized = resample_image(
+            normalized,
+            shape,
+            order=configuration.image_order,
+            coarse_axis=axis,
+            coarse_order=configuration.coarse_order,
+            anti_alias=configuration.anti_alias,
+        )
     return normalized, properties
 
 
@@ -169,8 +177,12 @@ def arrays_folder(preprocessed: Path, plans: Plans, configuration: str) -> Path:
 def preprocessing_recipe(plans: Plans, plan: ConfigurationPlan, spec: DatasetSpec) -> str:
     """Hash of everything in the plans and labels that decides a preprocessed array."""
     normalization = [dataclasses.asdict(entry) for entry in plans.normalization]
-    decisive = [FORMAT_VERSION, normalization, plan.spacing_mm, plan.image_order, label_content(spec)]
-    return digest(decisive if plan.slice_axis is None else [*decisive, plan.slice_axis])
+    return digest(
+        [
+            FORMAT_VERSION, normalization, plan.spacing_mm, plan.image_order, plan.anti_alias, plan.coarse_order,
+            plan.slice_axis, label_content(spec),
+        ]
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,34 @@ Large arrays are shared between as many threads as numba is allowed (NUMBA_NUM_T
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
 
 from ukbob_seg.preprocessing import resampling_kernels as kernels
-from ukbob_seg.preprocessing.resampling_taps import LinearTaps, linear_taps, nearest_voxels, spline_taps
+from ukbob_seg.preprocessing.resampling_taps import (
+    ImageOptions,
+    Shape,
+    SplineTaps,
+    checked_shape,
+    image_taps,
+    voting_taps,
+)
 
-Shape = Sequence[int]
 SMALL = 1 << 18  # arrays with fewer values than this are not worth a second thread
 PLANES_AT_ONCE = 8  # output planes for which logits are brought to contiguous float32 together
 
 
-def resample_image(image: np.ndarray, new_shape: Shape, order: int = 3, coarse_axis: int | None = None) -> np.ndarray:
+def resample_image(
+    image: np.ndarray,
+    new_shape: Shape,
+    order: int = 3,
+    coarse_axis: int | None = None,
+    coarse_order: int = 0,
+    anti_alias: bool = False,
+) -> np.ndarray:
     """Resample every channel by spline interpolation, equal to ``scipy.ndimage.zoom(mode="nearest", grid_mode=True)``.
 
     Splines are separable and linear: each axis is one banded matrix whose entries scipy computes.
@@ -29,7 +42,10 @@ def resample_image(image: np.ndarray, new_shape: Shape, order: int = 3, coarse_a
         image: (C, Z, Y, X), any real type and memory order; finite (a NaN spreads to its neighbourhood).
         new_shape: voxels (z, y, x) wanted.
         order: spline order, 0 (nearest) to 5.
-        coarse_axis: axis that takes its nearest voxels instead (nnU-Net's treatment of anisotropic images).
+        coarse_axis: axis that is interpolated by ``coarse_order`` instead (nnU-Net's way with anisotropic images).
+        coarse_order: along that axis, 0 (nearest voxels) or 1 (linear).
+        anti_alias: blur axes that shrink first, by the Gaussian of ``skimage.transform.resize(anti_aliasing=True)``:
+            sigma (old / new - 1) / 2 voxels, borders repeated. It costs no pass of its own.
 
     Returns:
         (C, *new_shape) float32, never a view of ``image``.
@@ -37,19 +53,13 @@ def resample_image(image: np.ndarray, new_shape: Shape, order: int = 3, coarse_a
     Raises:
         ValueError: not four axes, or a shape, order or axis that cannot be.
     """
-    shape = _checked(image.shape[1:], new_shape, coarse_axis)
-    if order not in range(6):
-        raise ValueError(f"order must be 0 to 5, got {order}")
+    passes = image_taps(image.shape[1:], new_shape, ImageOptions(order, coarse_axis, coarse_order, anti_alias))
     result = np.array(image, dtype=np.float32, order="C")
-    # Shrinking axes first keeps the later passes small.
-    for axis in sorted(range(3), key=lambda a: shape[a] / image.shape[a + 1]):
-        old, new = result.shape[axis + 1], shape[axis]
-        if old == new:
-            continue
-        if axis == coarse_axis or order == 0:
-            result = np.take(result, nearest_voxels(old, new), axis=axis + 1)
+    for axis, taps in passes:
+        if taps.weights.shape[1] == 1:
+            result = np.take(result, taps.first, axis=axis + 1)
         else:
-            result = _spline_axis(result, new, order, axis + 1)
+            result = _spline_axis(result, taps, axis + 1)
     return result
 
 
@@ -71,11 +81,11 @@ def resample_labels(labels: np.ndarray, new_shape: Shape, nearest_axis: int | No
     Raises:
         ValueError: not three axes, or a shape or axis that cannot be.
     """
-    shape = _checked(labels.shape, new_shape, nearest_axis)
+    shape = checked_shape(labels.shape, new_shape, nearest_axis)
     source = np.ascontiguousarray(labels, dtype=labels.dtype.newbyteorder("="))
     if source.shape == shape:
         return source.copy()
-    z, y, x = _taps(source.shape, shape, nearest_axis)
+    z, y, x = voting_taps(source.shape, shape, nearest_axis)
     result = np.empty(shape, dtype=source.dtype)
     _share(lambda start, stop: kernels.vote_labels(source, z, y, x, result, start, stop), shape[0], result.size)
     return result
@@ -136,7 +146,7 @@ def resample_logits_planes(
     Raises:
         ValueError: planes outside the volume, not four axes, no class, or a shape or axis that cannot be.
     """
-    shape = _checked(logits.shape[1:], new_shape, coarse_axis)
+    shape = checked_shape(logits.shape[1:], new_shape, coarse_axis)
     if not 0 <= z_start <= z_stop <= shape[0]:
         raise ValueError(f"planes {z_start} to {z_stop} are not within the {shape[0]} of the volume")
     result = np.empty((len(logits), z_stop - z_start, *shape[1:]), dtype=np.float32)
@@ -153,28 +163,14 @@ def resample_logits_planes(
 FloatTaps = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def _checked(old_shape: Shape, new_shape: Shape, axis: int | None) -> tuple[int, int, int]:
-    """The new shape as three integers."""
-    shape = tuple(int(n) for n in new_shape)
-    if len(old_shape) != 3 or len(shape) != 3 or min(*old_shape, *shape) < 1:
-        raise ValueError(f"shapes must have three axes of at least one voxel, got {tuple(old_shape)} to {shape}")
-    if axis not in (None, 0, 1, 2):
-        raise ValueError(f"the coarse axis must be 0, 1, 2 or None, got {axis}")
-    return shape[0], shape[1], shape[2]
-
-
-def _taps(old_shape: Shape, shape: Shape, nearest_axis: int | None) -> list[LinearTaps]:
-    return [linear_taps(old_shape[axis], shape[axis], axis == nearest_axis) for axis in range(3)]
-
-
 def _float_taps(old_shape: Shape, shape: Shape, nearest_axis: int | None) -> list[FloatTaps]:
-    return [(taps.low, taps.high, taps.weight) for taps in _taps(old_shape, shape, nearest_axis)]
+    return [(taps.low, taps.high, taps.weight) for taps in voting_taps(old_shape, shape, nearest_axis)]
 
 
-def _spline_axis(array: np.ndarray, new: int, order: int, axis: int) -> np.ndarray:
+def _spline_axis(array: np.ndarray, taps: SplineTaps, axis: int) -> np.ndarray:
     """Resample one axis (1, 2 or 3) of a contiguous float32 (C, Z, Y, X) array."""
-    old = array.shape[axis]
-    first, weights = spline_taps(old, new, order)
+    first, weights = taps
+    old, new = array.shape[axis], len(first)
     result = np.empty((*array.shape[:axis], new, *array.shape[axis + 1 :]), dtype=np.float32)
     inner = int(np.prod(array.shape[axis + 1 :]))
     if inner == 1:
@@ -192,7 +188,7 @@ def _decide(
     kernel: Callable[..., None], logits: np.ndarray, new_shape: Shape, coarse_axis: int | None, kind: type
 ) -> np.ndarray:
     """Run a kernel that turns logits into one decision per voxel, a few planes at a time."""
-    shape = _checked(logits.shape[1:], new_shape, coarse_axis)
+    shape = checked_shape(logits.shape[1:], new_shape, coarse_axis)
     if not len(logits):
         raise ValueError("logits need at least one class")
     result: np.ndarray = np.empty(shape, dtype=kind)

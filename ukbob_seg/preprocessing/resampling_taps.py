@@ -7,6 +7,7 @@ voxel centres, as in ``scipy.ndimage.zoom(grid_mode=True)``, ``skimage.transform
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from scipy import ndimage
 
 NEGLIGIBLE = 1e-8  # weights below this are dropped; a cubic spline's fall by a factor 3.7 per voxel
 UNROLL = 4  # the kernels take this many spline weights at a time
+Shape = Sequence[int]
 
 
 class LinearTaps(NamedTuple):
@@ -60,11 +62,11 @@ def nearest_voxels(old: int, new: int) -> np.ndarray:
 
 
 class SplineTaps(NamedTuple):
-    """Weights of spline interpolation, prefilter included.
+    """Weights of image interpolation, prefilters included.
 
     Attributes:
         first: (new,) int64, first old voxel that contributes.
-        weights: (new, taps) float32, of ``taps`` old voxels from there on.
+        weights: (new, taps) float32, of ``taps`` old voxels from there on; a single tap has weight 1.
     """
 
     first: np.ndarray
@@ -72,14 +74,34 @@ class SplineTaps(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def spline_taps(old: int, new: int, order: int) -> SplineTaps:
-    """Spline interpolation as a banded matrix.
+def spline_taps(old: int, new: int, order: int, anti_alias: bool = False) -> SplineTaps:
+    """Interpolation by splines as a banded matrix.
 
     The matrix is what scipy's own zoom gives for the unit vectors, so that boundaries and prefilter are scipy's.
+
+    Args:
+        old: voxels along the axis.
+        new: voxels wanted.
+        order: of the spline, 0 (nearest) to 5.
+        anti_alias: where the axis shrinks, blur it first as ``skimage.transform.resize(anti_aliasing=True)`` does: a
+            Gaussian of sigma (old / new - 1) / 2 voxels. It is linear too and becomes part of the matrix.
     """
-    if old == 1:
-        return SplineTaps(np.zeros(new, dtype=np.int64), np.ones((new, 1), dtype=np.float32))
-    matrix = ndimage.zoom(np.eye(old), (new / old, 1), order=order, mode="nearest", grid_mode=True)
+    blurred = anti_alias and old > new
+    if old == 1 or (order == 0 and not blurred):
+        return SplineTaps(nearest_voxels(old, new), np.ones((new, 1), dtype=np.float32))
+    identity = np.eye(old)
+    if order == 0:
+        matrix = identity[nearest_voxels(old, new)]
+    else:
+        matrix = ndimage.zoom(identity, (new / old, 1), order=order, mode="nearest", grid_mode=True)
+    if blurred:
+        matrix = matrix @ ndimage.gaussian_filter1d(identity, (old / new - 1) / 2, axis=0, mode="nearest")
+    return _banded(matrix)
+
+
+def _banded(matrix: np.ndarray) -> SplineTaps:
+    """The entries of a (new, old) matrix that matter."""
+    old = matrix.shape[1]
     matters = np.abs(matrix) > NEGLIGIBLE
     first = matters.argmax(axis=1)
     last = old - 1 - matters[:, ::-1].argmax(axis=1)
@@ -87,3 +109,51 @@ def spline_taps(old: int, new: int, order: int) -> SplineTaps:
     first = np.minimum(first, old - taps)
     weights = np.take_along_axis(matrix, first[:, None] + np.arange(taps), axis=1)
     return SplineTaps(first.astype(np.int64), np.ascontiguousarray(weights, dtype=np.float32))
+
+
+class ImageOptions(NamedTuple):
+    """How images are interpolated; see ``resampling.resample_image``."""
+
+    order: int = 3
+    coarse_axis: int | None = None
+    coarse_order: int = 0
+    anti_alias: bool = False
+
+
+def image_taps(old_shape: Shape, new_shape: Shape, options: ImageOptions) -> list[tuple[int, SplineTaps]]:
+    """The passes that resample an image: (axis, taps) of every axis that changes, in the order of application.
+
+    Raises:
+        ValueError: a shape, order or axis that cannot be.
+    """
+    shape = checked_shape(old_shape, new_shape, options.coarse_axis)
+    if options.order not in range(6):
+        raise ValueError(f"order must be 0 to 5, got {options.order}")
+    if options.coarse_order not in (0, 1):
+        raise ValueError(f"coarse_order must be 0 (nearest) or 1 (linear), got {options.coarse_order}")
+    passes = []
+    # Shrinking axes first keeps the later passes small.
+    for axis in sorted(range(3), key=lambda a: shape[a] / old_shape[a]):
+        order = options.coarse_order if axis == options.coarse_axis else options.order
+        if old_shape[axis] != shape[axis]:
+            passes.append((axis, spline_taps(old_shape[axis], shape[axis], order, options.anti_alias)))
+    return passes
+
+
+def voting_taps(old_shape: Shape, shape: Shape, nearest_axis: int | None) -> list[LinearTaps]:
+    """Two neighbours along each axis, for labels and logits."""
+    return [linear_taps(old_shape[axis], shape[axis], axis == nearest_axis) for axis in range(3)]
+
+
+def checked_shape(old_shape: Shape, new_shape: Shape, axis: int | None) -> tuple[int, int, int]:
+    """The new shape as three integers.
+
+    Raises:
+        ValueError: not three axes, an empty one, or an axis that does not exist.
+    """
+    shape = tuple(int(n) for n in new_shape)
+    if len(old_shape) != 3 or len(shape) != 3 or min(*old_shape, *shape) < 1:
+        raise ValueError(f"shapes must have three axes of at least one voxel, got {tuple(old_shape)} to {shape}")
+    if axis not in (None, 0, 1, 2):
+        raise ValueError(f"the coarse axis must be 0, 1, 2 or None, got {axis}")
+    return shape[0], shape[1], shape[2]
