@@ -29,6 +29,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--allow-empty", action="store_true", help="accept cases whose label map has no foreground")
     parser.add_argument("--no-preprocess", action="store_true", help="stop after planning")
+    parser.add_argument(
+        "--report", action="store_true",
+        help="write report.html: sizes, intensities of every class, the plan, pictures before and after; also when "
+        "all cases are up to date",
+    )  # fmt: skip
     add_plan_options(parser)
     add_workers(parser)
     add_roots(parser, "raw", "preprocessed")
@@ -51,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         workers=arguments.workers,
         verify=arguments.verify,
         allow_empty=arguments.allow_empty,
+        report=arguments.report,
     )
     if arguments.verify:
         print(f"verified {len(prepared.fingerprint.cases)} cases: no problems")
@@ -58,4 +64,4 @@ def main(argv: list[str] | None = None) -> None:
     if not arguments.no_preprocess:
         total = len(prepared.fingerprint.cases) * len(arguments.configurations)
         print(f"preprocessed {prepared.cases_done} cases ({total - prepared.cases_done} were up to date)")
-    print(f"-> {prepared.folder}")
+    print(f"-> {prepared.folder / 'report.html' if arguments.report else prepared.folder}")

@@ -34,6 +34,7 @@ def plan_and_preprocess(
     workers: int | None = None,
     verify: bool = False,
     allow_empty: bool = False,
+    report: bool = False,
 ) -> Prepared:
     """Read a raw dataset, decide how to treat it, and preprocess its training cases.
 
@@ -45,6 +46,7 @@ def plan_and_preprocess(
         workers: processes, None to choose.
         verify: read and check every case again even when nothing has changed.
         allow_empty: accept cases without foreground.
+        report: write report.html as well.
 
     Raises:
         DatasetError: every problem of every case, in one message.
@@ -63,4 +65,8 @@ def plan_and_preprocess(
         preprocess(raw_folder, folder, plans, name, workers, allow_empty, verify=verify, loaded=loaded)
         for name in distinct.values()
     )
+    if report:
+        from ukbob_seg.preprocessing.report import write_report  # matplotlib takes its time to import
+
+        write_report(raw_folder, folder)
     return Prepared(folder, fingerprint, plans, done)
