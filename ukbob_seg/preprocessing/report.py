@@ -111,14 +111,13 @@ def _plan_section(page: ReportPage, plans: Plans, spec: DatasetSpec, folder: Pat
             share = float(np.prod(np.minimum(size, extent)) / np.prod(extent))
             rows.append(
                 [
-                    name, network, _by(plan.spacing_mm), _by(plan.median_shape), _by(entry.patch_size), _by(size),
+                    name, network, _by(plan.spacing_mm), _by(plan.median_shape), _by(entry.patch_size),
                     f"{share:.0%}", entry.batch_size, f"{entry.estimated_memory_gb:.1f}",
                     f"{done} of {len(cases)}",
                 ]
             )  # fmt: skip
     page.table(
-        ["configuration", "network", "spacing mm", "median case", "patch", "patch mm", "of the case", "batch", "GB",
-         "preprocessed"],
+        ["configuration", "network", "spacing mm", "median case", "patch", "of case", "batch", "GB", "preprocessed"],
         rows,
     )  # fmt: skip
     notes = []
@@ -159,8 +158,8 @@ def _slices_section(
         if shown.views:
             channels = spec.channel_names[:MAX_CHANNELS]
             figure = slices_figure(shown.views, shown.normal, channels, index_names(spec.labels))
-            parts = "; ".join(f"{view.title}: {view.note}" for view in shown.views)
-            page.figure(figure, f"{sizes.name} ({word}), {shown.place}. {parts}.")
+            parts = "; ".join(f"{view.title} {view.note}" for view in shown.views)
+            page.figure(figure, f"{sizes.name} ({word}), {shown.place}: {parts}.")
 
 
 def _size_section(page: ReportPage, fingerprint: Fingerprint, plans: Plans) -> None:
@@ -173,17 +172,17 @@ def _size_section(page: ReportPage, fingerprint: Fingerprint, plans: Plans) -> N
         np.array([getattr(case, what) for case in cases], dtype=float)
         for what in ("shape", "cropped_shape", "spacing_mm")
     )
-    rows: list[list[object]] = []
-    for what, values in (
-        ("size, voxels", shapes), ("cropped, voxels", cropped), ("spacing, mm", spacings),
-        ("extent, mm", shapes * spacings),
-    ):  # fmt: skip
-        for axis, letter in enumerate("zyx"):
-            column = values[:, axis]
-            rows.append([f"{what}, {letter}", *(f"{v:.4g}" for v in (np.median(column), column.min(), column.max()))])
-    kept = 100 * cropped.prod(axis=1) / shapes.prod(axis=1)
-    rows.append(["kept by cropping, %", *(f"{v:.3g}" for v in (np.median(kept), kept.min(), kept.max()))])
-    page.table(["", "median", "min", "max"], rows)
+    kept = 100 * cropped.prod(axis=1, keepdims=True) / shapes.prod(axis=1, keepdims=True)
+    page.table(
+        ["each axis by itself", "median", "minimum", "maximum"],
+        [
+            [what, *(_by(function(values, axis=0)) for function in (np.median, np.min, np.max))]
+            for what, values in (
+                ("size, voxels", shapes), ("cropped to nonzero, voxels", cropped), ("kept by cropping, %", kept),
+                ("spacing, mm", spacings), ("extent, mm", shapes * spacings),
+            )
+        ],
+    )  # fmt: skip
     found = Counter(case.left_right_axis for case in cases)
     parts = [f"{'too oblique to say' if k is None else 'zyx'[k]} in {n:,}" for k, n in found.most_common()]
     text = f"Axis that runs left-right: {', '.join(parts)} of {len(cases):,} cases."
@@ -216,7 +215,7 @@ def _outlier_section(
     page.table(
         ["case", "property", "value", "median", "robust SDs"],
         [
-            [o.case, o.what, f"{o.value:.4g}", f"{o.median:.4g}", f"{o.deviations:+.1f}"]
+            [o.case, o.what, _number(o.value), _number(o.median), f"{o.deviations:+,.1f}"]
             for o in outliers[:OUTLIERS_LISTED]
         ],
     )
@@ -243,21 +242,22 @@ def _class_sections(
         if not sizes.cases[k]:
             rows.append([name, values, "absent", *["-"] * (2 + len(channels))])
             continue
-        means = [_number(float(histogram.means[k])) for histogram in histograms]
+        means = [_number(float(histogram.typical[k])) for histogram in histograms]
         rows.append([name, values, int(sizes.cases[k]), f"{sizes.voxels[k]:,.0f}", f"{sizes.volume_ml[k]:.3g}", *means])
-    page.paragraph("Medians over the cases in which the class occurs; mean intensity of its sampled voxels.")
+    page.paragraph("Median over the cases in which the class occurs, of its voxels, its volume and its mean intensity.")
     page.table(
-        ["class", "value", "cases", "median voxels", "median mL", *(f"mean {channel}" for channel in channels)], rows
+        ["class", "value", "cases", "median voxels", "median mL", *(f"intensity, {channel}" for channel in channels)],
+        rows,
     )
     for channel, histogram, statistics, entry in zip(
         channels, histograms, fingerprint.intensities, plans.normalization, strict=True
     ):
         page.heading(f"Intensities: {channel}")
         page.paragraph(
-            f"All foreground: mean {statistics.mean:.4g}, sd {statistics.std:.4g}, median {statistics.median:.4g}, "
-            f"minimum {statistics.minimum:.4g}, maximum {statistics.maximum:.4g}, 0.5 and 99.5 percentiles "
-            f"{statistics.percentile_00_5:.4g} and {statistics.percentile_99_5:.4g}; up to {samples:,} voxels of each "
-            "case."
+            f"All foreground: mean {_number(statistics.mean)}, sd {_number(statistics.std)}, median "
+            f"{_number(statistics.median)}, minimum {_number(statistics.minimum)}, maximum "
+            f"{_number(statistics.maximum)}, 0.5 and 99.5 percentiles {_number(statistics.percentile_00_5)} and "
+            f"{_number(statistics.percentile_99_5)}; up to {samples:,} voxels of each case."
         )
         beyond = f" {histogram.beyond:.1%} of the voxels lie beyond the axis." if histogram.beyond else ""
         page.figure(histogram_figure(histogram, names, entry), f"Every curve has the area 1.{beyond}")
@@ -273,11 +273,13 @@ def _statistics_of(scheme: str, masked: bool) -> str:
 
 
 def _by(values: Sequence[float] | np.ndarray, digits: int | None = None) -> str:
-    return " x ".join(f"{v:.3g}" if digits is None else f"{v:.{digits}f}" for v in values)
+    return " x ".join(f"{v:.4g}" if digits is None else f"{v:.{digits}f}" for v in values)
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None or value != value else f"{value:.4g}"
+    if value is None or value != value:
+        return "-"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _bytes(count: float) -> str:

@@ -13,7 +13,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from ukbob_seg.drawing import hide_spines, outline, shorten_middle
 from ukbob_seg.preprocessing.fingerprint_cases import CaseFingerprint
@@ -26,6 +26,7 @@ _BEFORE, _AFTER, _MARK, _INK, _GREY = "#c3ccd6", "#3b6ea5", "#d62728", "#1d2733"
 _PATCHES = ("#d62728", "#1f6feb", "#2ca02c", "#9467bd")
 _CLASSES_PER_FIGURE = 40
 _MOST_BINS = 40
+_MOST_HEIGHT = 4.2  # of a picture, inches
 _FILL = 0.3  # opacity of labels where classes are too many for outlines of their own
 
 
@@ -68,22 +69,25 @@ def size_figure(cases: Sequence[CaseFingerprint], target_mm: tuple[float, float,
             heights, _ = np.histogram(values, edges)
             filled = color == _BEFORE
             axes[0, axis].stairs(heights, edges, fill=filled, color=color, label=word, linewidth=1.6)
+        axes[0, axis].xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes[0, axis].set_xlabel(f"size {letter}, voxels")
         spacings = np.array([c.spacing_mm[axis] for c in cases])
         edges = _bin_edges(spacings)
         heights, _ = np.histogram(spacings, edges)
         axes[1, axis].stairs(heights, edges, fill=True, color=_BEFORE)
         axes[1, axis].axvline(target_mm[axis], color=_MARK, linewidth=1.4, label="target")
+        same = np.ptp(spacings) <= 1e-6 * spacings.max()
+        axes[1, axis].xaxis.set_major_locator(FixedLocator([spacings[0]]) if same else MaxNLocator(5))
         axes[1, axis].set_xlabel(f"spacing {letter}, mm")
     for axis in axes.ravel():
         axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.tick_params(labelsize=8)
         axis.set_ylim(0, axis.get_ylim()[1] * 1.05)
         hide_spines(axis)
     for row in axes:
         row[0].set_ylabel("cases")
-        row[0].legend(frameon=False, fontsize=8)
+    handles = [*axes[0, 0].get_legend_handles_labels()[0], *axes[1, 0].get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False, fontsize=8)
     return figure
 
 
@@ -98,13 +102,13 @@ def histogram_figure(histogram: ChannelHistogram, names: Sequence[str], plan: Ch
     figure = Figure(figsize=(9.6, 3.4), layout="constrained")
     axis = figure.subplots()
     edges = histogram.edges
-    axis.stairs(_density(histogram.foreground, edges), edges, fill=True, color=_GREY, label="all foreground")
-    drawn = [k for k in range(len(names)) if histogram.classes[k].any()]
+    axis.stairs(_density(histogram.foreground[1:-1], edges), edges, fill=True, color=_GREY, label="all foreground")
+    drawn = [k for k in range(len(names)) if histogram.counts[k].any()]
     if len(names) <= FEW_CLASSES:
         for k in drawn:
             color = class_color(k, len(names))
             label = shorten_middle(names[k], 30)
-            axis.stairs(_density(histogram.classes[k], edges), edges, color=color, linewidth=1.5, label=label)
+            axis.stairs(_density(histogram.counts[k, 1:-1], edges), edges, color=color, linewidth=1.5, label=label)
     for value, word in ((plan.clip_low, "clip"), (plan.clip_high, "clip"), (plan.mean, "mean")):
         if value is not None:
             style = "--" if word == "clip" else "-"
@@ -128,7 +132,7 @@ def class_rows_figures(histogram: ChannelHistogram, names: Sequence[str]) -> Ite
     """One channel's intensities, a row of grey values per class, the darkest class first; forty to a figure.
 
     Yields:
-        (figure, caption); nothing when no class has a sample inside the bins.
+        (figure, caption); nothing when no class has a sample.
     """
     medians = histogram.medians()
     order = [int(k) for k in np.argsort(medians, kind="stable") if np.isfinite(medians[k])]
@@ -138,7 +142,8 @@ def class_rows_figures(histogram: ChannelHistogram, names: Sequence[str]) -> Ite
         shown = order[start : start + size]
         figure = Figure(figsize=(9.6, 0.21 * len(shown) + 0.8), layout="constrained")
         axis = figure.subplots()
-        rows = histogram.classes[shown] / histogram.classes[shown].max(axis=1, keepdims=True)
+        rows = histogram.counts[shown, 1:-1]
+        rows = rows / np.maximum(rows.max(axis=1, keepdims=True), 1)
         extent = (histogram.edges[0], histogram.edges[-1], len(shown) - 0.5, -0.5)
         axis.imshow(rows, cmap="Blues", aspect="auto", extent=extent, interpolation="nearest", vmin=0, vmax=1.1)
         axis.hlines(np.arange(1, len(shown)) - 0.5, *extent[:2], color="white", linewidth=1.5)
@@ -196,8 +201,8 @@ def slices_figure(views: Sequence[SliceView], normal: int, channels: Sequence[st
         names: of the label indices from 1.
     """
     frame = _frame(views)
-    width = 9.6 / max(len(views), 2)
-    height = float(np.clip(width * frame[0] / frame[1], 1.6, 5.5))
+    width = float(np.clip(_MOST_HEIGHT * frame[1] / frame[0], 2.6, 9.6 / max(len(views), 2)))
+    height = float(np.clip(width * frame[0] / frame[1], 1.2, _MOST_HEIGHT))
     figure = Figure(figsize=(width * len(views), (height + 0.45) * len(channels) + 0.5), layout="constrained")
     axes = figure.subplots(len(channels), len(views), squeeze=False)
     for channel, row in enumerate(axes):

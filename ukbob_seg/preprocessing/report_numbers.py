@@ -14,6 +14,7 @@ from ukbob_seg.preprocessing.normalization import ChannelNormalization
 
 BINS = 160
 REACH = 0.12  # shown beyond the 0.5 and 99.5 percentiles, in their distance
+TAILS = 6.0  # interquartile ranges shown beyond the quartiles, at most
 BATCH_SAMPLES = 1_000_000  # looked at together, so that nothing is copied whole
 FAR = 3.0  # robust standard deviations from which a case is named
 FEWEST_TO_COMPARE = 5
@@ -27,23 +28,27 @@ class ChannelHistogram:
 
     Attributes:
         edges: (bins + 1,) of the bins.
-        classes: (classes, bins) samples of each class.
-        foreground: (bins,) samples of any class.
-        beyond: share of the foreground samples that lie outside the bins.
-        means: (classes,) mean intensity; NaN without a sample.
+        counts: (classes, bins + 2) samples of each class; the first and the last lie beyond the bins.
+        foreground: (bins + 2,) samples of any class.
+        typical: (classes,) median over the cases of the class's mean in the case; NaN without a sample.
     """
 
     edges: np.ndarray
-    classes: np.ndarray
+    counts: np.ndarray
     foreground: np.ndarray
-    beyond: float
-    means: np.ndarray
+    typical: np.ndarray
+
+    @property
+    def beyond(self) -> float:
+        """Share of the foreground that lies outside the bins."""
+        return float(self.foreground[[0, -1]].sum() / max(int(self.foreground.sum()), 1))
 
     def medians(self) -> np.ndarray:
-        """(classes,) middle of the bin that holds the class's median; NaN without a sample inside the bins."""
-        total = self.classes.sum(axis=1)
-        at = (np.cumsum(self.classes, axis=1) >= total[:, None] / 2).argmax(axis=1)
-        return np.where(total > 0, (self.edges[at] + self.edges[at + 1]) / 2, np.nan)
+        """(classes,) middle of the bin that holds the class's median, at most the outer edges; NaN without samples."""
+        total = self.counts.sum(axis=1)
+        at = (np.cumsum(self.counts, axis=1) >= total[:, None] / 2).argmax(axis=1)
+        middles = np.concatenate([self.edges[:1], (self.edges[1:] + self.edges[:-1]) / 2, self.edges[-1:]])
+        return np.where(total > 0, middles[at], np.nan)
 
 
 @dataclass(frozen=True)
@@ -111,29 +116,10 @@ def channel_histograms(
         normalization: one per channel; its clip lies within the range.
         samples: how many of each case count, as in the fingerprint.
     """
-    batches = _batches(readings, samples)
-    rows = len(scheme.values) + 1
-    result = []
-    for channel, (statistics, scheme_of_channel) in enumerate(zip(intensities, normalization, strict=True)):
-        whole = all(_whole(r.samples[channel, :samples]) for r in readings)
-        edges = _edges(statistics, scheme_of_channel, whole)
-        bins = len(edges) - 1
-        counts = np.zeros((rows, bins + 2), dtype=np.int64)  # first and last: beyond the range
-        sums = np.zeros(rows)
-        for batch in batches:
-            values = np.concatenate([r.samples[channel, :samples] for r in batch])
-            labels = np.concatenate([r.sample_labels[:samples] for r in batch]).astype(np.int64)
-            position = (values.astype(np.float64) - edges[0]) * (bins / (edges[-1] - edges[0]))
-            place = np.clip(np.floor(position) + 1, 0, bins + 1).astype(np.int64)
-            counts += np.bincount(labels * (bins + 2) + place, minlength=counts.size).reshape(counts.shape)
-            sums += np.bincount(labels, weights=values, minlength=rows)
-        inside, totals = counts[:, 1:-1], counts.sum(axis=1)
-        members = scheme.region_table.astype(np.int64)
-        with np.errstate(invalid="ignore"):
-            means = (members @ sums) / (members @ totals)
-        beyond = float(1 - inside.sum() / totals.sum()) if totals.any() else 0.0
-        result.append(ChannelHistogram(edges, members @ inside, inside.sum(axis=0), beyond, means))
-    return result
+    return [
+        _histogram(readings, scheme, samples, channel, _edges(readings, samples, channel, statistics, plan))
+        for channel, (statistics, plan) in enumerate(zip(intensities, normalization, strict=True))
+    ]
 
 
 def find_outliers(
@@ -201,6 +187,30 @@ def _far(names: Sequence[str], what: str, values: np.ndarray, logarithmic: bool)
     ]
 
 
+def _histogram(
+    readings: Sequence[CaseReading], scheme: LabelScheme, samples: int, channel: int, edges: np.ndarray
+) -> ChannelHistogram:
+    """Count the samples of one channel, some cases at a time."""
+    rows, bins = len(scheme.values) + 1, len(edges) - 1
+    members = scheme.region_table.astype(np.int64)
+    counts = np.zeros((rows, bins + 2), dtype=np.int64)
+    means = []
+    for batch in _batches(readings, samples):
+        values = np.concatenate([r.samples[channel, :samples] for r in batch]).astype(np.float64)
+        labels = np.concatenate([r.sample_labels[:samples] for r in batch]).astype(np.int64)
+        position = (values - edges[0]) * (bins / (edges[-1] - edges[0]))
+        place = np.clip(np.floor(position) + 1, 0, bins + 1).astype(np.int64)
+        counts += np.bincount(labels * (bins + 2) + place, minlength=counts.size).reshape(counts.shape)
+        number = np.repeat(np.arange(len(batch)), [min(samples, len(r.sample_labels)) for r in batch])
+        cells, shape = number * rows + labels, (len(batch), rows)
+        found = np.bincount(cells, minlength=len(batch) * rows).reshape(shape) @ members.T
+        sums = np.bincount(cells, weights=values, minlength=len(batch) * rows).reshape(shape) @ members.T
+        means.append(np.where(found > 0, sums / np.maximum(found, 1), np.nan))
+    per_case = np.concatenate(means)
+    typical = [float(np.median(c[np.isfinite(c)])) if np.isfinite(c).any() else np.nan for c in per_case.T]
+    return ChannelHistogram(edges, members @ counts, counts.sum(axis=0), np.array(typical))
+
+
 def _batches(readings: Sequence[CaseReading], samples: int) -> list[list[CaseReading]]:
     """Readings in groups of about ``BATCH_SAMPLES`` samples."""
     batches: list[list[CaseReading]] = []
@@ -214,18 +224,30 @@ def _batches(readings: Sequence[CaseReading], samples: int) -> list[list[CaseRea
     return batches
 
 
-def _whole(values: np.ndarray) -> bool:
-    return bool((values == np.rint(values)).all())
+def _edges(
+    readings: Sequence[CaseReading],
+    samples: int,
+    channel: int,
+    statistics: IntensityStatistics,
+    plan: ChannelNormalization,
+) -> np.ndarray:
+    """Bins from a little below the 0.5 percentile to a little above the 99.5; for whole numbers of whole widths.
 
-
-def _edges(statistics: IntensityStatistics, normalization: ChannelNormalization, whole: bool) -> np.ndarray:
-    """Bins from a little below the 0.5 percentile to a little above the 99.5; for whole numbers of whole widths."""
+    Where some cases are on quite another scale, the range ends ``TAILS`` interquartile ranges from the quartiles. It
+    always holds the clip of the plan.
+    """
+    parts = [r.samples[channel, :samples] for r in readings]
+    step = max(1, sum(map(len, parts)) // BATCH_SAMPLES)
+    values = np.concatenate([part[::step] for part in parts])
+    lower, upper = np.percentile(values, (25, 75)) if len(values) else (0.0, 0.0)
     low, high = statistics.percentile_00_5, statistics.percentile_99_5
     reach = REACH * (high - low)
     low, high = max(statistics.minimum, low - reach), min(statistics.maximum, high + reach)
-    low = min(v for v in (low, normalization.clip_low) if v is not None)
-    high = max(v for v in (high, normalization.clip_high) if v is not None)
-    if whole:
+    if upper > lower:
+        low, high = max(low, lower - TAILS * (upper - lower)), min(high, upper + TAILS * (upper - lower))
+    low = float(min(v for v in (low, plan.clip_low) if v is not None))
+    high = float(max(v for v in (high, plan.clip_high) if v is not None))
+    if (values == np.rint(values)).all():
         low, high = np.floor(low) - 0.5, np.ceil(high) + 0.5
         width = max(1.0, np.ceil((high - low) / BINS))
         return low + width * np.arange(np.ceil((high - low) / width) + 1)
