@@ -243,7 +243,16 @@ def _class_sections(
             rows.append([name, values, "absent", *["-"] * (2 + len(channels))])
             continue
         means = [_number(float(histogram.typical[k])) for histogram in histograms]
-        rows.append([name, values, int(sizes.cases[k]), f"{sizes.voxels[k]:,.0f}", f"{sizes.volume_ml[k]:.3g}", *means])
+        rows.append(
+            [
+                name,
+                values,
+                int(sizes.cases[k]),
+                f"{sizes.voxels[k]:,.0f}",
+                _number(float(sizes.volume_ml[k]), 3),
+                *means,
+            ]
+        )
     page.paragraph("Median over the cases in which the class occurs, of its voxels, its volume and its mean intensity.")
     page.table(
         ["class", "value", "cases", "median voxels", "median mL", *(f"intensity, {channel}" for channel in channels)],
@@ -276,10 +285,10 @@ def _by(values: Sequence[float] | np.ndarray, digits: int | None = None) -> str:
     return " x ".join(f"{v:.4g}" if digits is None else f"{v:.{digits}f}" for v in values)
 
 
-def _number(value: float | None) -> str:
+def _number(value: float | None, digits: int = 4) -> str:
     if value is None or value != value:
         return "-"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.{digits}g}"
 
 
 def _bytes(count: float) -> str:

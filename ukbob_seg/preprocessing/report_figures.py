@@ -109,13 +109,12 @@ def histogram_figure(histogram: ChannelHistogram, names: Sequence[str], plan: Ch
             color = class_color(k, len(names))
             label = shorten_middle(names[k], 30)
             axis.stairs(_density(histogram.counts[k, 1:-1], edges), edges, color=color, linewidth=1.5, label=label)
-    for value, word in ((plan.clip_low, "clip"), (plan.clip_high, "clip"), (plan.mean, "mean")):
+    for value, word, side in ((plan.clip_low, "clip", 1), (plan.clip_high, "clip", -1), (plan.mean, "mean", 1)):
         if value is not None:
-            style = "--" if word == "clip" else "-"
-            axis.axvline(value, color=_INK, linestyle=style, linewidth=1.1)
+            axis.axvline(value, color=_INK, linestyle="--" if word == "clip" else "-", linewidth=1.1)
             axis.annotate(
-                f"{word} {value:.4g}", (value, 1), (3, -2), ("data", "axes fraction"), "offset points",
-                va="top", fontsize=8, color=_INK,
+                f"{word} {value:.4g}", (value, 1), (3 * side, -2), ("data", "axes fraction"), "offset points",
+                va="top", ha="left" if side > 0 else "right", fontsize=8, color=_INK,
             )  # fmt: skip
     axis.set_xlim(edges[0], edges[-1])
     axis.set_ylim(0, axis.get_ylim()[1] * 1.1)
@@ -123,8 +122,8 @@ def histogram_figure(histogram: ChannelHistogram, names: Sequence[str], plan: Ch
     axis.set_ylabel("density")
     axis.set_xlabel("intensity before normalization")
     hide_spines(axis, "top", "right", "left")
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, [f" {label}" for label in labels], loc="outside right upper", frameon=False, fontsize=8)
+    if len(names) <= FEW_CLASSES:
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 

@@ -14,7 +14,8 @@ from ukbob_seg.preprocessing.normalization import ChannelNormalization
 
 BINS = 160
 REACH = 0.12  # shown beyond the 0.5 and 99.5 percentiles, in their distance
-TAILS = 6.0  # interquartile ranges shown beyond the quartiles, at most
+TAILS = 4.0  # interquartile ranges shown beyond the quartiles, at most
+CLIP_MARGIN = 0.05  # shown beyond the plan's clip, in its width
 BATCH_SAMPLES = 1_000_000  # looked at together, so that nothing is copied whole
 FAR = 3.0  # robust standard deviations from which a case is named
 FEWEST_TO_COMPARE = 5
@@ -152,7 +153,7 @@ def find_outliers(
         means = np.array([r.samples.mean(axis=1, dtype=np.float64) for r in filled])
         for channel, column in zip(channels, means.T, strict=True):
             found += _far(filled_names, f"mean intensity, {channel}", column, logarithmic=False)
-    found.sort(key=lambda outlier: (-abs(outlier.deviations), outlier.case))
+    found.sort(key=lambda outlier: (-round(abs(outlier.deviations), 6), outlier.case))  # an extent is no news
     farthest: dict[str, Outlier] = {}
     for outlier in found:
         farthest.setdefault(outlier.case, outlier)
@@ -245,8 +246,9 @@ def _edges(
     low, high = max(statistics.minimum, low - reach), min(statistics.maximum, high + reach)
     if upper > lower:
         low, high = max(low, lower - TAILS * (upper - lower)), min(high, upper + TAILS * (upper - lower))
-    low = float(min(v for v in (low, plan.clip_low) if v is not None))
-    high = float(max(v for v in (high, plan.clip_high) if v is not None))
+    if plan.clip_low is not None and plan.clip_high is not None:
+        beside = CLIP_MARGIN * (plan.clip_high - plan.clip_low)
+        low, high = min(low, plan.clip_low - beside), max(high, plan.clip_high + beside)
     if (values == np.rint(values)).all():
         low, high = np.floor(low) - 0.5, np.ceil(high) + 0.5
         width = max(1.0, np.ceil((high - low) / BINS))
