@@ -73,7 +73,7 @@ def write_report(raw_folder: Path, folder: Path) -> Path:
     _size_section(page, fingerprint, plans)
     page.heading("Cases unlike the others")
     _outlier_section(page, fingerprint, readings, spec)
-    page.heading("Classes")
+    page.heading("Regions" if spec.labels.has_regions else "Classes")
     _class_sections(page, fingerprint, plans, spec, readings)
     page.write(folder / REPORT)
     return folder / REPORT
@@ -105,7 +105,8 @@ def _plan_section(page: ReportPage, plans: Plans, spec: DatasetSpec, folder: Pat
     for name, plan in plans.configurations.items():
         extent = np.asarray(plan.median_shape, dtype=float) * plan.spacing_mm
         place = arrays_folder(folder, plans, name)
-        done = sum(record_path(place, case).is_file() for case in cases) if place.is_dir() else 0
+        found = {path.name for path in place.glob("*.json")}
+        done = sum(record_path(place, case).name in found for case in cases)
         for network, entry in plan.networks.items():
             size = np.asarray(entry.patch_size, dtype=float) * plan.spacing_mm
             share = float(np.prod(np.minimum(size, extent)) / np.prod(extent))
@@ -200,18 +201,14 @@ def _outlier_section(
         page.paragraph(f"Fewer than {FEWEST_TO_COMPARE} cases: nothing to compare.")
         return
     outliers = find_outliers(fingerprint.cases, readings, spec.channel_names)
-    if not outliers:
-        page.paragraph(
-            f"No case lies more than {FAR:g} robust standard deviations from the median in size, spacing, extent or "
-            "mean intensity."
-        )
-        return
     listed = f", the first {OUTLIERS_LISTED}" if len(outliers) > OUTLIERS_LISTED else ""
     page.paragraph(
-        f"{len(outliers)} of {len(fingerprint.cases)} cases lie more than {FAR:g} robust standard deviations from the "
-        "median in size, spacing, extent (on a logarithmic scale) or mean foreground intensity. Each is listed with "
-        f"the property in which it is farthest{listed}."
+        f"More than {FAR:g} robust standard deviations from the median in size, spacing, extent (on a logarithmic "
+        f"scale) or mean foreground intensity: {len(outliers):,} of {len(fingerprint.cases):,} cases."
+        + (f" Each is listed with the property in which it is farthest{listed}." if outliers else "")
     )
+    if not outliers:
+        return
     page.table(
         ["case", "property", "value", "median", "robust SDs"],
         [
@@ -253,9 +250,10 @@ def _class_sections(
                 *means,
             ]
         )
-    page.paragraph("Median over the cases in which the class occurs, of its voxels, its volume and its mean intensity.")
+    kind = "region" if spec.labels.has_regions else "class"
+    page.paragraph(f"Median over the cases in which the {kind} occurs, of its voxels, volume and mean intensity.")
     page.table(
-        ["class", "value", "cases", "median voxels", "median mL", *(f"intensity, {channel}" for channel in channels)],
+        [kind, "value", "cases", "median voxels", "median mL", *(f"intensity, {channel}" for channel in channels)],
         rows,
     )
     for channel, histogram, statistics, entry in zip(
@@ -268,17 +266,19 @@ def _class_sections(
             f"{_number(statistics.maximum)}, 0.5 and 99.5 percentiles {_number(statistics.percentile_00_5)} and "
             f"{_number(statistics.percentile_99_5)}; up to {samples:,} voxels of each case."
         )
-        beyond = f" {histogram.beyond:.1%} of the voxels lie beyond the axis." if histogram.beyond else ""
-        page.figure(histogram_figure(histogram, names, entry), f"Every curve has the area 1.{beyond}")
+        beyond = f"{histogram.beyond:.1%}" if histogram.beyond >= 0.001 else "Less than 0.1%"
+        page.figure(
+            histogram_figure(histogram, names, entry),
+            f"Every curve has the area 1. {beyond if histogram.beyond else 'None'} of the voxels lie beyond the axis.",
+        )
         if len(names) > FEW_CLASSES:
             for figure, caption in class_rows_figures(histogram, names):
                 page.figure(figure, caption)
 
 
 def _statistics_of(scheme: str, masked: bool) -> str:
-    if scheme == "zscore":
-        return "of the case" + (", nonzero voxels" if masked else "")
-    return {"ct": "of the dataset", "rescale_to_0_1": "of the case"}.get(scheme, "none")
+    own = "of the case" + (", nonzero voxels" if masked else "")
+    return {"zscore": own, "rescale_to_0_1": own, "ct": "of the dataset"}.get(scheme, "none")
 
 
 def _by(values: Sequence[float] | np.ndarray, digits: int | None = None) -> str:

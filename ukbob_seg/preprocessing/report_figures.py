@@ -26,7 +26,11 @@ _BEFORE, _AFTER, _MARK, _INK, _GREY = "#c3ccd6", "#3b6ea5", "#d62728", "#1d2733"
 _PATCHES = ("#d62728", "#1f6feb", "#2ca02c", "#9467bd")
 _CLASSES_PER_FIGURE = 40
 _MOST_BINS = 40
-_MOST_HEIGHT = 4.2  # of a picture, inches
+_MOST_HEIGHT, _MOST_HEIGHT_OF_SEVERAL = 4.2, 3.0  # of a picture of one channel, and of several, inches
+_ROWS_CAPTION = (
+    "A row per class, sorted by the median (red, at the edge where it lies beyond the axis); the darkest blue is the "
+    "most frequent value of the class."
+)
 _FILL = 0.3  # opacity of labels where classes are too many for outlines of their own
 
 
@@ -102,13 +106,13 @@ def histogram_figure(histogram: ChannelHistogram, names: Sequence[str], plan: Ch
     figure = Figure(figsize=(9.6, 3.4), layout="constrained")
     axis = figure.subplots()
     edges = histogram.edges
-    axis.stairs(_density(histogram.foreground[1:-1], edges), edges, fill=True, color=_GREY, label="all foreground")
+    color = _GREY if len(names) <= FEW_CLASSES else _BEFORE
+    axis.stairs(_density(histogram.foreground[1:-1], edges), edges, fill=True, color=color, label="all foreground")
     drawn = [k for k in range(len(names)) if histogram.counts[k].any()]
     if len(names) <= FEW_CLASSES:
         for k in drawn:
-            color = class_color(k, len(names))
-            label = shorten_middle(names[k], 30)
-            axis.stairs(_density(histogram.counts[k, 1:-1], edges), edges, color=color, linewidth=1.5, label=label)
+            style = {"color": class_color(k, len(names)), "label": shorten_middle(names[k], 30)}
+            axis.stairs(_density(histogram.counts[k, 1:-1], edges), edges, linewidth=1.5, **style)
     for value, word, side in ((plan.clip_low, "clip", 1), (plan.clip_high, "clip", -1), (plan.mean, "mean", 1)):
         if value is not None:
             axis.axvline(value, color=_INK, linestyle="--" if word == "clip" else "-", linewidth=1.1)
@@ -152,7 +156,7 @@ def class_rows_figures(histogram: ChannelHistogram, names: Sequence[str]) -> Ite
         axis.set_xlabel("intensity before normalization")
         hide_spines(axis, "top", "right", "left")
         part = f"Classes {start + 1} to {start + len(shown)} of {len(order)}. " if figures > 1 else ""
-        yield figure, part + "A row per class, sorted by the median (red); the darkest blue is its most frequent value."
+        yield figure, part + _ROWS_CAPTION
 
 
 def patch_figure(configurations: dict[str, ConfigurationPlan]) -> Figure:
@@ -200,8 +204,9 @@ def slices_figure(views: Sequence[SliceView], normal: int, channels: Sequence[st
         names: of the label indices from 1.
     """
     frame = _frame(views)
-    width = float(np.clip(_MOST_HEIGHT * frame[1] / frame[0], 2.6, 9.6 / max(len(views), 2)))
-    height = float(np.clip(width * frame[0] / frame[1], 1.2, _MOST_HEIGHT))
+    most = _MOST_HEIGHT if len(channels) == 1 else _MOST_HEIGHT_OF_SEVERAL
+    width = float(np.clip(most * frame[1] / frame[0], 2.9, 9.6 / max(len(views), 2)))
+    height = float(np.clip(width * frame[0] / frame[1], 1.2, most))
     figure = Figure(figsize=(width * len(views), (height + 0.45) * len(channels) + 0.5), layout="constrained")
     axes = figure.subplots(len(channels), len(views), squeeze=False)
     for channel, row in enumerate(axes):
