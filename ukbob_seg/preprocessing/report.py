@@ -32,11 +32,10 @@ from ukbob_seg.preprocessing.report_numbers import (
     matching_readings,
 )
 from ukbob_seg.preprocessing.report_slices import MAX_CHANNELS, case_slices, index_names
-from ukbob_seg.report_page import ReportPage
+from ukbob_seg.report_page import ReportPage, listing
 
 REPORT = "report.html"
 OUTLIERS_LISTED = 20
-_LISTED = 10
 
 
 def write_report(raw_folder: Path, folder: Path) -> Path:
@@ -190,7 +189,7 @@ def _size_section(page: ReportPage, fingerprint: Fingerprint, plans: Plans) -> N
     if len(found) > 1:
         usual = found.most_common(1)[0][0]
         others = [case.name for case in cases if case.left_right_axis != usual]
-        text += f" Orientations differ, so that training does not flip left and right. Others: {_listing(others)}."
+        text += f" Orientations differ, so that training does not flip left and right. Others: {listing(others)}."
     page.paragraph(text)
 
 
@@ -297,8 +296,3 @@ def _bytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
-
-
-def _listing(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

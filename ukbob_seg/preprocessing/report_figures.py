@@ -106,13 +106,13 @@ def histogram_figure(histogram: ChannelHistogram, names: Sequence[str], plan: Ch
     figure = Figure(figsize=(9.6, 3.4), layout="constrained")
     axis = figure.subplots()
     edges = histogram.edges
-    color = _GREY if len(names) <= FEW_CLASSES else _BEFORE
-    axis.stairs(_density(histogram.foreground[1:-1], edges), edges, fill=True, color=color, label="all foreground")
+    back = _GREY if len(names) <= FEW_CLASSES else _BEFORE
+    axis.stairs(_density(histogram.foreground[1:-1], edges), edges, fill=True, color=back, label="all foreground")
     drawn = [k for k in range(len(names)) if histogram.counts[k].any()]
     if len(names) <= FEW_CLASSES:
         for k in drawn:
-            style = {"color": class_color(k, len(names)), "label": shorten_middle(names[k], 30)}
-            axis.stairs(_density(histogram.counts[k, 1:-1], edges), edges, linewidth=1.5, **style)
+            heights, name = _density(histogram.counts[k, 1:-1], edges), shorten_middle(names[k], 30)
+            axis.stairs(heights, edges, linewidth=1.5, color=class_color(k, len(names)), label=name)
     for value, word, side in ((plan.clip_low, "clip", 1), (plan.clip_high, "clip", -1), (plan.mean, "mean", 1)):
         if value is not None:
             axis.axvline(value, color=_INK, linestyle="--" if word == "clip" else "-", linewidth=1.1)

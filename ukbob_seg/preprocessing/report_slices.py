@@ -74,7 +74,7 @@ def case_slices(sizes: CaseFingerprint, case: Case | None, plans: Plans, spec: D
             continue
         try:
             views.append(_array_view(place, case.name, normal, index, spacing))
-        except (DatasetError, KeyError, TypeError, ValueError) as error:
+        except (DatasetError, KeyError, TypeError, ValueError, IndexError) as error:
             sentences.append(f"no picture of {name}: {error}")
     return CaseSlices(tuple(views), normal, slice_name(normal, index), tuple(sentences))
 
