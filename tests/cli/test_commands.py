@@ -60,6 +60,11 @@ def test_the_whole_chain(run, make_dataset, tmp_path):
     assert "patch 64x32x32" in out
     assert "preprocessed 5 cases (0 were up to date)" in out
     assert run(plan_and_preprocess, "-d", 7, *PLAN)[1].count("preprocessed 0 cases (5 were up to date)") == 1
+    code, out, _ = run(plan_and_preprocess, "-d", 7, "--report", *PLAN)
+    assert code == 0
+    page = tmp_path / "preprocessed" / "Dataset007_Blobs" / "report.html"
+    assert out.endswith(f"-> {page}\n")
+    assert "5 of 5" in page.read_text()
     code, out, err = run(train, 7, 0, *TRAIN)
     assert code == 0, err
     model = tmp_path / "results" / "Dataset007_Blobs" / "3d_fullres__swin_unetr"

@@ -10,10 +10,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from ukbob_seg.dataset.image_io import Geometry, write_image, write_labels
+from ukbob_seg.drawing import outline
 from ukbob_seg.evaluation.evaluate import ReportOptions, evaluate
 from ukbob_seg.evaluation.metrics import absent_from_both
 from ukbob_seg.evaluation.report import find_image, worst_cases, write_report
-from ukbob_seg.evaluation.report_figures import dice_figures, outline
+from ukbob_seg.evaluation.report_figures import dice_figures
 from ukbob_seg.evaluation.summary import CaseMetrics, EvaluationSummary, collect
 
 GEOMETRY = Geometry((10, 20, 24), (3.0, 1.0, 0.7))

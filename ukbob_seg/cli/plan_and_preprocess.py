@@ -34,6 +34,11 @@ def main(argv: list[str] | None = None) -> None:
         help="follow the plans.json that is there: after adding cases, only these are preprocessed",
     )  # fmt: skip
     parser.add_argument("--no-preprocess", action="store_true", help="stop after planning")
+    parser.add_argument(
+        "--report", action="store_true",
+        help="write report.html: sizes, intensities of every class, the plan, pictures before and after; also when "
+        "all cases are up to date",
+    )  # fmt: skip
     add_plan_options(parser)
     add_workers(parser)
     add_cluster(parser, part=None)
@@ -62,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         allow_empty=arguments.allow_empty,
         keep_plans=arguments.keep_plans,
         scheduler=arguments.scheduler,
+        report=arguments.report,
     )
     if arguments.verify:
         print(f"verified {len(prepared.fingerprint.cases)} cases: no problems")
@@ -69,4 +75,4 @@ def main(argv: list[str] | None = None) -> None:
     if not arguments.no_preprocess:
         total = len(prepared.fingerprint.cases) * len(arguments.configurations)
         print(f"preprocessed {prepared.cases_done} cases ({total - prepared.cases_done} were up to date)")
-    print(f"-> {prepared.folder}")
+    print(f"-> {prepared.folder / 'report.html' if arguments.report else prepared.folder}")

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ukbob_seg.dataset.image_io import read_image, read_labels
+from ukbob_seg.drawing import fullest_slice, hide_spines, outline, shorten, slice_name
 from ukbob_seg.errors import DatasetError
 from ukbob_seg.evaluation.summary import EvaluationSummary
 
@@ -27,7 +28,6 @@ _FEWEST_FOR_QUARTILES = 5
 _CAPTION = f"A dot per case (red: Dice 0); line: median; bar: quartiles, from {_FEWEST_FOR_QUARTILES} cases."
 _COLUMNS = 5
 _MARGIN_MM = 8.0
-_ANISOTROPIC = 2.0
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,14 @@ def dice_figures(summary: EvaluationSummary) -> Iterator[tuple[Figure, str]]:
         axis = figure.subplots()
         for row, name in enumerate(shown):
             _strip(axis, row, scores[name])
-        axis.set_yticks(range(len(shown)), [_shorten(name, 32) for name in shown], fontsize=9)
+        axis.set_yticks(range(len(shown)), [shorten(name, 32) for name in shown], fontsize=9)
         axis.set_ylim(len(shown) - 0.45, -0.55)
         axis.set_xlim(left - 0.01 * (1 - left), 1 + 0.01 * (1 - left))
         axis.set_xlabel("Dice")
         axis.grid(axis="x", color="#e3e8ee", linewidth=0.8)
         axis.set_axisbelow(True)
         axis.tick_params(axis="y", length=0)
-        for side in ("top", "right", "left"):
-            axis.spines[side].set_visible(False)
+        hide_spines(axis, "top", "right", "left")
         part = f"Classes {start + 1} to {start + len(shown)} of {len(names)}, lowest median first. "
         yield figure, (part if figures > 1 else "") + _CAPTION
 
@@ -105,25 +104,6 @@ def overlay_figure(overlays: Sequence[Overlay]) -> Figure:
         loc="outside upper left", ncols=2, frameon=False, fontsize=9,
     )  # fmt: skip
     return figure
-
-
-def outline(labels: np.ndarray) -> np.ndarray:
-    """Pixel edges at which a label map changes, as line segments.
-
-    Args:
-        labels: (rows, columns) integers or bool; beyond the array counts as 0.
-
-    Returns:
-        (segments, 2, 2) float, end points as (x, y) where pixel centres have integer coordinates.
-    """
-    padded = np.pad(labels, 1)
-    row, column = np.nonzero(padded[1:-1, 1:] != padded[1:-1, :-1])
-    x, y = column - 0.5, row.astype(float)
-    upright = np.stack([np.stack([x, y - 0.5], -1), np.stack([x, y + 0.5], -1)], 1)
-    row, column = np.nonzero(padded[1:, 1:-1] != padded[:-1, 1:-1])
-    x, y = column.astype(float), row - 0.5
-    level = np.stack([np.stack([x - 0.5, y], -1), np.stack([x + 0.5, y], -1)], 1)
-    return np.concatenate([upright, level])
 
 
 def _strip(axis: Axes, row: int, scores: np.ndarray) -> None:
@@ -167,27 +147,17 @@ def _draw_overlay(axis: Axes, overlay: Overlay) -> None:
     axis.set_ylim(*(rows if normal != 0 else rows[::-1]))  # z runs upwards in a patient
     axis.set_xticks([])
     axis.set_yticks([])
-    axis.set_title(_shorten(overlay.case, 26), fontsize=9)
-    axis.set_xlabel(f"{_shorten(overlay.class_name, 22)}, Dice {overlay.dice:.3f}\n{_view(normal, index)}", fontsize=8)
+    axis.set_title(shorten(overlay.case, 26), fontsize=9)
+    scored = f"{shorten(overlay.class_name, 22)}, Dice {overlay.dice:.3f}"
+    axis.set_xlabel(f"{scored}\n{slice_name(normal, index)}", fontsize=8)
 
 
 def _choose_slice(reference: np.ndarray, prediction: np.ndarray, spacing: np.ndarray) -> tuple[int, int]:
-    """Axis and index of the slice with the largest disagreement (of the class itself, when both maps agree).
-
-    Thick slices are looked at as they were acquired: across the coarsest axis when the spacing is anisotropic.
-    """
+    """Axis and index of the slice with the largest disagreement (of the class itself, when both maps agree)."""
     differing = reference ^ prediction
     if not differing.any():
         differing = reference
-    area_mm2 = [
-        differing.sum(axis=tuple(i for i in range(3) if i != axis)) * spacing.prod() / spacing[axis]
-        for axis in range(3)
-    ]
-    if spacing.max() > _ANISOTROPIC * spacing.min():
-        normal = int(np.argmax(spacing))
-    else:
-        normal = int(np.argmax([area.max() for area in area_mm2]))
-    return normal, int(np.argmax(area_mm2[normal]))
+    return fullest_slice(differing, spacing)
 
 
 def _window(mask: np.ndarray, step_mm: np.ndarray) -> tuple[tuple[float, ...], float]:
@@ -212,11 +182,3 @@ def _background(overlay: Overlay, reference: np.ndarray) -> tuple[np.ndarray, tu
         logger.warning("case %s: no image under its picture (%s)", overlay.case, problem)
     shades = np.where(reference == 0, 1.0, 0.72 + 0.16 * ((reference * 0.6180339887) % 1))
     return shades, (0.0, 1.0)
-
-
-def _view(normal: int, index: int) -> str:
-    return f"{'zyx'[normal]} = {index}"
-
-
-def _shorten(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"

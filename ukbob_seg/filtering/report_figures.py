@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ukbob_seg.dataset.image_io import read_image, read_labels
 from ukbob_seg.dataset.spec import Case
+from ukbob_seg.drawing import hide_spines, shorten_middle
 from ukbob_seg.filtering.solf import MODELS
 from ukbob_seg.filtering.strata import StratifiedBounds
 
@@ -59,7 +60,8 @@ def distribution_figures(
                 known = bounds.strata[stratum]
                 limits = (0.0, known.most_doubt) if feature in MODELS else known.limits(label, feature)
                 _strip(axis, rows[feature].to_numpy(float), rows["flagged"].to_numpy(bool), limits)
-            name = _shorten(str(rows["organ"].iloc[0]), 22) + (f"\n{_shorten(stratum, 22)}" if stratum else "")
+            lines = (str(rows["organ"].iloc[0]), stratum) if stratum else (str(rows["organ"].iloc[0]),)
+            name = "\n".join(shorten_middle(line, 22) for line in lines)
             row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
         for axis, heading in zip(axes[0], features.values(), strict=True):
             axis.set_title(heading, fontsize=10)
@@ -75,10 +77,10 @@ def organ_share_figure(shares: Mapping[str, float]) -> Figure:
     figure = Figure(figsize=(min(14.0, 2.0 + 0.32 * len(shares)), 3.4), layout="constrained")
     axis = figure.subplots()
     axis.bar(range(len(shares)), list(shares.values()), color=_FLAGGED, width=0.7)
-    axis.set_xticks(range(len(shares)), [_shorten(name, 24) for name in shares], rotation=90, fontsize=7)
+    axis.set_xticks(range(len(shares)), [shorten_middle(name, 24) for name in shares], rotation=90, fontsize=7)
     axis.set_xlim(-0.6, len(shares) - 0.4)
     axis.set_ylabel("flagged, %")
-    _plain(axis)
+    hide_spines(axis)
     return figure
 
 
@@ -102,7 +104,7 @@ def scan_count_figure(counts: np.ndarray) -> Figure:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("flagged organs in a scan")
     axis.set_ylabel("scans")
-    _plain(axis)
+    hide_spines(axis)
     return figure
 
 
@@ -130,8 +132,7 @@ def _strip(axis: Axes, values: np.ndarray, flagged: np.ndarray, limits: tuple[fl
     low, high = limits
     axis.set_yticks([])
     axis.tick_params(labelsize=7, length=2)
-    for side in ("top", "right", "left"):
-        axis.spines[side].set_visible(False)
+    hide_spines(axis, "top", "right", "left")
     if not len(values):
         axis.set_xticks([])
         axis.text(0.5, 0.4, "no values", ha="center", fontsize=8, color=_INK, transform=axis.transAxes)
@@ -187,7 +188,7 @@ def _draw_specimen(axis: Axes, specimen: Specimen) -> None:
     axis.set_ylim(pixels.shape[0] - 0.5, -0.5)
     axis.set_xticks([])
     axis.set_yticks([])
-    axis.set_title(f"{_shorten(specimen.case.name, 26)}\n{_shorten(specimen.organ, 26)}", fontsize=9)
+    axis.set_title(f"{shorten_middle(specimen.case.name, 26)}\n{shorten_middle(specimen.organ, 26)}", fontsize=9)
     axis.set_xlabel(specimen.reason, fontsize=8, color=_INK)
 
 
@@ -203,16 +204,3 @@ def _crop_window(mask: np.ndarray, step_mm: np.ndarray) -> tuple[slice, slice]:
         start = int(np.clip((where[0] + where[-1] + 1 - wanted) // 2, 0, length - wanted))
         windows.append(slice(start, start + wanted))
     return windows[0], windows[1]
-
-
-def _shorten(text: str, most: int) -> str:
-    """Cut out the middle: names of organs differ at either end."""
-    if len(text) <= most:
-        return text
-    tail = (most - 1) // 2
-    return f"{text[: most - 1 - tail]}…{text[-tail:]}"
-
-
-def _plain(axis: Axes) -> None:
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)

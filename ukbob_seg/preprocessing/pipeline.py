@@ -37,6 +37,7 @@ def plan_and_preprocess(
     allow_empty: bool = False,
     keep_plans: bool = False,
     scheduler: str | None = None,
+    report: bool = False,
 ) -> Prepared:
     """Read a raw dataset, decide how to treat it, and preprocess its training cases.
 
@@ -50,6 +51,7 @@ def plan_and_preprocess(
         allow_empty: accept cases without foreground.
         keep_plans: follow the plans.json that is there; new cases are then the only ones to be preprocessed.
         scheduler: address of a Dask scheduler whose workers read and preprocess.
+        report: write report.html as well.
 
     Raises:
         DatasetError: every problem of every case, in one message.
@@ -84,4 +86,8 @@ def plan_and_preprocess(
         )
         for name in distinct.values()
     )
+    if report:
+        from ukbob_seg.preprocessing.report import write_report  # matplotlib takes its time to import
+
+        write_report(raw_folder, folder)
     return Prepared(folder, fingerprint, plans, done)

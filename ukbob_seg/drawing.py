@@ -1,0 +1,71 @@
+"""Pieces that the pictures of several reports share. Nothing here uses pyplot, so nothing global is touched."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ANISOTROPIC = 2.0  # coarsest over finest spacing from which slices are looked at as they were acquired
+
+
+def outline(labels: np.ndarray) -> np.ndarray:
+    """Pixel edges at which a label map changes, as line segments.
+
+    Args:
+        labels: (rows, columns) integers or bool; beyond the array counts as 0.
+
+    Returns:
+        (segments, 2, 2) float, end points as (x, y) where pixel centres have integer coordinates.
+    """
+    padded = np.pad(labels, 1)
+    row, column = np.nonzero(padded[1:-1, 1:] != padded[1:-1, :-1])
+    x, y = column - 0.5, row.astype(float)
+    upright = np.stack([np.stack([x, y - 0.5], -1), np.stack([x, y + 0.5], -1)], 1)
+    row, column = np.nonzero(padded[1:, 1:-1] != padded[:-1, 1:-1])
+    x, y = column.astype(float), row - 0.5
+    level = np.stack([np.stack([x - 0.5, y], -1), np.stack([x + 0.5, y], -1)], 1)
+    return np.concatenate([upright, level])
+
+
+def fullest_slice(mask: np.ndarray, spacing_mm: np.ndarray) -> tuple[int, int]:
+    """Axis and index of the slice in which a mask (Z, Y, X) has the largest area; of equal ones the first.
+
+    Thick slices are looked at as they were acquired: across the coarsest axis when the spacing is anisotropic.
+    """
+    spacing = np.asarray(spacing_mm, dtype=float)
+    area_mm2 = [
+        mask.sum(axis=tuple(i for i in range(3) if i != axis)) * spacing.prod() / spacing[axis] for axis in range(3)
+    ]
+    if spacing.max() > ANISOTROPIC * spacing.min():
+        normal = int(np.argmax(spacing))
+    else:
+        normal = int(np.argmax([area.max() for area in area_mm2]))
+    return normal, int(np.argmax(area_mm2[normal]))
+
+
+def slice_name(normal: int, index: int) -> str:
+    """Such as ``z = 12``."""
+    return f"{'zyx'[normal]} = {index}"
+
+
+def shorten(text: str, most: int) -> str:
+    """At most ``most`` characters; the end is cut off."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def shorten_middle(text: str, most: int) -> str:
+    """At most ``most`` characters; the middle is cut out, since names of organs differ at either end."""
+    if len(text) <= most:
+        return text
+    tail = (most - 1) // 2
+    return f"{text[: most - 1 - tail]}…{text[-tail:]}"
+
+
+def hide_spines(axis: Axes, *sides: str) -> None:
+    """Take away sides of the frame; top and right unless told otherwise."""
+    for side in sides or ("top", "right"):
+        axis.spines[side].set_visible(False)
