@@ -7,8 +7,9 @@
 Every format stores the same arrays (float32 image, uint8 or uint16 labels); patches are compared first. In each
 round every format reads the same random patches with one thread, all channels, from files in the page cache.
 Printed: time to write, size, patches per second while the file is open (medians over the rounds), milliseconds to
-open the file and read one patch (training does that where it has more cases than it holds open), and the megabytes
-that Python allocates for one patch. zarr is a need of this script alone: pip install zarr.
+open the file and read one patch (training does that where it has more cases than it holds open; our checksums are
+tested then), and the megabytes that Python allocates for one patch. Times are processor time, so that other work on
+the machine disturbs them less. zarr is a need of this script alone: pip install zarr.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from ukbob_seg.preprocessing.storage import choose_block, open_array, save_array
 Shape = tuple[int, ...]
 Start = tuple[int, ...]
 KIB = 1 << 10
+APART = blosc2.SplitMode.ALWAYS_SPLIT  # the first bytes of all values are compressed apart from the second, ...
 LOADS_ALL = ("npz (compressed)",)  # every read loads the whole file, so that few of them have to do
 
 
@@ -103,7 +105,9 @@ def open_blosc(path: Path) -> Any:
 def write_nnunet(path: Path, array: np.ndarray, patch: Shape) -> None:
     """LZ4HC level 5, with byte shuffling where that makes the middle of the array smaller."""
     chunk, block = nnunet_layout(array.shape[-3:], patch, array.itemsize)
-    middle = array[(..., *(slice((n - c) // 2, (n - c) // 2 + c) for n, c in zip(array.shape[-3:], chunk, strict=True)))]
+    middle = array[
+        (..., *(slice((n - c) // 2, (n - c) // 2 + c) for n, c in zip(array.shape[-3:], chunk, strict=True)))
+    ]
     middle = np.ascontiguousarray(middle if array.ndim == 3 else middle[0])
     common: dict[str, Any] = {"codec": blosc2.Codec.LZ4HC, "clevel": 5}
     sizes = {}
@@ -153,10 +157,11 @@ class _NpzReader:
 
 
 def variants(array: np.ndarray, patch: Shape) -> list[Entry]:
-    """One setting at a time, and codecs by level and filter, without checksums."""
-    shipped = {"codec": blosc2.Codec.ZSTD, "clevel": 1, "filters": blosc2.Filter.SHUFFLE}
-    if array.itemsize == 1:
-        shipped = {"codec": blosc2.Codec.ZSTD, "clevel": 5, "filters": blosc2.Filter.NOFILTER}
+    """Codecs by level and filter; then chunks and blocks with the codec that is shipped."""
+    image = array.dtype.kind == "f"
+    shipped: dict[str, Any] = {"codec": blosc2.Codec.ZSTD, "clevel": 5, "filters": blosc2.Filter.NOFILTER}
+    if image:
+        shipped = {"codec": blosc2.Codec.LZ4HC, "clevel": 1, "filters": blosc2.Filter.SHUFFLE, "splitmode": APART}
 
     def entry(name: str, chunk: Shape, block: Shape, **changes: Any) -> Entry:
         write = partial(write_blosc, chunk=chunk, block=block, **{**shipped, **changes})
@@ -169,13 +174,14 @@ def variants(array: np.ndarray, patch: Shape) -> list[Entry]:
     block = choose_block(usual, array.itemsize)
     entries = [
         Entry("ukbob_seg", lambda path, array: save_array(path, array, patch), open_array),
-        entry("the same without checksums", usual, block),
+        entry("the same without checksums or trial", usual, block),
     ]
-    for codec in (blosc2.Codec.LZ4, blosc2.Codec.ZSTD, blosc2.Codec.BLOSCLZ):
+    for codec in (blosc2.Codec.LZ4, blosc2.Codec.LZ4HC, blosc2.Codec.ZSTD, blosc2.Codec.BLOSCLZ):
         for level in (1, 3, 5, 8):
             for kind in (blosc2.Filter.SHUFFLE, blosc2.Filter.BITSHUFFLE, blosc2.Filter.NOFILTER):
                 name = f"{codec.name} {level} {kind.name}"
-                entries.append(entry(name, usual, block, codec=codec, clevel=level, filters=kind))
+                how = {"codec": codec, "clevel": level, "filters": kind, "splitmode": blosc2.SplitMode.AUTO_SPLIT}
+                entries.append(entry(name, usual, block, **how))
     for edges in ((64,) * 3, (128,) * 3, tuple(2 * p for p in patch)):
         chunk = clip(edges)
         entries.append(entry(f"chunk {chunk}", chunk, choose_block(chunk, array.itemsize)))
@@ -214,9 +220,9 @@ def store(entries: list[Entry], array: np.ndarray, patch: Shape, folder: Path, s
     for number, entry in enumerate(entries):
         suffix = {"npy (memory-mapped)": ".npy", "npz (compressed)": ".npz"}.get(entry.name, ".b2nd")
         entry.path = folder / f"{number}{suffix}"
-        started = time.perf_counter()
+        started = time.process_time()
         entry.write(entry.path, array)
-        entry.write_s = time.perf_counter() - started
+        entry.write_s = time.process_time() - started
         entry.size = disk_bytes(entry.path)
         source = entry.open(entry.path)
         for where in checks:
@@ -238,13 +244,13 @@ def compete(entries: list[Entry], array: np.ndarray, patch: Shape, options: argp
         places = [part(next(positions), patch) for _ in range(options.reads)]
         for entry in entries:
             few = places[:1] if entry.name in LOADS_ALL else places
-            started = time.perf_counter()
+            started = time.process_time()
             for where in few:
                 read(sources[entry.name], where)
-            entry.read_s.append((time.perf_counter() - started) / len(few))
-            started = time.perf_counter()
+            entry.read_s.append((time.process_time() - started) / len(few))
+            started = time.process_time()
             read(entry.open(entry.path), places[0])
-            entry.first_s.append(time.perf_counter() - started)
+            entry.first_s.append(time.process_time() - started)
 
 
 def report(title: str, entries: list[Entry], array: np.ndarray) -> None:
@@ -266,7 +272,7 @@ def main() -> None:
     parser.add_argument("--labels", type=Path, help="a real label map; without it a made-up one")
     parser.add_argument("--shape", type=int, nargs=3, default=(320, 160, 224), help="of the made-up ones")
     parser.add_argument("--patch", type=int, nargs=3, default=(96, 96, 96))
-    parser.add_argument("--factor", type=float, default=1.0, help="resample a real image by this, as preprocessing does")
+    parser.add_argument("--factor", type=float, default=1.0, help="resample a real image by this first")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--reads", type=int, default=8, help="patches that each format reads in a round")
     parser.add_argument("--sweep", action="store_true", help="variants of Blosc2 instead of the competitors")
