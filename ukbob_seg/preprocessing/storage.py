@@ -137,17 +137,17 @@ def choose_block(chunk: Sequence[int], itemsize: int) -> tuple[int, ...]:
 def _compression(array: np.ndarray, chunks: tuple[int, ...], blocks: tuple[int, ...]) -> dict[str, Any]:
     """Chosen by measurement (benchmarks/storage.py).
 
-    Images are LZ4HC at its fast level, which is read twice as fast as ZSTD and is 6% larger, with the bytes of a value
-    apart; where intensities were not interpolated, few values occur and unsorted bytes compress better: the middle
-    chunk tells. Label maps are small, so that size decides: ZSTD.
+    Images are LZ4HC, which is read twice as fast as ZSTD and is 6% larger, with the bytes of a value apart; where
+    intensities were not interpolated, few values occur and unsorted bytes compress better: the middle chunk tells.
+    Label maps are small, so that size decides: ZSTD.
     """
     if array.dtype.kind in "biu":  # sorting single bytes does nothing but take time
         kind = blosc2.Filter.NOFILTER if array.dtype.itemsize == 1 else blosc2.Filter.SHUFFLE
         return {"codec": blosc2.Codec.ZSTD, "clevel": 5, "filters": [kind], "nthreads": 1}
-    common = {"codec": blosc2.Codec.LZ4HC, "clevel": 1, "nthreads": 1}
-    choices = [
-        {**common, "filters": [blosc2.Filter.SHUFFLE], "splitmode": blosc2.SplitMode.ALWAYS_SPLIT},
-        {**common, "filters": [blosc2.Filter.NOFILTER]},
+    common = {"codec": blosc2.Codec.LZ4HC, "nthreads": 1}
+    choices: list[dict[str, Any]] = [
+        {**common, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "splitmode": blosc2.SplitMode.ALWAYS_SPLIT},
+        {**common, "clevel": 4, "filters": [blosc2.Filter.NOFILTER]},
     ]
     middle = np.ascontiguousarray(
         array[tuple(slice((n - c) // 2, (n - c) // 2 + c) for n, c in zip(array.shape, chunks, strict=True))]
