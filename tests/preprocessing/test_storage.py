@@ -1,8 +1,11 @@
 """Storage: what is written is what is read, in any part, and damage never goes unnoticed."""
 
+import zlib
+
 import blosc2
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from ukbob_seg.errors import DatasetError, UkbobError
 from ukbob_seg.preprocessing.storage import BLOCK_BYTES, choose_block, open_array, save_array
@@ -106,6 +109,33 @@ def test_arrays_of_other_programs_can_be_read(tmp_path, rng):
     array = rng.random((1, 20, 20, 20)).astype(np.float32)
     blosc2.asarray(array, urlpath=str(tmp_path / "a.b2nd"), chunks=(1, 8, 8, 8), blocks=(1, 8, 8, 8))
     assert np.array_equal(open_array(tmp_path / "a.b2nd")[0, 3:9], array[0, 3:9])
+
+
+def test_files_of_earlier_versions_can_be_read(tmp_path, rng):
+    """ZSTD with shuffling, and checksums by zlib."""
+    array = rng.random((2, 20, 30, 20)).astype(np.float32)
+    old = blosc2.asarray(
+        array, chunks=(1, 16, 16, 16), blocks=(1, 16, 16, 16), contiguous=True,
+        cparams={"codec": blosc2.Codec.ZSTD, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE]},
+    )  # fmt: skip
+    sums = [zlib.crc32(old.schunk.get_chunk(n)) for n in range(old.schunk.nchunks)]
+    layout = f"{old.shape} {old.chunks} {old.blocks} {old.dtype.str}"
+    old.schunk.vlmeta["ukbob_checksums"] = {"layout": layout, "crc32": sums}
+    (tmp_path / "a.b2nd").write_bytes(old.to_cframe())
+    assert np.array_equal(open_array(tmp_path / "a.b2nd")[:], array)
+
+
+def test_few_distinct_intensities_are_stored_smaller(tmp_path, rng):
+    """As whole numbers after a z-score are; interpolated ones take most of their size."""
+    smooth = ndimage.gaussian_filter(rng.normal(size=(64, 64, 64)), 1).astype(np.float32)
+    levels = ((smooth * 100).round() / 37.7).astype(np.float32)
+    sizes = []
+    for name, array in (("levels", levels), ("smooth", smooth)):
+        save_array(tmp_path / name, array, (32, 32, 32))
+        assert np.array_equal(open_array(tmp_path / name)[:], array)
+        sizes.append((tmp_path / name).stat().st_size)
+    assert sizes[0] < 0.6 * sizes[1]
+    assert sizes[1] < array.nbytes
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, rng):
