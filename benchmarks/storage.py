@@ -161,7 +161,7 @@ def variants(array: np.ndarray, patch: Shape) -> list[Entry]:
     image = array.dtype.kind == "f"
     shipped: dict[str, Any] = {"codec": blosc2.Codec.ZSTD, "clevel": 5, "filters": blosc2.Filter.NOFILTER}
     if image:
-        shipped = {"codec": blosc2.Codec.LZ4HC, "clevel": 1, "filters": blosc2.Filter.SHUFFLE, "splitmode": APART}
+        shipped = {"codec": blosc2.Codec.LZ4, "clevel": 9, "filters": blosc2.Filter.SHUFFLE, "splitmode": APART}
 
     def entry(name: str, chunk: Shape, block: Shape, **changes: Any) -> Entry:
         write = partial(write_blosc, chunk=chunk, block=block, **{**shipped, **changes})

@@ -107,6 +107,11 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def thread_count() -> int:
+    """Threads that one computation may use: all processors, but one inside the worker processes of ``map_cases``."""
+    return int(os.environ.get("NUMBA_NUM_THREADS") or cpu_count())
+
+
 def choose_workers(requested: int | None, cases: int, memory_per_case_gb: float = 0.0) -> int:
     """Number of worker processes: no more than cases, processors, or cases that fit into memory together.
 

@@ -1,5 +1,6 @@
 """Storage: what is written is what is read, in any part, and damage never goes unnoticed."""
 
+import subprocess
 import zlib
 
 import blosc2
@@ -177,3 +178,22 @@ def test_blocks_cut_the_usual_chunks_evenly():
     assert choose_block((96, 96, 96), 4) == (32, 32, 32)
     assert choose_block((96, 96, 96), 1) == (48, 48, 48)
     assert choose_block((1, 512, 512), 4) == (1, 171, 171)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(tmp_path, rng):
+    """On a real full disk, where this user may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user may not mount a small disk")
+    try:
+        path = disk / "case.b2nd"
+        save_array(path, np.ones((1, 8, 8, 8), np.float32), (8, 8, 8))
+        before = path.read_bytes()
+        with pytest.raises(UkbobError, match=r"cannot write .*case\.b2nd: .*disk is full"):
+            save_array(path, rng.normal(size=(2, 100, 100, 100)).astype(np.float32), (32, 32, 32))
+        assert path.read_bytes() == before
+        assert [entry.name for entry in disk.iterdir()] == ["case.b2nd"]
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
