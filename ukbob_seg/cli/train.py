@@ -83,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("dataset", help="dataset id (4) or DatasetXXX_Name")
     parser.add_argument("fold", help="0, 1, 2, ... or all (train on every case)")
     parser.add_argument("-c", "--configuration", default="3d_fullres", help="default: 3d_fullres")
-    parser.add_argument("--network", default="swin_unetr", help="swin_unetr (default) or plain_conv_unet")
+    parser.add_argument(
+        "--network", default="swin_unetr", help="swin_unetr (default), plain_conv_unet, or another of the plans"
+    )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     run = parser.add_argument_group("run")
     run.add_argument("--resume", action="store_true", help="continue after the last finished epoch, exactly")
