@@ -209,8 +209,12 @@ def test_memory_scales_the_reference():
     assert small.memory_gb <= 8
     half, l_default = (size_network((1.0,) * 3, shape, voxels, 5, SIZINGS["resenc_unet_l"], m) for m in (12.0, None))
     assert np.prod(half.topology.patch) < np.prod(l_default.topology.patch)
-    with pytest.raises(ConfigError, match="no patch of a network with 1000000000 outputs fits 1 GB"):
-        size_network((1.0,) * 3, shape, voxels, 10**9, SIZINGS["plain_conv_unet"], 1.0)
+
+
+def test_a_patch_that_cannot_shrink_is_no_endless_loop(monkeypatch):
+    monkeypatch.setattr("ukbob_seg.preprocessing.nnunet_rules._shrink", lambda topology, *_: topology)
+    with pytest.raises(ConfigError, match="no patch of a network with 5 outputs fits 8 GB"):
+        size_network((1.0,) * 3, (300, 300, 300), 1e10, 5, SIZINGS["plain_conv_unet"])
 
 
 def test_wishes_with_the_preset():
@@ -230,5 +234,5 @@ def test_wishes_with_the_preset():
 
 def test_cases_too_small_for_nnunet():
     dataset = {**RECORDED["tiny"], "groups": [{"count": 4, "shape": [7] * 3, "spacing": [1.0] * 3, "cropped": [7] * 3}]}
-    with pytest.raises(ConfigError, match="cases of 7x7x7 voxels are too small to be pooled"):
+    with pytest.raises(ConfigError, match="cases of 7x7x7 voxels and 3 outputs, because its patch would be too small"):
         plan(_fingerprint(dataset), _spec(dataset), PlanOptions(preset="nnunet"))

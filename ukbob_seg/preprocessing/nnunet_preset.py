@@ -117,8 +117,9 @@ def _network(name: str, size: SizedNetwork, axes: Sequence[int], request: Nnunet
     stages = len(topology.strides)
     if stages == 1:
         raise ConfigError(
-            f"preset nnunet: cases of {'x'.join(f'{n:g}' for n in size.median_shape)} voxels are too small to be "
-            "pooled by nnU-Net's rules; use --preset default"
+            f"preset nnunet: {name} cannot be planned for cases of {'x'.join(f'{n:g}' for n in size.median_shape)} "
+            f"voxels and {request.cases.outputs} outputs, because its patch would be too small to be pooled; "
+            "use --preset default"
         )
     back = np.argsort(axes)
     patch = [1, 1, 1]

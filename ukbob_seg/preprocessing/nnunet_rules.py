@@ -216,7 +216,7 @@ def size_network(
         memory_gb: graphics memory to aim at instead of the planner's own.
 
     Raises:
-        ConfigError: no patch is small enough.
+        ConfigError: shrinking the patch leads nowhere.
     """
     dims = len(spacing_mm)
     reference = sizing.reference[dims] * ((memory_gb or sizing.memory_gb) / sizing.memory_gb)
@@ -229,7 +229,7 @@ def size_network(
         seen.add(topology.patch)
         topology = _shrink(topology, spacing_mm, median_shape)
         values = feature_map_values(topology, sizing, outputs)
-        if topology.patch in seen or min(topology.patch) < 1:
+        if topology.patch in seen:  # padding to the new divisor undid the step; nnU-Net would go round for ever
             raise ConfigError(
                 f"preset nnunet: no patch of a network with {outputs} outputs fits {memory_gb or sizing.memory_gb:g} "
                 "GB by nnU-Net's rules; give more --memory-gb"
