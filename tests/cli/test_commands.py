@@ -108,6 +108,25 @@ def test_options_of_interpolation(run, make_dataset, tmp_path, command):
     assert "invalid choice" in _error(run(command, "-d", 7, *PLAN, "--coarse-order", 2))
 
 
+def test_the_preset_of_nnunet(run, make_dataset, tmp_path):
+    make_dataset(cases=3, shape=(24, 28, 20), spacing_mm=(1.5, 1.0, 1.0))
+    code, out, _ = run(plan_and_preprocess, "-d", 7, "--preset", "nnunet", "--no-preprocess")
+    assert code == 0
+    assert "24 GB\n    (resenc_unet_l)" in out
+    path = tmp_path / "preprocessed" / "Dataset007_Blobs" / "plans.json"
+    content = json.loads(path.read_text())
+    assert (content["preset"], content["memory_gb"]) == ("nnunet", 8.0)  # whatever this machine has
+    assert set(content["configurations"]["3d_fullres"]["networks"]) == {
+        "plain_conv_unet", "resenc_unet_m", "resenc_unet_l", "resenc_unet_xl", "swin_unetr",
+    }  # fmt: skip
+    assert run(plan, "-d", 7, "--preset", "nnunet", "--memory-gb", 4, "--batch-size", 2)[0] == 0
+    assert json.loads(path.read_text())["memory_gb"] == 4.0
+    refused = run(plan, "-d", 7, "--preset", "nnunet", "--patch-size", 64, 64, 64)
+    assert "--patch-size cannot be combined with --preset nnunet" in _error(refused)
+    refused = run(plan, "-d", 7, "--preset", "nnunet", "--feature-size", 24)
+    assert "--feature-size cannot be combined with --preset nnunet" in _error(refused)
+
+
 def test_roots_from_the_environment(run, make_dataset, tmp_path, monkeypatch):
     make_dataset(cases=2)
     monkeypatch.setenv("UKBOB_RAW", str(tmp_path / "raw"))

@@ -132,11 +132,83 @@ def test_anisotropic_strides_and_kernels():
 
 def test_a_low_resolution_configuration_for_large_cases():
     large = _plan(_fingerprint([(501, 160, 224)] * 5, [(2.2, 2.2, 2.2)] * 5))
-    assert set(large.configurations) == {"3d_fullres", "3d_lowres"}
+    assert set(large.configurations) == {"3d_fullres", "3d_lowres", "3d_cascade_fullres", "2d"}
     low = large.configuration("3d_lowres")
     assert np.prod(low.networks["swin_unetr"].patch_size) >= 0.25 * np.prod(low.median_shape)
     assert low.spacing_mm[0] > 2.2
-    assert set(_plan(_fingerprint([(60, 60, 60)] * 5, [(1.0, 1.0, 1.0)] * 5)).configurations) == {"3d_fullres"}
+    small = _plan(_fingerprint([(60, 60, 60)] * 5, [(1.0, 1.0, 1.0)] * 5))
+    assert set(small.configurations) == {"3d_fullres", "2d"}
+
+
+def test_the_cascade_takes_the_labels_of_the_low_resolution():
+    plans = _plan(_fingerprint([(501, 160, 224)] * 5, [(2.2, 2.2, 2.2)] * 5), memory_gb=4)
+    full, cascade = plans.configuration("3d_fullres"), plans.configuration("3d_cascade_fullres")
+    assert (cascade.previous_stage, cascade.arrays_of) == ("3d_lowres", "3d_fullres")
+    assert (cascade.spacing_mm, cascade.median_shape) == (full.spacing_mm, full.median_shape)
+    for network in ("swin_unetr", "plain_conv_unet"):
+        assert cascade.network(network).arguments["previous_labels"] == 2
+        assert cascade.network(network).estimated_memory_gb <= 4
+        assert "previous_labels" not in full.network(network).arguments
+    many = {"background": 0} | {f"l{v}": v for v in range(1, 73)}
+    wide = _plan(_fingerprint([(501, 160, 224)] * 5, [(2.2, 2.2, 2.2)] * 5), _spec(labels=many), batch_size=2)
+    first, second = (wide.configuration(name).network("swin_unetr") for name in ("3d_fullres", "3d_cascade_fullres"))
+    assert first.patch_size == second.patch_size
+    assert second.estimated_memory_gb - first.estimated_memory_gb == pytest.approx(
+        2 * 72 * 2 * np.prod(first.patch_size) * 4 / 2**30, abs=0.01
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "axis"),
+    [
+        ((30, 200, 180), (4.0, 0.7, 0.7), 0),
+        ((200, 30, 180), (0.7, 4.0, 0.7), 1),
+        ((200, 180, 30), (0.7, 0.7, 4.0), 2),
+        ((90, 80, 70), (1.0, 1.0, 1.0), 0),
+    ],
+)
+def test_slices_lie_across_the_coarsest_axis(shape, spacing, axis):
+    slices = _plan(_fingerprint([shape] * 5, [spacing] * 5)).configuration("2d")
+    assert slices.slice_axis == axis
+    assert set(slices.networks) == {"plain_conv_unet"}
+    plan_2d = slices.network("plain_conv_unet")
+    assert plan_2d.patch_size[axis] == 1
+    edges = [n for a, n in enumerate(plan_2d.patch_size) if a != axis]
+    assert len(edges) == 2
+    assert all(n >= 64 for n in edges)
+    assert plan_2d.arguments["slice_axis"] == axis
+    assert all(len(stride) == 2 for stride in plan_2d.arguments["strides"] + plan_2d.arguments["kernel_sizes"])
+    assert [n % s for n, s in zip(edges, np.prod(plan_2d.arguments["strides"], axis=0), strict=True)] == [0, 0]
+    assert plan_2d.estimated_memory_gb <= 8
+    assert plan_2d.batch_size >= 2
+
+
+def test_slices_keep_the_spacing_across_them():
+    shapes, spacings = (
+        [(40, 200, 200), (20, 200, 200), (30, 200, 200)],
+        [(3.0, 1.0, 1.0), (6.0, 1.0, 1.0), (5.0, 1.0, 1.0)],
+    )
+    slices = _plan(_fingerprint(shapes, spacings)).configuration("2d")
+    assert (slices.spacing_mm, slices.median_shape) == ((5.0, 1.0, 1.0), (30, 200, 200))
+    assert slices.target_spacing((3.0, 2.0, 2.0)) == (3.0, 1.0, 1.0)
+    wished = _plan(_fingerprint(shapes, spacings), spacing_mm=(2.0, 2.0, 2.5), batch_size=5).configuration("2d")
+    assert (wished.slice_axis, wished.spacing_mm) == (2, (2.0, 2.0, 1.0))
+    assert wished.network("plain_conv_unet").batch_size == 5
+
+
+@pytest.mark.parametrize("memory_gb", [1, 2, 8, 24])
+def test_slices_fit_the_budget(memory_gb):
+    given = PlanningInput((300, 2000, 1500), (1.0, 1.0, 1.0), 1e12, 3, 20, memory_gb, slice_axis=0)
+    found, _ = plan_plain_conv_unet(given)
+    assert found.estimated_memory_gb <= memory_gb or memory_gb == 1
+    assert found.patch_size[0] == 1
+    assert found.arguments["features_per_stage"][-1] == 512
+
+
+def test_patches_that_are_asked_for_leave_slices_out():
+    plans = _plan(_fingerprint([(100, 100, 100)] * 5, [(1.0, 1.0, 1.0)] * 5), patch_size=(64, 64, 64))
+    assert set(plans.configurations) == {"3d_fullres"}
+    assert any(reason.startswith("2d: left out") for reason in plans.reasons)
 
 
 def test_the_papers_preset():
@@ -181,7 +253,7 @@ def test_options_of_interpolation_enter_every_configuration(tmp_path):
     for configuration in Plans.load(tmp_path / "plans.json").configurations.values():
         assert configuration.anti_alias is True
         assert configuration.coarse_order == 1
-    assert len(plans.configurations) == 2
+    assert len(plans.configurations) == 4
     content = _plan(fingerprint).to_json()
     full = content["configurations"]["3d_fullres"]
     older = {key: value for key, value in full.items() if key not in ("anti_alias", "coarse_order")}
@@ -226,8 +298,8 @@ def test_edited_plans_are_checked():
         Plans.from_json({key: value for key, value in content.items() if key != "preset"})
     with pytest.raises(ConfigError, match="format 9"):
         Plans.from_json({**content, "format_version": 9})
-    with pytest.raises(ConfigError, match="no configuration '2d'"):
-        Plans.from_json(content).configuration("2d")
+    with pytest.raises(ConfigError, match="no configuration '4d'"):
+        Plans.from_json(content).configuration("4d")
     with pytest.raises(ConfigError, match="no network 'unet'"):
         Plans.from_json(content).configuration("3d_fullres").network("unet")
 

@@ -176,7 +176,10 @@ def test_workers_change_nothing(make_dataset, tmp_path):
     preprocess(folder, tmp_path / "q", plans, workers=2, quiet=True)
     for path in sorted(arrays.iterdir()):
         if path.suffix == ".b2nd":
-            assert path.read_bytes() == (tmp_path / "q" / "3d_fullres" / path.name).read_bytes()
+            # Only the header differs: it says how many threads wrote.
+            mine, theirs = open_array(path), open_array(tmp_path / "q" / "3d_fullres" / path.name)
+            assert np.array_equal(mine[:], theirs[:])
+            assert np.array_equal(mine._sums, theirs._sums)
 
 
 def test_an_interrupted_run_leaves_only_whole_cases(make_dataset, tmp_path, monkeypatch):

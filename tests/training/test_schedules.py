@@ -48,7 +48,23 @@ def test_recipes_honour_the_paper():
     assert paper.loss == "bce_dice"
     tuned = recipe("swin_unetr", "ukbob", pretrained=True)
     assert (tuned.epochs, tuned.warmup_epochs) == (500, 50)
-    assert recipe("plain_conv_unet", "default").optimizer == "sgd"
+
+
+@pytest.mark.parametrize("preset", ["default", "nnunet"])
+@pytest.mark.parametrize("network", ["plain_conv_unet", "residual_encoder_unet", "resenc_unet_m", "resenc_unet_xl"])
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_nnunets_networks_get_nnunets_recipe(network, preset, pretrained):
+    config = recipe(network, preset, pretrained)
+    assert (config.optimizer, config.learning_rate, config.weight_decay) == ("sgd", 1e-2, 3e-5)
+    assert (config.schedule, config.epochs, config.iterations_per_epoch) == ("poly", 1000, 250)
+    assert (config.gradient_clip, config.foreground_fraction, config.loss) == (12.0, 0.33, "ce_dice")
+
+
+def test_other_networks_get_their_preset_s_recipe():
+    assert recipe("swin_unetr", "nnunet") == recipe("swin_unetr", "default") == RECIPES["swin_unetr"]
+    assert recipe("mine:Net", "nnunet").optimizer == "sgd"
+    assert recipe("mine:Net", "default") == RECIPES["swin_unetr"]
+    assert recipe("resenc_unet_l", "ukbob") == RECIPES["ukbob"]
 
 
 def test_config_round_trip_and_validation():

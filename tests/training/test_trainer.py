@@ -216,8 +216,8 @@ def test_options_choose_cases(roots):
     assert len(whole.val) == 1
     with pytest.raises(ConfigError, match=r"fold must be 0\.\.4 or 'all', got '7'"):
         prepare(7, "7", roots, CONFIG, "3d_fullres", "swin_unetr", True)
-    with pytest.raises(ConfigError, match="no configuration '2d'"):
-        prepare(7, "0", roots, CONFIG, "2d", "swin_unetr", True)
+    with pytest.raises(ConfigError, match="no configuration '4d'"):
+        prepare(7, "0", roots, CONFIG, "4d", "swin_unetr", True)
 
 
 def test_not_preprocessed(roots):

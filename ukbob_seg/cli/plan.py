@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> None:
         "ukbob_plan",
         "Decide spacing, normalization, patch, batch and network sizes from fingerprint.json and write plans.json. "
         "You may edit plans.json by hand; ukbob_preprocess and ukbob_train follow it.",
-        "  ukbob_plan -d 4 --memory-gb 8 --feature-size 24",
+        "  ukbob_plan -d 4 --memory-gb 8 --feature-size 24\n  ukbob_plan -d 4 --preset nnunet",
     )
     add_dataset(parser)
     add_plan_options(parser)

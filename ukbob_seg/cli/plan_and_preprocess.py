@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     add_dataset(parser)
     parser.add_argument(
         "-c", "--configurations", nargs="+", default=["3d_fullres"], metavar="NAME",
-        help="configurations to preprocess: 3d_fullres (default), 3d_lowres (when the plan has one)",
+        help="configurations to preprocess: 3d_fullres (default), 2d; for large cases 3d_lowres, 3d_cascade_fullres",
     )  # fmt: skip
     parser.add_argument(
         "--verify", action="store_true", help="read and check every case again, even when nothing has changed"

@@ -26,15 +26,17 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("planning")
     group.add_argument(
         "--preset",
-        choices=("default", "ukbob"),
+        choices=("default", "ukbob", "nnunet"),
         default="default",
-        help="ukbob: the paper's exact recipe (isotropic, patch 96^3, feature size 48, batch 8, intensities in [0, 1])",
+        help="ukbob: the paper's exact recipe (isotropic, patch 96^3, feature size 48, batch 8, intensities in "
+        "[0, 1]); nnunet: what nnU-Net's planners decide, for plain_conv_unet and resenc_unet_m, _l and _xl",
     )
     group.add_argument(
         "--memory-gb",
         type=float,
         metavar="GB",
-        help="memory for a training step (default: 90%% of the GPU; on a CPU half of the memory, at most 5)",
+        help="memory for a training step (default: 90%% of the GPU; on a CPU half of the memory, at most 5; with "
+        "preset nnunet what nnU-Net's planners aim at)",
     )
     group.add_argument("--spacing", type=float, nargs=3, metavar=("Z", "Y", "X"), help="target spacing in mm")
     group.add_argument("--patch-size", type=int, nargs=3, metavar=("Z", "Y", "X"), help="patch in voxels")
@@ -62,14 +64,18 @@ def given_plan_options(arguments: argparse.Namespace) -> list[str]:
 
 
 def plan_options(arguments: argparse.Namespace) -> PlanOptions:
-    """Options from parsed arguments; the memory budget is what the device has unless given."""
+    """Options from parsed arguments; the memory budget is what the device has unless given.
+
+    nnU-Net's planners aim at a memory of their own, whatever the device.
+    """
     from ukbob_seg.preprocessing.planner import PlanOptions
 
     def triple(values: list[float] | None) -> tuple | None:
         return None if values is None else tuple(values)
 
+    ask_device = arguments.memory_gb is None and arguments.preset != "nnunet"
     return PlanOptions(
-        memory_gb=arguments.memory_gb if arguments.memory_gb is not None else default_memory_gb(),
+        memory_gb=default_memory_gb() if ask_device else arguments.memory_gb,
         preset=arguments.preset,
         spacing_mm=triple(arguments.spacing),
         patch_size=triple(arguments.patch_size),
@@ -100,7 +106,8 @@ def gpu_memory_gb() -> float | None:
 
 def describe(plans: Plans) -> str:
     """One screen: what was decided, and why."""
-    lines = [f"{plans.dataset} (preset {plans.preset}, {plans.memory_gb:g} GB per training step)"]
+    budget = "" if plans.preset == "nnunet" else f", {plans.memory_gb:g} GB per training step"
+    lines = [f"{plans.dataset} (preset {plans.preset}{budget})"]
     for reason in plans.reasons:
         lines.extend(textwrap.wrap(reason, 100, initial_indent="  - ", subsequent_indent="    "))
     return "\n".join(lines)

@@ -195,3 +195,5 @@ NETWORKS: dict[str, NetworkEntry] = {
         _DYNAMIC_PACKAGE,
     ),
 }
+# The same network under the names of the sizes that --preset nnunet plans (nnU-Net's ResEnc presets).
+NETWORKS |= {f"resenc_unet_{size}": NETWORKS["residual_encoder_unet"] for size in ("m", "l", "xl")}

@@ -43,14 +43,18 @@ def swin_unetr_memory_gb(
 
 
 def plain_conv_unet_memory_gb(
-    patch: tuple[int, int, int],
+    patch: Sequence[int],
     batch: int,
     strides: Sequence[Sequence[int]],
     features: Sequence[int],
     in_channels: int,
     out_channels: int,
 ) -> float:
-    """Peak memory of a PlainConvUNet training step with deep supervision, GiB; arguments as above, per stage."""
+    """Peak memory of a PlainConvUNet training step with deep supervision, GiB; arguments as above, per stage.
+
+    Strides of two axes mean a 2D network, whose kernels have 9 weights instead of 27; its patch is one voxel thick.
+    """
+    kernel = 3.0 ** len(strides[0])
     voxels, shrink = batch * float(np.prod(patch)), 1.0
     held, weights = 2.0 * in_channels, 0.0
     for stage, (stride, width) in enumerate(zip(strides, features, strict=True)):
@@ -58,5 +62,5 @@ def plain_conv_unet_memory_gb(
         convolutions = 2 if stage == len(features) - 1 else 5  # encoder 2, decoder 2 and the concatenated input
         held += CONV_PER_FEATURE * convolutions * width * shrink
         held += CONV_PER_OUTPUT * out_channels * shrink if stage < len(features) - 1 else 0.0
-        weights += 27.0 * width * width * (convolutions + 1)
+        weights += kernel * width * width * (convolutions + 1)
     return BASE_GB + FLOAT * (STATES_PER_WEIGHT * weights + voxels * held) / GIB

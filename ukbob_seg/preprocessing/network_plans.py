@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,17 +16,22 @@ DATASET_SHARE = 0.05  # a batch holds at most this share of the dataset's voxels
 SWIN_MULTIPLE = 32
 SWIN_MAX_EDGE = 96
 SWIN_FEATURE_SIZES = (48, 36, 24, 12)
-MAX_BATCH_SIZE = 8
 CONV_MIN_EDGE = 8  # pool while an edge has at least this many voxels
 CONV_BASE_FEATURES = 32
-CONV_MAX_FEATURES = 320
-CONV_MAX_STAGES = 6
-CONV_PATCH_VOLUME = 256**3
+# By dimension of the network: 2 (slices) or 3.
+MAX_BATCH_SIZE = {2: 64, 3: 8}
+CONV_MAX_FEATURES = {2: 512, 3: 320}
+CONV_MAX_STAGES = {2: 8, 3: 6}
+CONV_PATCH_VOLUME = {2: 2048**2, 3: 256**3}
 
 
 @dataclass(frozen=True)
 class PlanningInput:
-    """What a network planner needs; shapes (z, y, x) at the configuration's spacing."""
+    """What a network planner needs; shapes (z, y, x) at the configuration's spacing.
+
+    ``slice_axis`` asks for a 2D network on slices across that axis; ``previous_labels`` for a cascade's second stage,
+    which takes so many label maps of the first as further channels.
+    """
 
     median_shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
@@ -37,6 +43,19 @@ class PlanningInput:
     patch_size: tuple[int, int, int] | None = None
     batch_size: int | None = None
     feature_size: int | None = None
+    slice_axis: int | None = None
+    previous_labels: int = 0
+
+    @property
+    def input_channels(self) -> int:
+        """Channels that the network takes."""
+        return self.in_channels + self.previous_labels
+
+    @property
+    def stage_arguments(self) -> dict[str, Any]:
+        """Arguments that every network needs of a configuration of slices or of a cascade."""
+        sliced = {} if self.slice_axis is None else {"slice_axis": self.slice_axis}
+        return sliced | ({"previous_labels": self.previous_labels} if self.previous_labels else {})
 
 
 def plan_swin_unetr(given: PlanningInput) -> tuple[NetworkPlan, str]:
@@ -94,7 +113,7 @@ def _check_swin_patch(patch: tuple[int, int, int]) -> None:
 
 
 def _swin_memory(given: PlanningInput, patch: tuple[int, int, int], batch: int, features: int) -> float:
-    return swin_unetr_memory_gb(patch, batch, features, given.in_channels, given.out_channels)
+    return swin_unetr_memory_gb(patch, batch, features, given.input_channels, given.out_channels)
 
 
 def _finish_swin(
@@ -107,93 +126,105 @@ def _finish_swin(
     if memory > given.memory_gb:
         why += f"; OVER the budget of {given.memory_gb:g} GB: lower --batch-size, or give more memory"
     reason = f"patch {_x(patch)}, batch {batch}, feature size {features}, about {memory:.1f} GB ({why})."
-    return NetworkPlan(patch, batch, {"feature_size": features}, round(memory, 2)), reason
+    return NetworkPlan(patch, batch, {"feature_size": features, **given.stage_arguments}, round(memory, 2)), reason
 
 
 def plan_plain_conv_unet(given: PlanningInput) -> tuple[NetworkPlan, str]:
     """Plan nnU-Net's PlainConvUNet: patch shaped like the median case, pooled until edges are small.
 
+    With ``slice_axis`` the same in 2D: the patch is one voxel thick along it, strides and kernels have two entries.
+
     Raises:
         ConfigError: a requested patch that pooling does not divide.
     """
-    wish = given.patch_size or _conv_start_patch(given)
+    plane = [axis for axis in range(3) if axis != given.slice_axis]
+    spacing, median = [given.spacing_mm[a] for a in plane], [given.median_shape[a] for a in plane]
     least_batch = given.batch_size or 2
+    edges = [given.patch_size[a] for a in plane] if given.patch_size else _conv_start_patch(median, spacing)
     while True:
-        patch, strides, kernels = _conv_topology(wish, given.spacing_mm)
-        memory = _conv_memory(given, patch, least_batch, strides)
+        edges, strides, kernels = _conv_topology(edges, spacing)
+        memory = _conv_memory(given, edges, least_batch, strides)
         if given.patch_size is not None or memory <= given.memory_gb:
             break
         # Shrink the axis that covers most of the median case, by one unit of its pooling.
-        units = [int(np.prod([stride[axis] for stride in strides])) for axis in range(3)]
-        room = [patch[axis] - units[axis] >= CONV_MIN_EDGE for axis in range(3)]
-        if not any(room):
+        units = np.prod(strides, axis=0)
+        share = [n / m if n - unit >= CONV_MIN_EDGE else 0.0 for n, m, unit in zip(edges, median, units, strict=True)]
+        if not any(share):
             break
-        share = [patch[axis] / given.median_shape[axis] if room[axis] else 0.0 for axis in range(3)]
         axis = int(np.argmax(share))
-        edges = list(patch)
-        edges[axis] -= units[axis]
-        wish = (edges[0], edges[1], edges[2])
+        edges = [n - int(units[a]) if a == axis else n for a, n in enumerate(edges)]
+    z, y, x = (edges[plane.index(axis)] if axis in plane else 1 for axis in range(3))
+    patch = (z, y, x)
     if given.patch_size is not None and patch != given.patch_size:
         raise ConfigError(f"plain_conv_unet: patch {given.patch_size} is not divisible by its pooling; try {patch}")
-    batch = given.batch_size or _grow_batch(given, patch, least_batch, lambda b: _conv_memory(given, patch, b, strides))
-    memory = _conv_memory(given, patch, batch, strides)
-    stages = len(strides)
-    arguments = {
-        "features_per_stage": list(_conv_features(stages)),
-        "strides": [list(stride) for stride in strides],
-        "kernel_sizes": [list(kernel) for kernel in kernels],
-        "n_conv_per_stage": [2] * stages,
-        "n_conv_per_stage_decoder": [2] * (stages - 1),
-        "deep_supervision": True,
-        "norm": "instance",
-    }
+    batch = given.batch_size or _grow_batch(given, patch, least_batch, lambda b: _conv_memory(given, edges, b, strides))
+    memory = _conv_memory(given, edges, batch, strides)
+    arguments = conv_arguments(strides, kernels, _conv_features(strides), 2, 2) | given.stage_arguments
     over = "" if memory <= given.memory_gb else f", OVER the budget of {given.memory_gb:g} GB"
-    reason = f"patch {_x(patch)}, batch {batch}, {stages} stages, about {memory:.1f} GB{over}."
+    reason = f"patch {_x(patch)}, batch {batch}, {len(strides)} stages, about {memory:.1f} GB{over}."
     return NetworkPlan(patch, batch, arguments, round(memory, 2)), reason
 
 
-def _conv_start_patch(given: PlanningInput) -> tuple[int, int, int]:
-    """Aspect 1/spacing, volume 256^3, clipped to the median case (nnU-Net's start)."""
-    aspect = 1 / np.asarray(given.spacing_mm)
-    edges = aspect / np.prod(aspect) ** (1 / 3) * CONV_PATCH_VOLUME ** (1 / 3)
-    z, y, x = (max(CONV_MIN_EDGE, min(round(e), n)) for e, n in zip(edges, given.median_shape, strict=True))
-    return z, y, x
+def conv_arguments(
+    strides: Sequence[Sequence[int]],
+    kernels: Sequence[Sequence[int]],
+    features: Sequence[int],
+    encoder: int | Sequence[int],
+    decoder: int,
+) -> dict[str, Any]:
+    """Arguments of nnU-Net's networks; ``encoder`` convolutions (or residual blocks) and ``decoder`` ones a stage."""
+    stages = len(strides)
+    return {
+        "features_per_stage": list(features),
+        "strides": [list(stride) for stride in strides],
+        "kernel_sizes": [list(kernel) for kernel in kernels],
+        "n_conv_per_stage": [encoder] * stages if isinstance(encoder, int) else list(encoder),
+        "n_conv_per_stage_decoder": [decoder] * (stages - 1),
+        "deep_supervision": True,
+        "norm": "instance",
+    }
+
+
+def _conv_start_patch(median: Sequence[int], spacing_mm: Sequence[float]) -> list[int]:
+    """Aspect 1/spacing, volume 256^3 (2D: 2048^2), clipped to the median case (nnU-Net's start)."""
+    dims = len(median)
+    aspect = 1 / np.asarray(spacing_mm)
+    edges = aspect / np.prod(aspect) ** (1 / dims) * CONV_PATCH_VOLUME[dims] ** (1 / dims)
+    return [max(CONV_MIN_EDGE, min(round(e), n)) for e, n in zip(edges, median, strict=True)]
 
 
 def _conv_topology(
-    patch: tuple[int, int, int], spacing_mm: tuple[float, float, float]
-) -> tuple[tuple[int, int, int], list[tuple[int, ...]], list[tuple[int, ...]]]:
+    patch: Sequence[int], spacing_mm: Sequence[float]
+) -> tuple[list[int], list[tuple[int, ...]], list[tuple[int, ...]]]:
     """Strides and kernels per stage, and the patch rounded up to what they divide.
 
     An axis is pooled while it keeps at least four voxels, together with the others once their spacings are within
     a factor of two; kernels are 1 along an axis that is still more than twice as coarse as the finest.
     """
     spacing, size = np.asarray(spacing_mm, dtype=float), np.asarray(patch, dtype=int)
-    strides: list[tuple[int, ...]] = [(1, 1, 1)]
+    strides: list[tuple[int, ...]] = [(1,) * len(patch)]
     kernels: list[tuple[int, ...]] = []
     while True:
         close = spacing / spacing.min()
         kernels.append(tuple(3 if ratio < 2 else 1 for ratio in close))
         pool = (size >= CONV_MIN_EDGE) & (close < 2)
-        if not pool.any() or len(strides) == CONV_MAX_STAGES:
+        if not pool.any() or len(strides) == CONV_MAX_STAGES[len(patch)]:
             break
         stride = np.where(pool, 2, 1)
         strides.append(tuple(int(s) for s in stride))
         spacing, size = spacing * stride, -(-size // stride)
     multiple = np.prod(strides, axis=0)
-    z, y, x = (int(-(-n // m) * m) for n, m in zip(patch, multiple, strict=True))
-    return (z, y, x), strides, kernels
+    return [int(-(-n // m) * m) for n, m in zip(patch, multiple, strict=True)], strides, kernels
 
 
-def _conv_features(stages: int) -> tuple[int, ...]:
-    return tuple(min(CONV_BASE_FEATURES * 2**i, CONV_MAX_FEATURES) for i in range(stages))
+def _conv_features(strides: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    most = CONV_MAX_FEATURES[len(strides[0])]
+    return tuple(min(CONV_BASE_FEATURES * 2**i, most) for i in range(len(strides)))
 
 
-def _conv_memory(
-    given: PlanningInput, patch: tuple[int, int, int], batch: int, strides: list[tuple[int, ...]]
-) -> float:
+def _conv_memory(given: PlanningInput, patch: Sequence[int], batch: int, strides: Sequence[Sequence[int]]) -> float:
     return plain_conv_unet_memory_gb(
-        patch, batch, strides, _conv_features(len(strides)), given.in_channels, given.out_channels
+        patch, batch, strides, _conv_features(strides), given.input_channels, given.out_channels
     )
 
 
@@ -202,8 +233,9 @@ def _grow_batch(
 ) -> int:
     """Largest batch within the budget, the dataset share and the cap; never below ``least``."""
     by_share = int(DATASET_SHARE * given.dataset_voxels / float(np.prod(patch)))
+    most = MAX_BATCH_SIZE[3 if given.slice_axis is None else 2]
     batch = least
-    while batch + 1 <= min(by_share, MAX_BATCH_SIZE) and memory_gb(batch + 1) <= given.memory_gb:
+    while batch + 1 <= min(by_share, most) and memory_gb(batch + 1) <= given.memory_gb:
         batch += 1
     return batch
 
@@ -216,3 +248,5 @@ NETWORK_PLANNERS: dict[str, Callable[[PlanningInput], tuple[NetworkPlan, str]]] 
     "swin_unetr": plan_swin_unetr,
     "plain_conv_unet": plan_plain_conv_unet,
 }
+# Swin-UNETR is a 3D network.
+SLICE_NETWORK_PLANNERS = {"plain_conv_unet": plan_plain_conv_unet}

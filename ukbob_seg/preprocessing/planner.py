@@ -2,27 +2,32 @@
 
 The spacing, normalization and low-resolution rules are nnU-Net's (Isensee et al., Nature Methods 2021), so that
 its users meet the decisions they know; patch and feature size follow the memory model of the network in use.
+``--preset nnunet`` takes the other decisions from nnU-Net too (``nnunet_preset``).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from ukbob_seg.dataset.spec import DatasetSpec
 from ukbob_seg.errors import ConfigError
 from ukbob_seg.preprocessing.fingerprint import Fingerprint
-from ukbob_seg.preprocessing.network_plans import NETWORK_PLANNERS, PlanningInput
+from ukbob_seg.preprocessing.network_plans import NETWORK_PLANNERS, SLICE_NETWORK_PLANNERS, PlanningInput
+from ukbob_seg.preprocessing.nnunet_preset import NnunetRequest, nnunet_configurations
+from ukbob_seg.preprocessing.nnunet_rules import Cases, target_spacing
 from ukbob_seg.preprocessing.normalization import ChannelNormalization, scheme_for_channel
-from ukbob_seg.preprocessing.plans import ConfigurationPlan, NetworkPlan, Plans
+from ukbob_seg.preprocessing.plans import ConfigurationPlan, Plans
 
 ANISOTROPY_THRESHOLD = 3.0
 LOWRES_COVERAGE = 0.25  # a low-resolution configuration is added when the patch covers less of the median case
 LOWRES_STEP = 1.03
 CROP_MASK_THRESHOLD = 0.75
 PAPER_CT_WINDOW_HU = (-175.0, 250.0)
-PRESETS = ("default", "ukbob")
+PRESETS = ("default", "ukbob", "nnunet")
+DEFAULT_MEMORY_GB = 8.0
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,10 @@ class PlanOptions:
     """What the user may ask of the planner.
 
     Attributes:
-        memory_gb: budget for one training step, GiB.
-        preset: ``default``, or ``ukbob`` for the paper's exact recipe (isotropic, 96^3, feature size 48, batch 8,
-            intensities scaled to [0, 1]).
+        memory_gb: budget for one training step, GiB; None is 8, and with preset ``nnunet`` what each of nnU-Net's
+            planners aims at.
+        preset: ``default``; ``ukbob`` for the paper's exact recipe (isotropic, 96^3, feature size 48, batch 8,
+            intensities scaled to [0, 1]); ``nnunet`` for the decisions of nnU-Net's own planners.
         spacing_mm: target spacing (z, y, x) instead of the rule's.
         patch_size: patch (z, y, x) instead of the rule's, for every network.
         batch_size: batch size instead of the rule's, for every network.
@@ -41,7 +47,7 @@ class PlanOptions:
         coarse_order: interpolation of images across a coarse axis, 0 (nearest voxels) or 1 (linear).
     """
 
-    memory_gb: float = 8.0
+    memory_gb: float | None = None
     preset: str = "default"
     spacing_mm: tuple[float, float, float] | None = None
     patch_size: tuple[int, int, int] | None = None
@@ -53,7 +59,7 @@ class PlanOptions:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
-        if not 0.5 <= self.memory_gb <= 10_000:
+        if not 0.5 <= self.budget_gb <= 10_000:
             raise ConfigError(f"--memory-gb must be at least 0.5, got {self.memory_gb}")
         if self.spacing_mm is not None and not all(0 < mm < float("inf") for mm in self.spacing_mm):
             raise ConfigError(f"--spacing must be positive (z y x, mm), got {self.spacing_mm}")
@@ -61,6 +67,14 @@ class PlanOptions:
             raise ConfigError(f"--batch-size must be at least 1, got {self.batch_size}")
         if self.feature_size is not None and (self.feature_size < 12 or self.feature_size % 12):
             raise ConfigError(f"--feature-size must be a multiple of 12, got {self.feature_size}")
+        for flag, value in (("--patch-size", self.patch_size), ("--feature-size", self.feature_size)):
+            if self.preset == "nnunet" and value is not None:
+                raise ConfigError(f"{flag} cannot be combined with --preset nnunet; change the size in plans.json")
+
+    @property
+    def budget_gb(self) -> float:
+        """Budget of a training step where no planner brings its own."""
+        return DEFAULT_MEMORY_GB if self.memory_gb is None else self.memory_gb
 
 
 def plan(fingerprint: Fingerprint, spec: DatasetSpec, options: PlanOptions | None = None) -> Plans:
@@ -78,20 +92,19 @@ def plan(fingerprint: Fingerprint, spec: DatasetSpec, options: PlanOptions | Non
     reasons: list[str] = [_describe_cases(fingerprint, spec)]
     normalization = _plan_normalization(fingerprint, spec, options, reasons)
     spacing = _target_spacing(fingerprint, options, reasons)
-    full = _plan_configuration(fingerprint, spec, options, spacing, reasons, "3d_fullres")
-    configurations = {"3d_fullres": full}
-    low_spacing = None if options.patch_size else _lowres_spacing(full)
-    if low_spacing is not None:
-        reasons.append(
-            f"3d_lowres: the patch of 3d_fullres covers less than {LOWRES_COVERAGE:.0%} of the median case, so a "
-            "coarser configuration is offered as well."
-        )
-        configurations["3d_lowres"] = _plan_configuration(fingerprint, spec, options, low_spacing, reasons, "3d_lowres")
+    if options.preset == "nnunet":
+        configurations = nnunet_configurations(_nnunet_request(fingerprint, spec, options, spacing), reasons)
+    else:
+        configurations = _configurations(fingerprint, spec, options, spacing, reasons)
+    configurations = {
+        name: replace(entry, anti_alias=options.anti_alias, coarse_order=options.coarse_order)
+        for name, entry in configurations.items()
+    }
     axes = {case.left_right_axis for case in fingerprint.cases}
     return Plans(
         dataset=spec.name,
         preset=options.preset,
-        memory_gb=options.memory_gb,
+        memory_gb=options.budget_gb,
         normalization=normalization,
         left_right_axis=axes.pop() if len(axes) == 1 else None,
         configurations=configurations,
@@ -152,6 +165,10 @@ def _target_spacing(fingerprint: Fingerprint, options: PlanOptions, reasons: lis
     if options.spacing_mm is not None:
         reasons.append(f"Target spacing {_mm(options.spacing_mm)}: as asked.")
         return options.spacing_mm
+    if options.preset == "nnunet":
+        z, y, x = target_spacing(Cases(spacings, sizes, 0)).tolist()
+        reasons.append(f"Target spacing {_mm((z, y, x))}: nnU-Net's rule.")
+        return z, y, x
     target = np.median(spacings, axis=0)
     why = "median of the cases"
     if options.preset == "ukbob":
@@ -182,40 +199,95 @@ def resampled_shape(
     return z, y, x
 
 
-def _plan_configuration(
+def _configurations(
     fingerprint: Fingerprint,
     spec: DatasetSpec,
     options: PlanOptions,
     spacing: tuple[float, float, float],
     reasons: list[str],
-    name: str,
-) -> ConfigurationPlan:
+) -> dict[str, ConfigurationPlan]:
+    """Full resolution, slices, and for large cases a low resolution with the cascade that follows it."""
+    given = _planning_input(fingerprint, spec, options, spacing)
+    full = _plan_configuration(given, reasons, "3d_fullres")
+    found = {"3d_fullres": full}
+    low_spacing = None if options.patch_size else _lowres_spacing(full)
+    if low_spacing is not None:
+        reasons.append(
+            f"3d_lowres: the patch of 3d_fullres covers less than {LOWRES_COVERAGE:.0%} of the median case, so a "
+            "coarser configuration is offered as well."
+        )
+        low = _planning_input(fingerprint, spec, options, low_spacing)
+        found["3d_lowres"] = _plan_configuration(low, reasons, "3d_lowres")
+        second = replace(given, previous_labels=len(spec.labels.values))
+        found["3d_cascade_fullres"] = replace(
+            _plan_configuration(second, reasons, "3d_cascade_fullres"),
+            previous_stage="3d_lowres",
+            arrays_of="3d_fullres",
+        )
+    if options.patch_size:
+        reasons.append("2d: left out, because --patch-size asks for 3D patches.")
+    else:
+        axis = int(np.argmax(spacing))
+        sliced = _planning_input(fingerprint, spec, options, spacing, axis)
+        found["2d"] = _plan_configuration(sliced, reasons, "2d")
+    return found
+
+
+def _nnunet_request(
+    fingerprint: Fingerprint, spec: DatasetSpec, options: PlanOptions, spacing: tuple[float, float, float]
+) -> NnunetRequest:
+    return NnunetRequest(
+        cases=Cases(
+            np.array([case.spacing_mm for case in fingerprint.cases], dtype=float),
+            np.array([case.cropped_shape for case in fingerprint.cases]),
+            outputs=len(spec.content["labels"]),
+        ),
+        spacing_mm=spacing,
+        memory_gb=options.memory_gb,
+        batch_size=options.batch_size,
+        previous_labels=len(spec.labels.values),
+        describe=partial(_planning_input, fingerprint, spec, options),
+    )
+
+
+def _planning_input(
+    fingerprint: Fingerprint,
+    spec: DatasetSpec,
+    options: PlanOptions,
+    spacing: tuple[float, float, float],
+    slice_axis: int | None = None,
+) -> PlanningInput:
+    """What the network planners need at one spacing; along ``slice_axis`` every case keeps its own."""
     shapes = np.array([resampled_shape(case.cropped_shape, case.spacing_mm, spacing) for case in fingerprint.cases])
+    if slice_axis is not None:
+        shapes[:, slice_axis] = [case.cropped_shape[slice_axis] for case in fingerprint.cases]
+        own = float(np.median([case.spacing_mm[slice_axis] for case in fingerprint.cases]))
+        first, second, third = (own if axis == slice_axis else mm for axis, mm in enumerate(spacing))
+        spacing = (first, second, third)
     z, y, x = (int(v) for v in np.median(shapes, axis=0))
-    given = PlanningInput(
+    return PlanningInput(
         median_shape=(z, y, x),
         spacing_mm=spacing,
         dataset_voxels=float(np.prod(shapes, axis=1, dtype=float).sum()),
         in_channels=len(spec.channel_names),
         out_channels=spec.labels.num_outputs,
-        memory_gb=options.memory_gb,
+        memory_gb=options.budget_gb,
         paper_recipe=options.preset == "ukbob",
         patch_size=options.patch_size,
         batch_size=options.batch_size,
         feature_size=options.feature_size,
+        slice_axis=slice_axis,
     )
-    networks: dict[str, NetworkPlan] = {}
-    for network, planner in NETWORK_PLANNERS.items():
+
+
+def _plan_configuration(given: PlanningInput, reasons: list[str], name: str) -> ConfigurationPlan:
+    planners = NETWORK_PLANNERS if given.slice_axis is None else SLICE_NETWORK_PLANNERS
+    across = "" if given.slice_axis is None else f" (slices across {'zyx'[given.slice_axis]})"
+    networks = {}
+    for network, planner in planners.items():
         networks[network], why = planner(given)
-        reasons.append(f"{name}, {network}: {why}")
-    return ConfigurationPlan(
-        spacing_mm=spacing,
-        median_shape=(z, y, x),
-        image_order=3,
-        networks=networks,
-        anti_alias=options.anti_alias,
-        coarse_order=options.coarse_order,
-    )
+        reasons.append(f"{name}{across}, {network}: {why}")
+    return ConfigurationPlan(given.spacing_mm, given.median_shape, 3, networks, slice_axis=given.slice_axis)
 
 
 def _lowres_spacing(full: ConfigurationPlan) -> tuple[float, float, float] | None:

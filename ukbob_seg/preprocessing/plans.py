@@ -124,11 +124,11 @@ class Plans:
 
     Attributes:
         dataset: ``DatasetXXX_Name``.
-        preset: recipe that the planner followed, ``default`` or ``ukbob``.
+        preset: recipe that the planner followed, ``default``, ``ukbob`` or ``nnunet``.
         memory_gb: budget for a training step that the planner was given, GiB.
         normalization: one entry per channel.
         left_right_axis: array axis (0 = z, 1 = y, 2 = x) that runs left-right in every case, or None.
-        configurations: by name; ``3d_fullres`` always, ``3d_lowres`` when the cases are large.
+        configurations: by name; ``3d_fullres`` and ``2d``, for large cases ``3d_lowres`` and ``3d_cascade_fullres``.
         reasons: why, in sentences.
         fingerprint: ``inputs`` of the fingerprint that they were made from; tells whether the dataset has changed.
         format_version: of this file.

@@ -103,10 +103,8 @@ class TrainingConfig:
 RECIPES: dict[str, TrainingConfig] = {
     # Swin-BOB, PAPER 3 with the loss that fits exclusive labels.
     "swin_unetr": TrainingConfig(),
-    # nnU-Net's own recipe for its own network.
-    "plain_conv_unet": TrainingConfig(
-        epochs=1000, optimizer="sgd", learning_rate=1e-2, weight_decay=3e-5, schedule="poly"
-    ),
+    # nnU-Net's own recipe for its own networks.
+    "nnunet": TrainingConfig(epochs=1000, optimizer="sgd", learning_rate=1e-2, weight_decay=3e-5, schedule="poly"),
     # PAPER 3 to the letter: BCE + Dice, 3000 epochs, a warm restart every 200.
     "ukbob": TrainingConfig(epochs=3000, loss="bce_dice", gradient_clip=0.0),
     # PAPER 3, fine-tuning.
@@ -114,11 +112,19 @@ RECIPES: dict[str, TrainingConfig] = {
 }
 
 
+NNUNET_NETWORKS = ("plain_conv_unet", "residual_encoder_unet", "resenc_unet_m", "resenc_unet_l", "resenc_unet_xl")
+
+
 def recipe(network: str, preset: str, pretrained: bool = False) -> TrainingConfig:
-    """The recipe that a run starts from."""
+    """The recipe that a run starts from.
+
+    nnU-Net's networks are trained by its recipe, and with preset ``nnunet`` every network but Swin-UNETR; other
+    networks take Swin-UNETR's. Preset ``ukbob`` has one recipe for all.
+    """
     if preset == "ukbob":
         paper = RECIPES["ukbob"]
         return dataclasses.replace(paper, epochs=500, warmup_epochs=50) if pretrained else paper
     if pretrained and network == "swin_unetr":
         return RECIPES["finetune"]
-    return RECIPES.get(network, RECIPES["swin_unetr"])
+    own = network in NNUNET_NETWORKS or (preset == "nnunet" and network != "swin_unetr")
+    return RECIPES["nnunet" if own else "swin_unetr"]
