@@ -18,7 +18,9 @@ from ukbob_seg.filtering.evidence import EVIDENCE_COLUMNS, organ_evidence
 from ukbob_seg.filtering.shape_features import FEATURE_COLUMNS, organ_features
 from ukbob_seg.filtering.shards import (
     Shard,
+    find_shards,
     join_shards,
+    known_cases,
     load_shards,
     remove_other_shards,
     shard_path,
@@ -199,9 +201,10 @@ def measure_cohort(
     groups = {index: cases[start : start + size] for index, start in enumerate(range(0, len(cases), size))}
     mine = {index: group for index, group in groups.items() if part is None or part.has(index)}
     current, failures = _keys([case for group in mine.values() for case in group], measurement)
-    known = load_shards(folder, current, measurement.evidence)
+    shards = load_shards(find_shards(folder), current)
+    known = known_cases(shards.values(), current, measurement.evidence)
     jobs = [_job(shard_path(folder, index), group, current, known, measurement) for index, group in mine.items()]
-    jobs = [job for job in jobs if job.pending or not _is_in_place(job, measurement)]
+    jobs = [job for job in jobs if job.pending or not _is_in_place(job, shards.get(job.path))]
     pending = sum(len(job.pending) for job in jobs)
     failed: list[tuple[str, str]] = []
     if pending:
@@ -222,7 +225,8 @@ def measure_cohort(
             _MeasureShard(measurement)(job)
     if part is None:
         remove_other_shards(folder, len(groups))
-    known = load_shards(folder, current, measurement.evidence)
+    shards |= load_shards((job.path for job in jobs), current)  # the others are as they were
+    known = known_cases(shards.values(), current, measurement.evidence)  # cases that failed may have old rows
     unique = {id(shard): shard for shard in known.values()}.values()
     names = [case.name for case in cases]
     return CohortMeasurement(
@@ -295,10 +299,9 @@ def _job(
     return _Job(path, shard, tuple((case, current[case.name]) for case in group if case.name not in known))
 
 
-def _is_in_place(job: _Job, measurement: CaseMeasurement) -> bool:
-    """Whether the file of a job that has nothing to measure already holds just its cases."""
-    kept = Shard.load(job.path)
-    return kept is not None and dict(kept.keys) == dict(job.known.keys) and kept.evidence >= measurement.evidence
+def _is_in_place(job: _Job, kept: Shard | None) -> bool:
+    """Whether the file of a job that has nothing to measure, as it was read, already holds just its cases."""
+    return kept is not None and dict(kept.keys) == dict(job.known.keys) and kept.evidence >= job.known.evidence
 
 
 def _compile_kernels(measurement: CaseMeasurement) -> None:
