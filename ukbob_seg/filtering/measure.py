@@ -13,7 +13,7 @@ from ukbob_seg.dataset.image_io import read_geometry, read_labels, read_stored
 from ukbob_seg.dataset.spec import Case, DatasetSpec
 from ukbob_seg.errors import DatasetError
 from ukbob_seg.files import digest
-from ukbob_seg.filtering.body import body_voxels
+from ukbob_seg.filtering.body import BODY_IMAGE, BODY_UNION, body_kind, body_voxels
 from ukbob_seg.filtering.evidence import EVIDENCE_COLUMNS, organ_evidence
 from ukbob_seg.filtering.shape_features import FEATURE_COLUMNS, organ_features
 from ukbob_seg.filtering.shards import (
@@ -28,8 +28,6 @@ from ukbob_seg.filtering.shards import (
 )
 from ukbob_seg.parallel import Part, choose_workers, map_cases
 
-BODY_IMAGE = "image"
-BODY_UNION = "union"
 _VERSION = 2  # raise it when the meaning of a feature changes: kept results are then computed again
 _BYTES_PER_VOXEL = {BODY_IMAGE: 12, BODY_UNION: 6}
 _LISTED = 10
@@ -64,7 +62,7 @@ class CaseMeasurement:
         """
         stats = [(path.name, path.stat()) for path in self._inputs(case)]
         files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-        return digest([_VERSION, self.ignore_value, self._body_kind, files])
+        return digest([_VERSION, self.ignore_value, body_kind(self.body), files])
 
     def __call__(self, case: Case) -> pd.DataFrame:
         """The features of a case.
@@ -79,10 +77,6 @@ class CaseMeasurement:
         table.insert(0, "case", case.name)
         table.insert(1, "body_voxels", body)
         return table
-
-    @property
-    def _body_kind(self) -> str:
-        return self.body if self.body in (BODY_IMAGE, BODY_UNION) else "mask"
 
     def _inputs(self, case: Case) -> list[Path]:
         """Files that the result depends on: the label, then whatever the body is taken from."""

@@ -11,8 +11,8 @@ import pandas as pd
 
 from ukbob_seg.dataset.spec import Case
 from ukbob_seg.filtering.agreement import agreement, rule_flags
+from ukbob_seg.filtering.body import BODY_IMAGE, BODY_UNION
 from ukbob_seg.filtering.bounds import IQR_FACTOR, PLAIN_VOLUME, SOLF_FEATURES, excess
-from ukbob_seg.filtering.measure import BODY_IMAGE, BODY_UNION
 from ukbob_seg.filtering.policies import ACTIONS
 from ukbob_seg.filtering.report_figures import (
     Specimen,
