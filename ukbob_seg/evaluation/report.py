@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ukbob_seg.errors import listing
 from ukbob_seg.evaluation.report_figures import Overlay, dice_figures, overlay_figure
 from ukbob_seg.evaluation.summary import EvaluationSummary
 from ukbob_seg.report_page import ReportPage
 
 WORST_CASES = 10
-_LISTED = 10
 
 
 def write_report(path: Path, summary: EvaluationSummary, images: Path | None = None) -> None:
@@ -89,13 +89,13 @@ def _headline(page: ReportPage, summary: EvaluationSummary) -> None:
             "distances infinite and left out of the mean distances, which therefore flatter these classes."
         )
     if summary.absent_classes:
-        notes.append(f"Absent from all maps, in no mean: {_listing(summary.absent_classes)}.")
+        notes.append(f"Absent from all maps, in no mean: {listing(summary.absent_classes)}.")
     if summary.missing:
         without = _number(len(summary.missing), "reference")
-        notes.append(f"{without} without a prediction, in no mean: {_listing(summary.missing)}.")
+        notes.append(f"{without} without a prediction, in no mean: {listing(summary.missing)}.")
     if summary.unmatched:
         without = _number(len(summary.unmatched), "prediction")
-        notes.append(f"{without} without a reference, not scored: {_listing(summary.unmatched)}.")
+        notes.append(f"{without} without a reference, not scored: {listing(summary.unmatched)}.")
     if notes:
         page.bullets(notes)
 
@@ -168,11 +168,6 @@ def _definitions(summary: EvaluationSummary) -> list[str]:
 
 def _number(count: int, singular: str, plural: str | None = None) -> str:
     return f"{count} {singular if count == 1 else plural or singular + 's'}"
-
-
-def _listing(names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
 
 
 def _fixed(value: float, digits: int = 2) -> str:

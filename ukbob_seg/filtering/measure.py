@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from ukbob_seg.dataset.image_io import read_geometry, read_labels, read_stored
-from ukbob_seg.dataset.spec import Case, DatasetSpec
-from ukbob_seg.errors import DatasetError
+from ukbob_seg.dataset.spec import Case, DatasetSpec, summarise_problems
+from ukbob_seg.errors import DatasetError, listing
 from ukbob_seg.files import digest
 from ukbob_seg.filtering.body import BODY_IMAGE, BODY_UNION, body_kind, body_voxels
 from ukbob_seg.filtering.evidence import EVIDENCE_COLUMNS, organ_evidence
@@ -238,10 +238,9 @@ def check_label_values(table: pd.DataFrame, spec: DatasetSpec) -> None:
     if wrong.empty:
         return
     shown = [f"{row.case}: {row.label} ({row.voxels} voxels)" for row in wrong.head(_LISTED).itertuples()]
-    more = f" and {len(wrong) - len(shown)} more" if len(wrong) > len(shown) else ""
     raise DatasetError(
-        f"label values that dataset.json does not name, by case: {', '.join(shown)}{more}; add them to 'labels' "
-        "or correct the files"
+        f"label values that dataset.json does not name, by case: {listing(shown, _LISTED, len(wrong))}; add them to "
+        "'labels' or correct the files"
     )
 
 
@@ -253,21 +252,16 @@ def refuse_failures(failures: dict[str, str], cases: int) -> None:
     """
     if not failures:
         return
-    messages = list(failures.values())
-    if len(messages) == 1 < cases:
-        raise DatasetError(
-            f"{messages[0]}; mend it, or leave the case out with --skip-unreadable (the others are kept)"
-        )
-    more = f"\n  and {len(messages) - _LISTED} more" if len(messages) > _LISTED else ""
-    head, tail = (
-        f"{len(messages)} of {cases} cases cannot be measured; the others are kept",
-        "mend the files and run again",
-    )
-    if len(messages) == cases:
-        head = f"none of the {cases} cases can be measured"
+    heading = f"{len(failures)} of {cases} cases cannot be measured; the others are kept"
+    remedy = "mend the files and run again"
+    if len(failures) == cases:
+        heading = f"none of the {cases} cases can be measured"
+    elif len(failures) == 1:
+        remedy = "mend it, or leave the case out with --skip-unreadable (the others are kept)"
     else:
-        tail += ", or leave these cases out with --skip-unreadable"
-    raise DatasetError(f"{head}:\n  " + "\n  ".join(messages[:_LISTED]) + f"{more}\n{tail}")
+        remedy += ", or leave these cases out with --skip-unreadable"
+    problems = summarise_problems(list(failures.values()), _LISTED, heading)
+    raise DatasetError(problems + ("; " if len(failures) == 1 else "\n") + remedy)
 
 
 def _keys(cases: Sequence[Case], measurement: CaseMeasurement) -> tuple[dict[str, str], dict[str, str]]:

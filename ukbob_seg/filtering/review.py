@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ukbob_seg.errors import DatasetError
+from ukbob_seg.errors import DatasetError, listing
 from ukbob_seg.files import atomic_path
 from ukbob_seg.filtering.bounds import PLAIN_VOLUME, SOLF_FEATURES
 from ukbob_seg.filtering.solf import MODELS
@@ -93,8 +93,8 @@ def apply_verdicts(flags: pd.DataFrame, verdicts: Verdicts) -> pd.DataFrame:
     keys = list(zip(flags["case"], flags["label"].astype(int), strict=True))
     unknown = sorted(set(verdicts) - set(keys))
     if unknown:
-        shown = ", ".join(f"{case} label {label}" for case, label in unknown[:5])
-        logger.warning("warning: %d verdicts are about labels that do not exist: %s", len(unknown), shown)
+        shown = [f"{case} label {label}" for case, label in unknown]
+        logger.warning("warning: %d verdicts are about labels that do not exist: %s", len(unknown), listing(shown, 5))
     table = flags.assign(flagged_by_rule=flags["flagged"], verdict=[verdicts.get(key, "") for key in keys])
     decided = table["verdict"].map(VERDICTS)
     table["flagged"] = decided.where(decided.notna(), table["flagged"]).astype(bool)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ukbob_seg.errors import ConfigError, DatasetError
+from ukbob_seg.errors import ConfigError, DatasetError, listing
 from ukbob_seg.files import read_json, write_json
 from ukbob_seg.filtering.bounds import CohortBounds
 
@@ -118,11 +118,11 @@ def read_strata(path: Path, columns: Sequence[str], cases: Sequence[str]) -> dic
     absent = sorted((set(cases) - set(table["case"])) | empty)
     if absent:
         raise DatasetError(
-            f"{path} has no {' and '.join(columns)} for {len(absent)} of {len(cases)} cases: {_list(absent)}"
+            f"{path} has no {' and '.join(columns)} for {len(absent)} of {len(cases)} cases: {listing(absent, 5)}"
         )
     per_case = table.groupby("case")["stratum"].nunique()
     if (per_case > 1).any():
-        raise DatasetError(f"{path} says different things about {_list(per_case.index[per_case > 1])}")
+        raise DatasetError(f"{path} says different things about {listing(list(per_case.index[per_case > 1]), 5)}")
     count = table["stratum"].nunique()
     if count > MOST_STRATA:
         raise ConfigError(
@@ -130,8 +130,3 @@ def read_strata(path: Path, columns: Sequence[str], cases: Sequence[str]) -> dic
             "(a column with values such as 45-54, 55-64) instead of single values"
         )
     return dict(zip(table["case"], table["stratum"], strict=True))
-
-
-def _list(cases: Sequence[str]) -> str:
-    shown = ", ".join(list(cases)[:5])
-    return shown if len(cases) <= 5 else f"{shown} and {len(cases) - 5} more"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ukbob_seg.errors import ConfigError, DatasetError
+from ukbob_seg.errors import ConfigError, DatasetError, listing
 from ukbob_seg.files import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ def _read_splits(path: Path, names: set[str], groups: Mapping[str, str]) -> list
         sides = {"train": set(split.train), "val": set(split.val), "test": set(split.test)}
         unknown = sorted(set().union(*sides.values()) - names)
         if unknown:
-            raise DatasetError(f"{path}: fold {number} names unknown cases: {', '.join(unknown[:5])}")
+            raise DatasetError(f"{path}: fold {number} names unknown cases: {listing(unknown, 5)}")
         if not split.train or not split.val:
             raise DatasetError(f"{path}: fold {number} needs training and validation cases")
         for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
