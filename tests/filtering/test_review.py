@@ -95,13 +95,16 @@ def test_verdicts_about_nothing_are_reported(flags: pd.DataFrame, caplog: pytest
         ("case,label\nx,1\n", "no column verdict"),
         ("case,label,verdict\nx,1,accept\ny,2,maybe\n", "line 3: the verdict is 'maybe'"),
         ("case,label,verdict\nx,liver,accept\n", "line 2: the label is 'liver'"),
-        ("case,label,verdict\nx,1,accept\nx,1,reject\n", "line 3: case x, label 1 has two"),
+        (
+            "case,label,verdict\nx,1,accept\nx,1,reject\n",
+            "two things about case x, label 1: verdict 'accept' in line 2 and 'reject' in line 3",
+        ),
         ("", "is empty"),
-        ("\n\n", "no CSV file"),
+        ("case,label,verdict\nx,\u00b2,accept\n", "line 2: the label is"),
     ],
 )
 def test_unusable_tables_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "review.csv"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(DatasetError, match=message):
         read_verdicts(path)
