@@ -70,6 +70,15 @@ def test_verdicts_overrule_the_filter_and_are_kept(flags: pd.DataFrame, tmp_path
     assert flags["flagged"].tolist() == [False, False, True, False, True, False, True, False]
 
 
+@pytest.mark.parametrize("verdicts", [{}, {("b", 1): "accept", ("d", 2): "reject", ("gone", 4): "accept"}])
+def test_rows_keep_their_order_and_index(flags: pd.DataFrame, verdicts: dict[tuple[str, int], str]) -> None:
+    mixed = flags.sample(frac=1, random_state=1).set_axis(range(100, 108))
+    judged = apply_verdicts(mixed, verdicts)
+    pd.testing.assert_frame_equal(judged[["case", "label", "organ"]], mixed[["case", "label", "organ"]])
+    expected = [verdicts.get(key, "") for key in zip(mixed["case"], mixed["label"], strict=True)]
+    assert judged["verdict"].tolist() == expected
+
+
 def test_spreadsheets_write_other_csv(tmp_path: Path) -> None:
     path = tmp_path / "review.csv"
     path.write_text(

@@ -21,6 +21,7 @@ REVIEW_FILE = "review.csv"
 VERDICTS = {"accept": False, "reject": True}  # verdict -> flagged
 SHOWN_DOUBT = 2.0  # a label that one ordinary label in 100 equals, or less, is worth a look
 MOST_PER_LABEL = 10.0  # one absurd label must not outweigh a scan in which everything is wrong
+_KEY = ["case", "label"]
 
 Verdicts = Mapping[tuple[str, int], str]
 
@@ -73,12 +74,13 @@ def apply_verdicts(flags: pd.DataFrame, verdicts: Verdicts) -> pd.DataFrame:
         A copy with the columns ``flagged_by_rule`` and ``verdict`` (empty without one), and ``flagged`` decided by the
         verdict where there is one.
     """
-    keys = list(zip(flags["case"], flags["label"].astype(int), strict=True))
-    unknown = sorted(set(verdicts) - set(keys))
+    given = pd.DataFrame([(*key, verdict) for key, verdict in verdicts.items()], columns=[*_KEY, "verdict"])
+    given = given.astype({"case": str, "label": np.int64, "verdict": str})  # also where there are none
+    said = flags[_KEY].merge(given, how="left", on=_KEY, validate="many_to_one")["verdict"].fillna("")
+    table = flags.assign(flagged_by_rule=flags["flagged"], verdict=said.set_axis(flags.index))
+    unknown = [f"{case} label {label}" for case, label in _strangers(table, verdicts)]
     if unknown:
-        shown = [f"{case} label {label}" for case, label in unknown]
-        logger.warning("warning: %d verdicts are about labels that do not exist: %s", len(unknown), listing(shown, 5))
-    table = flags.assign(flagged_by_rule=flags["flagged"], verdict=[verdicts.get(key, "") for key in keys])
+        logger.warning("warning: %d verdicts are about labels that do not exist: %s", len(unknown), listing(unknown, 5))
     decided = table["verdict"].map(VERDICTS)
     table["flagged"] = decided.where(decided.notna(), table["flagged"]).astype(bool)
     return table
@@ -116,14 +118,19 @@ def write_review(path: Path, flags: pd.DataFrame, verdicts: Verdicts) -> int:
             "why": [_why(row) for row in table.to_dict(orient="records")],
         }
     )
-    known = set(zip(flags["case"], flags["label"].astype(int), strict=True))
-    strangers = [(case, label, said) for (case, label), said in sorted(verdicts.items()) if (case, label) not in known]
+    strangers = [(*key, verdicts[key]) for key in _strangers(flags, verdicts)]
     if strangers:
-        rest = pd.DataFrame(strangers, columns=["case", "label", "verdict"])
+        rest = pd.DataFrame(strangers, columns=[*_KEY, "verdict"])
         content = pd.concat([content, rest.assign(why="no such label")], ignore_index=True)
     with atomic_path(path) as temporary:
         content.to_csv(temporary, index=False, lineterminator="\n")
     return len(content)
+
+
+def _strangers(flags: pd.DataFrame, verdicts: Verdicts) -> list[tuple[str, int]]:
+    """What verdicts are about that the table of ``apply_verdicts`` has no row for, sorted."""
+    judged = flags.loc[flags["verdict"] != "", _KEY]
+    return sorted(set(verdicts) - set(judged.itertuples(index=False, name=None)))
 
 
 def _why(row: dict[str, object]) -> str:
