@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -99,9 +100,13 @@ def test_workers_are_limited_by_cases_and_memory() -> None:
 
 
 def test_dask_does_the_same(scheduler: str) -> None:
+    logger = logging.getLogger("distributed")
+    level = logger.level
+    assert level < logging.CRITICAL
     assert map_cases(square, list(range(20)), quiet=True, scheduler=scheduler) == [n * n for n in range(20)]
     with pytest.raises(DatasetError, match="case 3: broken"):
         map_cases(refuse_three, list(range(6)), quiet=True, scheduler=scheduler)
+    assert logger.level == level  # what the caller set for Dask's own messages
 
 
 def test_a_lost_dask_worker_costs_nothing(scheduler: str, tmp_path: Path) -> None:

@@ -183,7 +183,9 @@ def _on_dask(
         client = Client(scheduler, timeout=_CONNECT_SECONDS)
     except (OSError, ValueError, TimeoutError) as error:
         raise UkbobError(f"no Dask scheduler answers at {scheduler} ({error}); is it running?") from error
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # its tracebacks would stand before our sentences
+    its_logger = logging.getLogger("distributed")
+    level = its_logger.level
+    its_logger.setLevel(logging.CRITICAL)  # its tracebacks would stand before our sentences
     futures: list[Any] = []
     try:
         if not client.scheduler_info()["workers"]:
@@ -211,3 +213,4 @@ def _on_dask(
             client.cancel(futures, force=True)
         with suppress(Exception):
             client.close()
+        its_logger.setLevel(level)
