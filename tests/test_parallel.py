@@ -87,9 +87,14 @@ def test_a_killed_worker_is_reported() -> None:
 def test_parts_divide_the_work() -> None:
     parts = [Part.parse(f"{k}/3") for k in (1, 2, 3)]
     assert [[i for i in range(8) if part.has(i)] for part in parts] == [[0, 3, 6], [1, 4, 7], [2, 5]]
-    for text in ("0/3", "4/3", "1", "a/b", "1/0", "-1/3", "1/"):
-        with pytest.raises(ConfigError, match="--part"):
+    for text in ("1", "a/b", "-1/3", "1/"):
+        with pytest.raises(ConfigError, match="--part must look like 2/8"):
             Part.parse(text)
+    for text in ("0/3", "4/3"):
+        with pytest.raises(ConfigError, match=f"--part {text}: the first is 1/3, the last 3/3"):
+            Part.parse(text)
+    with pytest.raises(ConfigError, match="--part 1/0: there must be at least one part"):
+        Part.parse("1/0")
 
 
 def test_workers_are_limited_by_cases_and_memory() -> None:

@@ -29,6 +29,8 @@ class Part:
     total: int
 
     def __post_init__(self) -> None:
+        if self.total < 1:
+            raise ConfigError(f"--part {self.number}/{self.total}: there must be at least one part, such as 1/1")
         if not 1 <= self.number <= self.total:
             raise ConfigError(
                 f"--part {self.number}/{self.total}: the first is 1/{self.total}, the last {self.total}/{self.total}"
