@@ -105,13 +105,13 @@ def test_workers_are_limited_by_cases_and_memory() -> None:
 
 
 def test_dask_does_the_same(scheduler: str) -> None:
-    logger = logging.getLogger("distributed")
-    level = logger.level
-    assert level < logging.CRITICAL
+    loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client")]
+    levels = [logger.level for logger in loggers]
+    assert max(levels) < logging.CRITICAL
     assert map_cases(square, list(range(20)), quiet=True, scheduler=scheduler) == [n * n for n in range(20)]
     with pytest.raises(DatasetError, match="case 3: broken"):
         map_cases(refuse_three, list(range(6)), quiet=True, scheduler=scheduler)
-    assert logger.level == level  # what the caller set for Dask's own messages
+    assert [logger.level for logger in loggers] == levels
 
 
 def test_a_lost_dask_worker_costs_nothing(scheduler: str, tmp_path: Path) -> None:
@@ -157,12 +157,18 @@ def test_a_lost_scheduler_ends_with_a_sentence(tmp_path: Path) -> None:
         **quiet,
     )
     address = json.loads(address_file.read_text())["address"]
+    said: list[logging.LogRecord] = []
+    listener = logging.Handler()
+    listener.emit = said.append  # type: ignore[method-assign]
+    logging.getLogger("distributed.client").addHandler(listener)
     killer = threading.Timer(6.0, scheduler.kill)
     killer.start()
     try:
         with pytest.raises(UkbobError, match="was lost during the test"):
             map_cases(time.sleep, [0.5] * 100, description="the test", quiet=True, scheduler=address)
+        assert said == []  # the sentence stands alone
     finally:
+        logging.getLogger("distributed.client").removeHandler(listener)
         killer.cancel()
         for process in (scheduler, worker):
             process.kill()

@@ -19,6 +19,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _CONNECT_SECONDS = 30
+_DASK_LOGGERS = ("distributed", "distributed.client")  # those that Dask gives levels of their own
 
 
 @dataclass(frozen=True)
@@ -185,9 +186,9 @@ def _on_dask(
         client = Client(scheduler, timeout=_CONNECT_SECONDS)
     except (OSError, ValueError, TimeoutError) as error:
         raise UkbobError(f"no Dask scheduler answers at {scheduler} ({error}); is it running?") from error
-    its_logger = logging.getLogger("distributed")
-    level = its_logger.level
-    its_logger.setLevel(logging.CRITICAL)  # its tracebacks would stand before our sentences
+    levels = {name: logging.getLogger(name).level for name in _DASK_LOGGERS}
+    for name in levels:  # its tracebacks would stand before our sentences
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     futures: list[Any] = []
     try:
         if not client.scheduler_info()["workers"]:
@@ -215,4 +216,5 @@ def _on_dask(
             client.cancel(futures, force=True)
         with suppress(Exception):
             client.close()
-        its_logger.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
