@@ -20,7 +20,7 @@ import pandas as pd
 from ukbob_seg.filtering.bounds import SOLF_FEATURES, learn_bounds
 from ukbob_seg.filtering.measure import CaseMeasurement
 from ukbob_seg.filtering.report_figures import distribution_figures
-from ukbob_seg.filtering.shards import Shard, join_shards, load_shards, shard_path, shard_size
+from ukbob_seg.filtering.shards import Shard, find_shards, join_shards, known_cases, load_shards, shard_path, shard_size
 from ukbob_seg.filtering.solf import flag_organs
 from ukbob_seg.filtering.strata import StratifiedBounds
 
@@ -74,7 +74,7 @@ def main() -> None:
             )
         lap(f"writing {index + 1} shards")
         disk = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-        known = load_shards(folder, keys, False)
+        known = known_cases(load_shards(find_shards(folder), keys).values(), keys, False)
         lap("reading them")
         columns = CaseMeasurement(".nii.gz", None, "image").columns
         table = join_shards({id(shard): shard for shard in known.values()}.values(), names, columns)

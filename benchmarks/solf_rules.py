@@ -2,10 +2,13 @@
 
     python benchmarks/solf_rules.py                                            # synthetic cohort of 2,000 scans
     python benchmarks/solf_rules.py --hippocampus DIR/Dataset004_Hippocampus   # real label maps, faults planted
+    python benchmarks/solf_rules.py --false-alarms                             # labels without any fault
 
 Synthetic: organs of known shape in deformed bodies; 2% of the labels are spoilt (half missing, leaking, in fragments,
 left and right exchanged, eroded), 1% of the organs are genuinely 30% larger and right. Hippocampus: the label maps of
-imagesTr and imagesTs, 2% spoilt; repeated with other seeds, since there are few.
+imagesTr and imagesTs, 2% spoilt; repeated with other seeds, since there are few. False alarms: no label maps, but
+features drawn from normal distributions, in cohorts of 50 to 400 scans of 13 organs; the share of these labels that the
+rules joint and anatomy flag at confidence 0.999.
 
 Recall: flagged part of the spoilt labels, by kind. Precision: spoilt part of the flagged labels. "overrun" labels were
 ruined by a neighbour that leaked; they count as spoilt.
@@ -25,7 +28,7 @@ from ukbob_seg.dataset.image_io import Geometry, read_labels
 from ukbob_seg.demo.anatomy import PAIRED, organ_names
 from ukbob_seg.demo.cohort import CohortConfig, make_labels
 from ukbob_seg.demo.faults import KINDS, SWAPPED, pairs_of, plant_faults
-from ukbob_seg.filtering.evidence import organ_evidence
+from ukbob_seg.filtering.evidence import AXIS_COLUMNS, POSITION_COLUMNS, organ_evidence
 from ukbob_seg.filtering.shape_features import organ_features
 from ukbob_seg.filtering.solf import flag_organs
 from ukbob_seg.parallel import cpu_count, map_cases
@@ -91,6 +94,40 @@ def hippocampus(folder: Path, seed: int, fraction: float) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
+def ordinary(scans: int, organs: int, generator: np.random.Generator) -> pd.DataFrame:
+    """Features of scans whose labels are all right: normal (most of them after a logarithm), patients of any size."""
+
+    def normal(mean: np.ndarray | float, spread: float) -> np.ndarray:
+        return generator.normal(mean, spread, scans * organs)
+
+    label = np.tile(np.arange(1, organs + 1), scans)
+    size = np.repeat(generator.normal(0, 0.15, scans), organs)
+    table = pd.DataFrame({"case": np.repeat([f"case_{k:05d}" for k in range(scans)], organs), "label": label})
+    table["volume_mm3"] = np.exp(normal(10 + label / 4 + size, 0.1))
+    table["normalized_volume"] = np.exp(normal(-6 + label / 4, 0.1))
+    table["sphericity"] = np.exp(normal(-0.7, 0.05))
+    table["eccentricity"] = np.sqrt(1 - np.exp(-normal(1.2, 0.15)))
+    for column in AXIS_COLUMNS:
+        table[column] = np.exp(normal(3 + size / 3, 0.05))
+    for column in POSITION_COLUMNS:
+        shift = np.repeat(generator.normal(0, 50, scans), organs)
+        table[column] = normal(generator.normal(0, 100, organs)[label - 1] * np.exp(size / 3) + shift, 5)
+    return table
+
+
+def false_alarms(cohort_sizes: Sequence[int], organs: int, labels: int, seed: int) -> pd.DataFrame:
+    """Percent of the labels of faultless cohorts that each rule flags, by labels per organ; over ``labels`` of each."""
+    generator = np.random.default_rng(seed)
+    rows = {}
+    for scans in cohort_sizes:
+        cohorts = [
+            flag_organs(ordinary(scans, organs, generator), rule="anatomy") for _ in range(labels // (scans * organs))
+        ]
+        flags = pd.concat(cohorts)
+        rows[scans] = {"joint": 100 * flags["doubt_outside"].mean(), "anatomy": 100 * flags["flagged"].mean()}
+    return pd.DataFrame(rows).T
+
+
 def rules() -> dict[str, Callable[[pd.DataFrame], np.ndarray]]:
     """Name -> decision about a table of features."""
 
@@ -138,8 +175,13 @@ def main() -> None:
     parser.add_argument("--hippocampus", type=Path, metavar="FOLDER", help="real label maps instead")
     parser.add_argument("--repeats", type=int, default=10, help="seeds for --hippocampus")
     parser.add_argument("--cache", type=Path, help="keep the synthetic features in this Parquet file")
+    parser.add_argument("--false-alarms", action="store_true", help="only labels without faults, drawn as features")
     options = parser.parse_args()
 
+    if options.false_alarms:
+        print("percent flagged, by labels of an organ")
+        print(false_alarms((50, 100, 200, 400), 13, 100_000, options.seed).to_string(float_format="{:.2f}".format))
+        return
     if options.hippocampus:
         tables = [hippocampus(options.hippocampus, options.seed + k, options.fraction) for k in range(options.repeats)]
     elif options.cache and options.cache.is_file():

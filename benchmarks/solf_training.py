@@ -2,6 +2,7 @@
 
     python benchmarks/solf_training.py --dataset DIR/Dataset004_Hippocampus --output DIR
     python benchmarks/solf_training.py --dataset DIR/Dataset004_Hippocampus --output DIR --fraction 0.1 --seeds 1
+    python benchmarks/solf_training.py --dataset DIR/Dataset004_Hippocampus --output DIR --seeds 0  # spoilt labels only
 
 The labels of the 150 training cases are spoilt (half missing, leaking, in fragments, the two organs exchanged, eroded).
 A small PlainConvUNet is trained from each seed on the true labels, on the spoilt ones, and on the spoilt ones after
@@ -110,7 +111,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--fraction", type=float, default=0.2, help="spoilt share of the labels")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="0: only write the spoilt labels")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
@@ -120,6 +121,8 @@ def main() -> None:
     spoilt = Roots(*(options.output / f"spoilt_{part}" for part in ("raw", "preprocessed", "results")))
     faults = write_spoilt(options.dataset, spoilt.raw / name, options.fraction)
     print(f"{len(faults)} of {2 * 150} labels spoilt: {faults['kind'].value_counts().to_dict()}", flush=True)
+    if not options.seeds:
+        return
     results_file = options.output / "results.json"
     results = json.loads(results_file.read_text()) if results_file.is_file() else {}
     for seed in range(options.seeds):

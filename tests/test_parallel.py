@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -86,9 +87,14 @@ def test_a_killed_worker_is_reported() -> None:
 def test_parts_divide_the_work() -> None:
     parts = [Part.parse(f"{k}/3") for k in (1, 2, 3)]
     assert [[i for i in range(8) if part.has(i)] for part in parts] == [[0, 3, 6], [1, 4, 7], [2, 5]]
-    for text in ("0/3", "4/3", "1", "a/b", "1/0", "-1/3", "1/"):
-        with pytest.raises(ConfigError, match="--part"):
+    for text in ("1", "a/b", "-1/3", "1/"):
+        with pytest.raises(ConfigError, match="--part must look like 2/8"):
             Part.parse(text)
+    for text in ("0/3", "4/3"):
+        with pytest.raises(ConfigError, match=f"--part {text}: the first is 1/3, the last 3/3"):
+            Part.parse(text)
+    with pytest.raises(ConfigError, match="--part 1/0: there must be at least one part"):
+        Part.parse("1/0")
 
 
 def test_workers_are_limited_by_cases_and_memory() -> None:
@@ -99,9 +105,13 @@ def test_workers_are_limited_by_cases_and_memory() -> None:
 
 
 def test_dask_does_the_same(scheduler: str) -> None:
+    loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client")]
+    levels = [logger.level for logger in loggers]
+    assert max(levels) < logging.CRITICAL
     assert map_cases(square, list(range(20)), quiet=True, scheduler=scheduler) == [n * n for n in range(20)]
     with pytest.raises(DatasetError, match="case 3: broken"):
         map_cases(refuse_three, list(range(6)), quiet=True, scheduler=scheduler)
+    assert [logger.level for logger in loggers] == levels
 
 
 def test_a_lost_dask_worker_costs_nothing(scheduler: str, tmp_path: Path) -> None:
@@ -147,12 +157,18 @@ def test_a_lost_scheduler_ends_with_a_sentence(tmp_path: Path) -> None:
         **quiet,
     )
     address = json.loads(address_file.read_text())["address"]
+    said: list[logging.LogRecord] = []
+    listener = logging.Handler()
+    listener.emit = said.append  # type: ignore[method-assign]
+    logging.getLogger("distributed.client").addHandler(listener)
     killer = threading.Timer(6.0, scheduler.kill)
     killer.start()
     try:
         with pytest.raises(UkbobError, match="was lost during the test"):
             map_cases(time.sleep, [0.5] * 100, description="the test", quiet=True, scheduler=address)
+        assert said == []  # the sentence stands alone
     finally:
+        logging.getLogger("distributed.client").removeHandler(listener)
         killer.cancel()
         for process in (scheduler, worker):
             process.kill()

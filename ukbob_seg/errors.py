@@ -1,5 +1,9 @@
 """The errors that a user can cause and mend. Commands print their message on one line and exit with code 2."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class UkbobError(Exception):
     """Base of every error whose message alone tells the user what is wrong and what to do."""
@@ -15,3 +19,16 @@ class ConfigError(UkbobError):
 
 class CheckpointError(UkbobError):
     """A checkpoint or model folder cannot be used."""
+
+
+def listing(names: Sequence[str], most: int = 10, total: int | None = None) -> str:
+    """``a, b and 5 more``: the first of many names for a message, and how many it leaves out.
+
+    Args:
+        names: all, or at least the first ``most`` of them.
+        most: names to show.
+        total: how many there are, where ``names`` does not hold all.
+    """
+    shown = ", ".join(names[:most])
+    more = (len(names) if total is None else total) - most
+    return f"{shown} and {more} more" if more > 0 else shown

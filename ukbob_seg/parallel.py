@@ -19,6 +19,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _CONNECT_SECONDS = 30
+_DASK_LOGGERS = ("distributed", "distributed.client")  # those that Dask gives levels of their own
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Part:
     total: int
 
     def __post_init__(self) -> None:
+        if self.total < 1:
+            raise ConfigError(f"--part {self.number}/{self.total}: there must be at least one part, such as 1/1")
         if not 1 <= self.number <= self.total:
             raise ConfigError(
                 f"--part {self.number}/{self.total}: the first is 1/{self.total}, the last {self.total}/{self.total}"
@@ -208,7 +211,9 @@ def _on_dask(
         client = Client(scheduler, timeout=_CONNECT_SECONDS)
     except (OSError, ValueError, TimeoutError) as error:
         raise UkbobError(f"no Dask scheduler answers at {scheduler} ({error}); is it running?") from error
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # its tracebacks would stand before our sentences
+    levels = {name: logging.getLogger(name).level for name in _DASK_LOGGERS}
+    for name in levels:  # its tracebacks would stand before our sentences
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     futures: list[Any] = []
     try:
         if not client.scheduler_info()["workers"]:
@@ -236,3 +241,5 @@ def _on_dask(
             client.cancel(futures, force=True)
         with suppress(Exception):
             client.close()
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -70,6 +70,15 @@ def test_verdicts_overrule_the_filter_and_are_kept(flags: pd.DataFrame, tmp_path
     assert flags["flagged"].tolist() == [False, False, True, False, True, False, True, False]
 
 
+@pytest.mark.parametrize("verdicts", [{}, {("b", 1): "accept", ("d", 2): "reject", ("gone", 4): "accept"}])
+def test_rows_keep_their_order_and_index(flags: pd.DataFrame, verdicts: dict[tuple[str, int], str]) -> None:
+    mixed = flags.sample(frac=1, random_state=1).set_axis(range(100, 108))
+    judged = apply_verdicts(mixed, verdicts)
+    pd.testing.assert_frame_equal(judged[["case", "label", "organ"]], mixed[["case", "label", "organ"]])
+    expected = [verdicts.get(key, "") for key in zip(mixed["case"], mixed["label"], strict=True)]
+    assert judged["verdict"].tolist() == expected
+
+
 def test_spreadsheets_write_other_csv(tmp_path: Path) -> None:
     path = tmp_path / "review.csv"
     path.write_text(
@@ -95,13 +104,16 @@ def test_verdicts_about_nothing_are_reported(flags: pd.DataFrame, caplog: pytest
         ("case,label\nx,1\n", "no column verdict"),
         ("case,label,verdict\nx,1,accept\ny,2,maybe\n", "line 3: the verdict is 'maybe'"),
         ("case,label,verdict\nx,liver,accept\n", "line 2: the label is 'liver'"),
-        ("case,label,verdict\nx,1,accept\nx,1,reject\n", "line 3: case x, label 1 has two"),
+        (
+            "case,label,verdict\nx,1,accept\nx,1,reject\n",
+            "two things about case x, label 1: verdict 'accept' in line 2 and 'reject' in line 3",
+        ),
         ("", "is empty"),
-        ("\n\n", "no CSV file"),
+        ("case,label,verdict\nx,\u00b2,accept\n", "line 2: the label is"),
     ],
 )
 def test_unusable_tables_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "review.csv"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(DatasetError, match=message):
         read_verdicts(path)

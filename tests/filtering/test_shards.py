@@ -112,6 +112,42 @@ def test_cases_that_fail_do_not_stop_the_others(cohort: Path, tmp_path: Path) ->
     assert run(cohort, tmp_path / "solf") == run(cohort, tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("small_shards")
+def test_each_file_is_read_once_and_again_only_when_rewritten(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+    load = Shard.load.__func__  # type: ignore[attr-defined]
+
+    def spy(cls: type[Shard], path: Path) -> Shard | None:
+        reads.append(path.name)
+        return load(cls, path)
+
+    monkeypatch.setattr(Shard, "load", classmethod(spy))
+    files = [f"shard_{k:05d}.parquet" for k in range(5)]
+    whole = run(cohort, tmp_path / "solf")
+    assert reads == files
+    reads.clear()
+    assert run(cohort, tmp_path / "solf") == whole
+    assert reads == files
+    reads.clear()
+    os.utime(cohort / "labelsTr" / "blob_012.nii.gz", ns=(1, 1))
+    assert run(cohort, tmp_path / "solf") == whole
+    assert reads == [*files, files[2]]
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_old_rows_of_cases_that_now_fail_are_left_out(cohort: Path, tmp_path: Path) -> None:
+    run(cohort, tmp_path / "solf")
+    failing = [f"blob_{k:03d}" for k in range(5, 10)]  # a whole shard: its file is not written again
+    for name in failing:
+        (cohort / "labelsTr" / f"{name}.nii.gz").write_bytes(b"")
+    config = FilterConfig(workers=1, quiet=True, report=False, skip_unreadable=True)
+    assert solf_filter(cohort, tmp_path / "solf", config).skipped == tuple(failing)
+    assert (tmp_path / "solf" / "shards" / "shard_00001.parquet").is_file()
+    assert set(failing).isdisjoint(pd.read_parquet(tmp_path / "solf" / "features.parquet")["case"])
+
+
 def _slow_run(cohort: Path, output: Path) -> None:
     read = measure.read_labels
 
@@ -141,4 +177,5 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(cohort: Path, tmp_path
         assert process.exitcode == -signal.SIGKILL
         assert not (output / "policy.json").exists()
         assert run(cohort, output) == whole
-        assert not list(output.rglob(".*-shard*")) or shards  # a file under way may be left, under another name
+        kept = {path.name: path.read_bytes() for path in output.glob("shards/shard_*")}
+        assert kept == {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("shards/shard_*")}

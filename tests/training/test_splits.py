@@ -92,16 +92,21 @@ def test_groups_file(tmp_path):
     assert groups["case_000"] == groups["case_001"] == "a"
     assert groups["case_002"] == "case_002"
     (tmp_path / "bad.csv").write_text("id,person\n1,2\n")
-    with pytest.raises(DatasetError, match="columns case,subject"):
+    with pytest.raises(DatasetError, match="no column case, subject; it has id, person"):
         load_groups(tmp_path / "bad.csv", NAMES)
     untidy = tmp_path / "untidy.csv"
     untidy.write_text("\ufeffcase,subject\n case_000 , a\ncase_001,a\ncase_002,\ncase_003,\n", encoding="utf-8")
     groups = load_groups(untidy, NAMES)
     assert groups["case_000"] == groups["case_001"] == "a"
+    untidy.write_text(untidy.read_text(encoding="utf-8").replace(",", ";"), encoding="utf-8")
+    assert load_groups(untidy, NAMES) == groups
     assert groups["case_002"] != groups["case_003"]
     for content, message in (
         (b"case,subject\ncase_000.nii.gz,a\n", "names none of the"),
-        (b"case,subject\ncase_000,a\ncase_000,b\n", "two subjects: a and b"),
+        (
+            b"case,subject\ncase_000,a\ncase_000,b\n",
+            "two things about case case_000: subject 'a' in line 2 and 'b' in line 3",
+        ),
         (b"case,subject\ncase_000,J\xf6rg\n", "UTF-8"),
     ):
         untidy.write_bytes(content)

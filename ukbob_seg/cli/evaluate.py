@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ukbob_seg.cli.common import add_workers, command, make_parser
+from ukbob_seg.errors import listing
 
 if TYPE_CHECKING:
     import argparse
@@ -59,11 +60,11 @@ def print_summary(summary: EvaluationSummary) -> None:
     cells = "".join(_cell(overall[metric].mean, digits) for _, metric, digits in _COLUMNS)
     print(f"{'mean':<{width}}  {overall['dice'].values:>5}{cells}  {overall['hd'].n_infinite:>10}")
     if summary.absent_classes:
-        print(f"absent everywhere, in no mean: {_listing(summary.absent_classes)}")
+        print(f"absent everywhere, in no mean: {listing(summary.absent_classes)}")
     if summary.missing:
-        print(f"no prediction for {len(summary.missing)} references, in no mean: {_listing(summary.missing)}")
+        print(f"no prediction for {len(summary.missing)} references, in no mean: {listing(summary.missing)}")
     if summary.unmatched:
-        print(f"no reference for {len(summary.unmatched)} predictions, not scored: {_listing(summary.unmatched)}")
+        print(f"no reference for {len(summary.unmatched)} predictions, not scored: {listing(summary.unmatched)}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,11 +104,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _cell(value: float, digits: int) -> str:
     return f"{'-':>9}" if value != value else f"{value:>9.{digits}f}"
-
-
-def _listing(names: tuple[str, ...], most: int = 10) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ukbob_seg.cli.common import add_roots, add_workers, command, make_parser, roots_from
-from ukbob_seg.errors import ConfigError
+from ukbob_seg.errors import ConfigError, listing
 
 if TYPE_CHECKING:
     import argparse
@@ -106,12 +106,10 @@ def print_summary(summary: FilterSummary, report: bool) -> None:
         print(f"... and {len(organs) - _ROWS} more organs with no larger share")
     print(summary.trust.summary())
     if summary.unjudged:
-        shown = ", ".join(summary.unjudged[:_ROWS])
-        more = f" and {len(summary.unjudged) - _ROWS} more" if len(summary.unjudged) > _ROWS else ""
         reason = f"too few samples to judge (fewer than {summary.bounds.any.min_samples})"
         if summary.bounds_file is not None:
             reason = f"not judged (no bounds in {summary.bounds_file})"
-        print(f"{reason}: {shown}{more}")
+        print(f"{reason}: {listing(summary.unjudged, _ROWS)}")
     if summary.verdicts:
         print(f"{summary.verdicts} labels were decided by the verdicts of a reviewer")
     if summary.skipped:

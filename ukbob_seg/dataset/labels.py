@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ukbob_seg.errors import DatasetError
+from ukbob_seg.errors import DatasetError, listing
 
 IGNORE_NAME = "ignore"
 
@@ -185,8 +185,8 @@ class LabelScheme:
 
     def describe_unexpected(self, labels: np.ndarray) -> str:
         """One sentence about the values that dataset.json does not name."""
-        found = ", ".join(f"{value} ({count} voxels)" for value, count in list(self.unexpected(labels).items())[:10])
-        return f"unknown label values {found}; add them to 'labels' in dataset.json or correct the file"
+        found = [f"{value} ({count} voxels)" for value, count in self.unexpected(labels).items()]
+        return f"unknown label values {listing(found)}; add them to 'labels' in dataset.json or correct the file"
 
 
 def left_right_pairs(names: Sequence[str]) -> tuple[tuple[int, int], ...]:

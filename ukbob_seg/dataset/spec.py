@@ -209,9 +209,15 @@ def require_cases(folder: Path, spec: DatasetSpec) -> list[Case]:
     return cases
 
 
-def summarise_problems(problems: list[str], most: int = 20) -> str:
-    """One message out of many problems."""
+def summarise_problems(problems: list[str], most: int = 20, heading: str = "") -> str:
+    """One message out of many problems; a single one stands by itself, without a heading.
+
+    Args:
+        problems: at least one.
+        most: problems to list.
+        heading: of the list, without colon; by default their number.
+    """
     if len(problems) == 1:
         return problems[0]
     more = [f"... and {len(problems) - most} more"] if len(problems) > most else []
-    return "\n  - ".join([f"{len(problems)} problems:", *problems[:most], *more])
+    return "\n  - ".join([f"{heading or f'{len(problems)} problems'}:", *problems[:most], *more])

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ukbob_seg.errors import listing
 from ukbob_seg.evaluation.report_figures import Overlay, dice_figures, overlay_figure
 from ukbob_seg.evaluation.summary import EvaluationSummary
 from ukbob_seg.report_page import ReportPage, listing

@@ -8,7 +8,15 @@ from numba import njit
 from ukbob_seg.errors import DatasetError
 from ukbob_seg.filtering.components import Runs, connect, gaps_between, largest_part, runs_above
 
+BODY_IMAGE = "image"
+BODY_UNION = "union"
+BODY_MASK = "mask"
 _BINS = 256
+
+
+def body_kind(source: str) -> str:
+    """``image`` or ``union``; anything else is a folder: ``mask``."""
+    return source if source in (BODY_IMAGE, BODY_UNION) else BODY_MASK
 
 
 def body_mask(image: np.ndarray) -> np.ndarray:

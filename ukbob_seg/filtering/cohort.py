@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
+from ukbob_seg.errors import listing
 from ukbob_seg.files import atomic_path
 from ukbob_seg.filtering.config import FilterConfig
 from ukbob_seg.filtering.evidence import paired_organs, stray, swapped
@@ -242,9 +242,5 @@ def _warn(summary: FilterSummary, config: FilterConfig) -> None:
         logger.warning(
             "warning: %d cases could not be measured and were left out: %s",
             len(summary.skipped),
-            _first(summary.skipped),
+            listing(summary.skipped),
         )
-
-
-def _first(names: Sequence[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

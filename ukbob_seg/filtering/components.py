@@ -1,7 +1,7 @@
 """Connected parts of label maps and of thresholded images, found on runs of voxels instead of single voxels.
 
-A run is a maximal stretch of equal voxels along the last axis. A torso of 18 million voxels has about a million runs,
-so that joining runs with a union-find needs neither a label image nor a queue.
+A run is a maximal stretch of equal voxels along the last axis. A torso of 18 million voxels has some hundred thousand
+runs, so that joining runs with a union-find needs neither a label image nor a queue.
 
 Reference: He, Chao, Suzuki: A run-based two-scan labeling algorithm, IEEE Trans. Image Processing 17(5), 2008.
 """

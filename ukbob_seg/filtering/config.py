@@ -9,9 +9,9 @@ from pathlib import Path
 import pandas as pd
 
 from ukbob_seg.errors import ConfigError
+from ukbob_seg.filtering.body import BODY_IMAGE, BODY_MASK, body_kind
 from ukbob_seg.filtering.bounds import EPSILON, MIN_SAMPLES, CohortBounds, learn_bounds
 from ukbob_seg.filtering.joint import CONFIDENCE
-from ukbob_seg.filtering.measure import BODY_IMAGE, BODY_UNION
 from ukbob_seg.filtering.policies import FilterPolicy
 from ukbob_seg.filtering.solf import MODELS, get_rule, has_model
 from ukbob_seg.filtering.strata import StratifiedBounds, learn_strata
@@ -70,7 +70,7 @@ class FilterConfig:
         CohortBounds(epsilon, min_samples, {}, confidence)  # refuses values out of range
         if (self.strata_file is None) != (not self.strata_columns):
             raise ConfigError("a table of subjects and its columns go together: give --strata FILE and --stratify-by")
-        if self.body not in (BODY_IMAGE, BODY_UNION) and not (self.body and Path(self.body).is_dir()):
+        if body_kind(self.body) == BODY_MASK and not (self.body and Path(self.body).is_dir()):
             raise ConfigError(f"body must be image, union or an existing folder of masks, got {self.body!r}")
         if self.rule == "anatomy" and not self.evidence:
             raise ConfigError("the rule anatomy judges places and axes: add --evidence (labels are measured again)")
@@ -78,11 +78,6 @@ class FilterConfig:
             raise ConfigError(f"--workers must be at least 1, got {self.workers}")
         if self.workers is not None and self.scheduler is not None:
             raise ConfigError("--workers is about processes on this machine; a Dask cluster has its own number")
-
-    @property
-    def body_kind(self) -> str:
-        """``image``, ``union`` or ``mask``."""
-        return self.body if self.body in (BODY_IMAGE, BODY_UNION) else "mask"
 
     @property
     def learning(self) -> tuple[float, int, float]:
@@ -108,9 +103,10 @@ class FilterConfig:
                 f"{self.bounds_file} was learnt with --stratify-by {','.join(bounds.columns) or '(nothing)'}; give the "
                 f"same columns (now: {','.join(self.strata_columns) or 'none'}) and --strata"
             )
-        if bounds.body and bounds.body != self.body_kind:
+        kind = body_kind(self.body)
+        if bounds.body and bounds.body != kind:
             raise ConfigError(
-                f"{self.bounds_file} was learnt with the body from {bounds.body}, now it is {self.body_kind}: volumes "
+                f"{self.bounds_file} was learnt with the body from {bounds.body}, now it is {kind}: volumes "
                 "cannot be compared; give the same --body"
             )
         for feature in get_rule(self.rule).features:
@@ -134,4 +130,4 @@ class FilterConfig:
         bounds = learn_strata(
             features, self.strata_columns, lambda rows: learn_bounds(rows, epsilon, min_samples, names, confidence)
         )
-        return replace(bounds, body=self.body_kind)
+        return replace(bounds, body=body_kind(self.body))

@@ -11,10 +11,9 @@ from ukbob_seg.dataset.labels import LabelScheme
 from ukbob_seg.dataset.spec import Case, DatasetSpec, require_cases
 from ukbob_seg.errors import DatasetError
 from ukbob_seg.files import ensure_writable
+from ukbob_seg.filtering.body import BODY_MASK, body_kind
 from ukbob_seg.filtering.config import FilterConfig
 from ukbob_seg.filtering.measure import (
-    BODY_IMAGE,
-    BODY_UNION,
     CaseMeasurement,
     CohortMeasurement,
     check_label_values,
@@ -75,7 +74,7 @@ class Cohort:
         """
         config, ending = self.config, self.spec.file_ending
         # Absolute paths: a worker of a cluster may have been started in another folder.
-        body = config.body if config.body in (BODY_IMAGE, BODY_UNION) else str(Path(config.body).absolute())
+        body = str(Path(config.body).absolute()) if body_kind(config.body) == BODY_MASK else config.body
         measurement = CaseMeasurement(ending, self.spec.labels.ignore_value, body, config.evidence)
         shards = (self.folder / SHARDS_FOLDER).absolute()
         measured = measure_cohort(shards, self.cases, measurement, config.workers, config.scheduler, config.quiet, part)

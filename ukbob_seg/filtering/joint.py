@@ -152,21 +152,34 @@ def minimum_covariance_determinant(points: np.ndarray) -> tuple[np.ndarray, np.n
     if not (scale > 0).all():
         raise np.linalg.LinAlgError("more than half of the points agree in a coordinate")
     scaled = (points - middle) / scale
-    half = (n + d + 1) // 2
-    best, smallest = None, np.inf
-    for start in _starts(scaled):
-        subset, log_determinant = _concentrate(scaled, start, half)
-        if log_determinant < smallest:
-            best, smallest = subset, log_determinant
-    if best is None:
-        raise np.linalg.LinAlgError("half of the points lie in a hyperplane")
-    centre, covariance = _moments(scaled[best])
-    covariance *= _consistency(half / n, d)
+    core = central_half(scaled)
+    centre, covariance = _moments(scaled[core])
+    covariance *= _consistency(len(core) / n, d)
     near = _squared_distances(scaled, centre, covariance) <= chi2.ppf(_REWEIGHT, d)
     centre, covariance = _moments(scaled[near])
     covariance *= _consistency(_REWEIGHT, d)
     np.linalg.cholesky(covariance)
     return centre * scale + middle, covariance * np.outer(scale, scale), int(near.sum())
+
+
+def central_half(scaled: np.ndarray) -> np.ndarray:
+    """Indices of the (n + d + 1) // 2 points whose covariance has the smallest determinant of all that were tried.
+
+    Args:
+        scaled: (n, d) finite, with median 0 and median absolute deviation 1 (of normal data) in each column.
+
+    Raises:
+        numpy.linalg.LinAlgError: more than half of the points lie in a hyperplane.
+    """
+    n, d = scaled.shape
+    best, smallest = None, np.inf
+    for start in _starts(scaled):
+        subset, log_determinant = _concentrate(scaled, start, (n + d + 1) // 2)
+        if log_determinant < smallest:
+            best, smallest = subset, log_determinant
+    if best is None:
+        raise np.linalg.LinAlgError("half of the points lie in a hyperplane")
+    return best
 
 
 def _starts(scaled: np.ndarray) -> list[np.ndarray]:

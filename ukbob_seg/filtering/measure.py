@@ -10,15 +10,17 @@ import numpy as np
 import pandas as pd
 
 from ukbob_seg.dataset.image_io import read_geometry, read_labels, read_stored
-from ukbob_seg.dataset.spec import Case, DatasetSpec
-from ukbob_seg.errors import DatasetError
+from ukbob_seg.dataset.spec import Case, DatasetSpec, summarise_problems
+from ukbob_seg.errors import DatasetError, listing
 from ukbob_seg.files import digest
-from ukbob_seg.filtering.body import body_voxels
+from ukbob_seg.filtering.body import BODY_IMAGE, BODY_UNION, body_kind, body_voxels
 from ukbob_seg.filtering.evidence import EVIDENCE_COLUMNS, organ_evidence
 from ukbob_seg.filtering.shape_features import FEATURE_COLUMNS, organ_features
 from ukbob_seg.filtering.shards import (
     Shard,
+    find_shards,
     join_shards,
+    known_cases,
     load_shards,
     remove_other_shards,
     shard_path,
@@ -26,8 +28,6 @@ from ukbob_seg.filtering.shards import (
 )
 from ukbob_seg.parallel import Part, choose_workers, map_cases
 
-BODY_IMAGE = "image"
-BODY_UNION = "union"
 _VERSION = 2  # raise it when the meaning of a feature changes: kept results are then computed again
 _BYTES_PER_VOXEL = {BODY_IMAGE: 12, BODY_UNION: 6}
 _LISTED = 10
@@ -62,7 +62,7 @@ class CaseMeasurement:
         """
         stats = [(path.name, path.stat()) for path in self._inputs(case)]
         files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-        return digest([_VERSION, self.ignore_value, self._body_kind, files])
+        return digest([_VERSION, self.ignore_value, body_kind(self.body), files])
 
     def __call__(self, case: Case) -> pd.DataFrame:
         """The features of a case.
@@ -77,10 +77,6 @@ class CaseMeasurement:
         table.insert(0, "case", case.name)
         table.insert(1, "body_voxels", body)
         return table
-
-    @property
-    def _body_kind(self) -> str:
-        return self.body if self.body in (BODY_IMAGE, BODY_UNION) else "mask"
 
     def _inputs(self, case: Case) -> list[Path]:
         """Files that the result depends on: the label, then whatever the body is taken from."""
@@ -199,9 +195,10 @@ def measure_cohort(
     groups = {index: cases[start : start + size] for index, start in enumerate(range(0, len(cases), size))}
     mine = {index: group for index, group in groups.items() if part is None or part.has(index)}
     current, failures = _keys([case for group in mine.values() for case in group], measurement)
-    known = load_shards(folder, current, measurement.evidence)
+    shards = load_shards(find_shards(folder), current)
+    known = known_cases(shards.values(), current, measurement.evidence)
     jobs = [_job(shard_path(folder, index), group, current, known, measurement) for index, group in mine.items()]
-    jobs = [job for job in jobs if job.pending or not _is_in_place(job, measurement)]
+    jobs = [job for job in jobs if job.pending or not _is_in_place(job, shards.get(job.path))]
     pending = sum(len(job.pending) for job in jobs)
     failed: list[tuple[str, str]] = []
     if pending:
@@ -222,7 +219,8 @@ def measure_cohort(
             _MeasureShard(measurement)(job)
     if part is None:
         remove_other_shards(folder, len(groups))
-    known = load_shards(folder, current, measurement.evidence)
+    shards |= load_shards((job.path for job in jobs), current)  # the others are as they were
+    known = known_cases(shards.values(), current, measurement.evidence)  # cases that failed may have old rows
     unique = {id(shard): shard for shard in known.values()}.values()
     names = [case.name for case in cases]
     return CohortMeasurement(
@@ -240,10 +238,9 @@ def check_label_values(table: pd.DataFrame, spec: DatasetSpec) -> None:
     if wrong.empty:
         return
     shown = [f"{row.case}: {row.label} ({row.voxels} voxels)" for row in wrong.head(_LISTED).itertuples()]
-    more = f" and {len(wrong) - len(shown)} more" if len(wrong) > len(shown) else ""
     raise DatasetError(
-        f"label values that dataset.json does not name, by case: {', '.join(shown)}{more}; add them to 'labels' "
-        "or correct the files"
+        f"label values that dataset.json does not name, by case: {listing(shown, _LISTED, len(wrong))}; add them to "
+        "'labels' or correct the files"
     )
 
 
@@ -255,21 +252,16 @@ def refuse_failures(failures: dict[str, str], cases: int) -> None:
     """
     if not failures:
         return
-    messages = list(failures.values())
-    if len(messages) == 1 < cases:
-        raise DatasetError(
-            f"{messages[0]}; mend it, or leave the case out with --skip-unreadable (the others are kept)"
-        )
-    more = f"\n  and {len(messages) - _LISTED} more" if len(messages) > _LISTED else ""
-    head, tail = (
-        f"{len(messages)} of {cases} cases cannot be measured; the others are kept",
-        "mend the files and run again",
-    )
-    if len(messages) == cases:
-        head = f"none of the {cases} cases can be measured"
+    heading = f"{len(failures)} of {cases} cases cannot be measured; the others are kept"
+    remedy = "mend the files and run again"
+    if len(failures) == cases:
+        heading = f"none of the {cases} cases can be measured"
+    elif len(failures) == 1:
+        remedy = "mend it, or leave the case out with --skip-unreadable (the others are kept)"
     else:
-        tail += ", or leave these cases out with --skip-unreadable"
-    raise DatasetError(f"{head}:\n  " + "\n  ".join(messages[:_LISTED]) + f"{more}\n{tail}")
+        remedy += ", or leave these cases out with --skip-unreadable"
+    problems = summarise_problems(list(failures.values()), _LISTED, heading)
+    raise DatasetError(problems + ("; " if len(failures) == 1 else "\n") + remedy)
 
 
 def _keys(cases: Sequence[Case], measurement: CaseMeasurement) -> tuple[dict[str, str], dict[str, str]]:
@@ -295,10 +287,9 @@ def _job(
     return _Job(path, shard, tuple((case, current[case.name]) for case in group if case.name not in known))
 
 
-def _is_in_place(job: _Job, measurement: CaseMeasurement) -> bool:
-    """Whether the file of a job that has nothing to measure already holds just its cases."""
-    kept = Shard.load(job.path)
-    return kept is not None and dict(kept.keys) == dict(job.known.keys) and kept.evidence >= measurement.evidence
+def _is_in_place(job: _Job, kept: Shard | None) -> bool:
+    """Whether the file of a job that has nothing to measure, as it was read, already holds just its cases."""
+    return kept is not None and dict(kept.keys) == dict(job.known.keys) and kept.evidence >= job.known.evidence
 
 
 def _compile_kernels(measurement: CaseMeasurement) -> None:

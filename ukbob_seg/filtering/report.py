@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 
 from ukbob_seg.dataset.spec import Case
+from ukbob_seg.errors import listing
 from ukbob_seg.filtering.agreement import agreement, rule_flags
+from ukbob_seg.filtering.body import BODY_IMAGE, BODY_UNION
 from ukbob_seg.filtering.bounds import IQR_FACTOR, PLAIN_VOLUME, SOLF_FEATURES, excess
-from ukbob_seg.filtering.measure import BODY_IMAGE, BODY_UNION
 from ukbob_seg.filtering.policies import ACTIONS
 from ukbob_seg.filtering.report_figures import (
     Specimen,
@@ -278,7 +279,7 @@ def _scan_section(page: ReportPage, summary: FilterSummary, flags: pd.DataFrame)
     page.paragraph("The doubt of a scan is the sum of its labels' doubts, as far as they are larger than 2.")
     most = most.head(WORST_SCANS)
     shown = flags[flags["flagged"].to_numpy(bool) & flags["case"].isin(most.index).to_numpy(bool)]
-    names = shown.groupby("case")["organ"].agg(_list_names)
+    names = shown.groupby("case")["organ"].agg(lambda organs: listing(organs.tolist(), NAMES_PER_SCAN))
     dropped = summary.trust.dropped_cases
     page.table(
         ["scan", "flagged", "doubt", "dropped", "organs"],
@@ -310,11 +311,6 @@ def _against_bound(row: Any, bounds: StratifiedBounds, feature: str) -> str:
     if not getattr(row, f"{feature}_outside"):
         return f"{value:.3g}" if np.isfinite(value) else "-"
     return f"{value:.3g} < {low:.3g}" if value < low else f"{value:.3g} > {high:.3g}"
-
-
-def _list_names(names: pd.Series) -> str:
-    shown = ", ".join(names.head(NAMES_PER_SCAN))
-    return shown if len(names) <= NAMES_PER_SCAN else f"{shown} and {len(names) - NAMES_PER_SCAN} more"
 
 
 def _mean_sd(values: pd.Series, most_decimals: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ukbob_seg.errors import DatasetError
+from ukbob_seg.dataset.tables import one_row_each, read_table
+from ukbob_seg.errors import DatasetError, listing
 from ukbob_seg.files import atomic_path
 from ukbob_seg.filtering.bounds import PLAIN_VOLUME, SOLF_FEATURES
 from ukbob_seg.filtering.solf import MODELS
@@ -21,6 +21,7 @@ REVIEW_FILE = "review.csv"
 VERDICTS = {"accept": False, "reject": True}  # verdict -> flagged
 SHOWN_DOUBT = 2.0  # a label that one ordinary label in 100 equals, or less, is worth a look
 MOST_PER_LABEL = 10.0  # one absurd label must not outweigh a scan in which everything is wrong
+_KEY = ["case", "label"]
 
 Verdicts = Mapping[tuple[str, int], str]
 
@@ -47,36 +48,19 @@ def read_verdicts(path: Path) -> dict[tuple[str, int], str]:
         (case, label) -> ``accept`` or ``reject``; lines without a verdict are left out.
 
     Raises:
-        DatasetError: the file cannot be read, or a verdict is another word; names the line.
+        DatasetError: the file cannot be read, a verdict is another word, or a label has both; names the line.
     """
-    if Path(path).is_file() and Path(path).stat().st_size == 0:
-        raise DatasetError(f"the reviewed table {path} is empty")
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", sep=None, engine="python")
-    except FileNotFoundError as error:
-        raise DatasetError(f"the reviewed table {path} does not exist") from error
-    except IsADirectoryError as error:
-        raise DatasetError(f"the reviewed table {path} is a folder; give a CSV file") from error
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"the reviewed table {path} is not UTF-8 text; save it as CSV UTF-8") from error
-    except (OSError, ValueError, csv.Error) as error:  # pandas' parser errors are ValueErrors
-        raise DatasetError(f"the reviewed table {path} is no CSV file with a header") from error
-    missing = [column for column in ("case", "label", "verdict") if column not in table]
-    if missing:
-        raise DatasetError(f"{path} has no column {', '.join(missing)}; keep the columns case, label and verdict")
-    verdicts: dict[tuple[str, int], str] = {}
-    for line, (case, label, word) in enumerate(table[["case", "label", "verdict"]].itertuples(index=False), start=2):
-        verdict = word.strip().lower()
-        if not verdict:
-            continue
-        if verdict not in VERDICTS:
-            raise DatasetError(f"{path}, line {line}: the verdict is {word!r}; write accept, reject or nothing")
-        if not label.strip().isdigit():
-            raise DatasetError(f"{path}, line {line}: the label is {label!r}, not a label value")
-        key = (case.strip(), int(label))
-        if verdicts.setdefault(key, verdict) != verdict:
-            raise DatasetError(f"{path}, line {line}: case {key[0]}, label {key[1]} has two different verdicts")
-    return verdicts
+    what = "the reviewed table"
+    table = read_table(path, what, ("case", "label", "verdict"))
+    table = table[table["verdict"] != ""]
+    for line, _, label, word in table.itertuples(name=None):
+        if word.lower() not in VERDICTS:
+            raise DatasetError(f"{what} {path}, line {line}: the verdict is {word!r}; write accept, reject or nothing")
+        if not (label.isascii() and label.isdigit() and len(label) < 10):
+            raise DatasetError(f"{what} {path}, line {line}: the label is {label!r}, not a label value")
+    table = table.assign(label=table["label"].astype(np.int64), verdict=table["verdict"].str.lower())
+    table = one_row_each(table, ["case", "label"], f"{what} {path}")
+    return {(case, label): verdict for case, label, verdict in table.itertuples(index=False, name=None)}
 
 
 def apply_verdicts(flags: pd.DataFrame, verdicts: Verdicts) -> pd.DataFrame:
@@ -90,12 +74,13 @@ def apply_verdicts(flags: pd.DataFrame, verdicts: Verdicts) -> pd.DataFrame:
         A copy with the columns ``flagged_by_rule`` and ``verdict`` (empty without one), and ``flagged`` decided by the
         verdict where there is one.
     """
-    keys = list(zip(flags["case"], flags["label"].astype(int), strict=True))
-    unknown = sorted(set(verdicts) - set(keys))
+    given = pd.DataFrame([(*key, verdict) for key, verdict in verdicts.items()], columns=[*_KEY, "verdict"])
+    given = given.astype({"case": str, "label": np.int64, "verdict": str})  # also where there are none
+    said = flags[_KEY].merge(given, how="left", on=_KEY, validate="many_to_one")["verdict"].fillna("")
+    table = flags.assign(flagged_by_rule=flags["flagged"], verdict=said.set_axis(flags.index))
+    unknown = [f"{case} label {label}" for case, label in _strangers(table, verdicts)]
     if unknown:
-        shown = ", ".join(f"{case} label {label}" for case, label in unknown[:5])
-        logger.warning("warning: %d verdicts are about labels that do not exist: %s", len(unknown), shown)
-    table = flags.assign(flagged_by_rule=flags["flagged"], verdict=[verdicts.get(key, "") for key in keys])
+        logger.warning("warning: %d verdicts are about labels that do not exist: %s", len(unknown), listing(unknown, 5))
     decided = table["verdict"].map(VERDICTS)
     table["flagged"] = decided.where(decided.notna(), table["flagged"]).astype(bool)
     return table
@@ -133,14 +118,19 @@ def write_review(path: Path, flags: pd.DataFrame, verdicts: Verdicts) -> int:
             "why": [_why(row) for row in table.to_dict(orient="records")],
         }
     )
-    known = set(zip(flags["case"], flags["label"].astype(int), strict=True))
-    strangers = [(case, label, said) for (case, label), said in sorted(verdicts.items()) if (case, label) not in known]
+    strangers = [(*key, verdicts[key]) for key in _strangers(flags, verdicts)]
     if strangers:
-        rest = pd.DataFrame(strangers, columns=["case", "label", "verdict"])
+        rest = pd.DataFrame(strangers, columns=[*_KEY, "verdict"])
         content = pd.concat([content, rest.assign(why="no such label")], ignore_index=True)
     with atomic_path(path) as temporary:
         content.to_csv(temporary, index=False, lineterminator="\n")
     return len(content)
+
+
+def _strangers(flags: pd.DataFrame, verdicts: Verdicts) -> list[tuple[str, int]]:
+    """What verdicts are about that the table of ``apply_verdicts`` has no row for, sorted."""
+    judged = flags.loc[flags["verdict"] != "", _KEY]
+    return sorted(set(verdicts) - set(judged.itertuples(index=False, name=None)))
 
 
 def _why(row: dict[str, object]) -> str:

@@ -67,11 +67,26 @@ def shard_path(folder: Path, index: int) -> Path:
     return Path(folder) / f"shard_{index:05d}.parquet"
 
 
-def load_shards(folder: Path, current: Mapping[str, str], evidence: bool) -> dict[str, Shard]:
-    """What an earlier run left that still holds.
+def find_shards(folder: Path) -> list[Path]:
+    """The files of a folder of shards, in the order of their numbers."""
+    return sorted(Path(folder).glob("shard_*.parquet"))
+
+
+def load_shards(paths: Iterable[Path], cases: Collection[str]) -> dict[Path, Shard]:
+    """Read files once; those that are damaged, or about none of the cases, are left out."""
+    found = {}
+    for path in paths:
+        shard = Shard.load(path)
+        if shard is not None and not shard.keys.keys().isdisjoint(cases):
+            found[path] = shard
+    return found
+
+
+def known_cases(shards: Iterable[Shard], current: Mapping[str, str], evidence: bool) -> dict[str, Shard]:
+    """What of an earlier run still holds.
 
     Args:
-        folder: of the shards.
+        shards: where a case is in several, the first counts.
         current: case -> key that its features must have now.
         evidence: whether the columns of ``organ_evidence`` are needed.
 
@@ -79,9 +94,8 @@ def load_shards(folder: Path, current: Mapping[str, str], evidence: bool) -> dic
         case -> a shard with its features, without any case that is outdated.
     """
     found: dict[str, Shard] = {}
-    for path in sorted(Path(folder).glob("shard_*.parquet")):
-        shard = Shard.load(path)
-        if shard is None or (evidence and not shard.evidence):
+    for shard in shards:
+        if evidence and not shard.evidence:
             continue
         valid = [case for case, key in shard.keys.items() if case not in found and current.get(case) == key]
         found.update(dict.fromkeys(valid, shard.select(set(valid))))
@@ -101,6 +115,6 @@ def join_shards(shards: Iterable[Shard], cases: Sequence[str], columns: Sequence
 def remove_other_shards(folder: Path, count: int) -> None:
     """Delete shards of an earlier, larger cohort."""
     expected = {shard_path(folder, index) for index in range(count)}
-    for path in Path(folder).glob("shard_*.parquet"):
+    for path in find_shards(folder):
         if path not in expected:
             path.unlink(missing_ok=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ukbob_seg.errors import ConfigError, DatasetError
+from ukbob_seg.dataset.tables import one_row_each, read_table
+from ukbob_seg.errors import ConfigError, DatasetError, listing
 from ukbob_seg.files import read_json, write_json
 from ukbob_seg.filtering.bounds import CohortBounds
 
@@ -100,38 +101,21 @@ def read_strata(path: Path, columns: Sequence[str], cases: Sequence[str]) -> dic
         DatasetError: the file cannot be read, lacks a column, or says nothing or two things about a case.
         ConfigError: so many different values that no cohort can be divided by them (bands are wanted).
     """
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise DatasetError(f"the table of subjects {path} does not exist") from error
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"the table of subjects {path} is not UTF-8 text; save it as CSV UTF-8") from error
-    except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
-        raise DatasetError(f"the table of subjects {path} is empty, a folder or no CSV file") from error
-    missing = [column for column in ("case", *columns) if column not in table]
-    if missing:
-        raise DatasetError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns)}")
-    table = table[table["case"].isin(list(cases))]
-    values = table[list(columns)].apply(lambda column: column.str.strip())
-    table = table.assign(stratum=values.agg(", ".join, axis=1) if len(table) else "")
-    empty = set(table["case"][(values == "").any(axis=1)]) if len(table) else set()
-    absent = sorted((set(cases) - set(table["case"])) | empty)
+    what = "the table of subjects"
+    table = read_table(path, what, ("case", *columns))
+    table = one_row_each(table[table["case"].isin(list(cases))], ["case"], f"{what} {path}")
+    values = table[list(columns)]
+    absent = sorted(set(cases) - set(table["case"][(values != "").all(axis=1)]))
     if absent:
         raise DatasetError(
-            f"{path} has no {' and '.join(columns)} for {len(absent)} of {len(cases)} cases: {_list(absent)}"
+            f"{what} {path} has no {' and '.join(columns)} for {len(absent)} of {len(cases)} cases: "
+            f"{listing(absent, 5)}"
         )
-    per_case = table.groupby("case")["stratum"].nunique()
-    if (per_case > 1).any():
-        raise DatasetError(f"{path} says different things about {_list(per_case.index[per_case > 1])}")
-    count = table["stratum"].nunique()
+    strata = [", ".join(row) for row in values.itertuples(index=False, name=None)]
+    count = len(set(strata))
     if count > MOST_STRATA:
         raise ConfigError(
             f"{' and '.join(columns)} divide the cohort into {count} strata, more than {MOST_STRATA}; give bands "
             "(a column with values such as 45-54, 55-64) instead of single values"
         )
-    return dict(zip(table["case"], table["stratum"], strict=True))
-
-
-def _list(cases: Sequence[str]) -> str:
-    shown = ", ".join(list(cases)[:5])
-    return shown if len(cases) <= 5 else f"{shown} and {len(cases) - 5} more"
+    return dict(zip(table["case"], strata, strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ukbob_seg.errors import ConfigError, DatasetError
+from ukbob_seg.dataset.tables import one_row_each, read_table
+from ukbob_seg.errors import ConfigError, DatasetError, listing
 from ukbob_seg.files import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -33,30 +33,21 @@ def load_groups(path: Path, names: Sequence[str]) -> dict[str, str]:
     """Subject of each case from groups.csv (columns case, subject); a case that is not listed is its own subject.
 
     Raises:
-        DatasetError: the columns are missing, no line is about a case of the dataset, or a case has two subjects.
+        DatasetError: the file cannot be read, no line is about a case of the dataset, or a case has two subjects.
     """
     groups = {name: name for name in names}
-    if not path.is_file():
+    if not path.exists():
         return groups
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns, rows = reader.fieldnames or (), list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{path} is not a CSV file in UTF-8; save it as CSV UTF-8") from error
-    if not {"case", "subject"} <= set(columns):
-        raise DatasetError(f"{path} must have the columns case,subject; found {', '.join(columns) or 'none'}")
-    given: dict[str, str] = {}
-    for row in rows:
-        case, subject = (row["case"] or "").strip(), (row["subject"] or "").strip()
-        if case in groups and subject and given.setdefault(case, subject) != subject:
-            raise DatasetError(f"{path} gives case {case} two subjects: {given[case]} and {subject}")
-    if rows and not given:
+    what = "the list of subjects"
+    table = read_table(path, what, ("case", "subject"))
+    given = table[table["case"].isin(list(groups)) & (table["subject"] != "")]
+    if given.empty and len(table):
         raise DatasetError(
-            f"{path} names none of the {len(groups)} training cases; write them as {next(iter(groups), 'CASE')}, "
-            "without folder, channel number or file ending"
+            f"{what} {path} names none of the {len(groups)} training cases; write them as "
+            f"{next(iter(groups), 'CASE')}, without folder, channel number or file ending"
         )
-    return groups | given
+    given = one_row_each(given, ["case"], f"{what} {path}")
+    return groups | dict(zip(given["case"], given["subject"], strict=True))
 
 
 def make_splits(names: Sequence[str], groups: Mapping[str, str], scheme: str = "5-fold") -> list[Split]:
@@ -166,7 +157,7 @@ def _read_splits(path: Path, names: set[str], groups: Mapping[str, str]) -> list
         sides = {"train": set(split.train), "val": set(split.val), "test": set(split.test)}
         unknown = sorted(set().union(*sides.values()) - names)
         if unknown:
-            raise DatasetError(f"{path}: fold {number} names unknown cases: {', '.join(unknown[:5])}")
+            raise DatasetError(f"{path}: fold {number} names unknown cases: {listing(unknown, 5)}")
         if not split.train or not split.val:
             raise DatasetError(f"{path}: fold {number} needs training and validation cases")
         for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
