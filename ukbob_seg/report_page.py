@@ -90,12 +90,6 @@ class ReportPage:
         )
 
 
-def listing(names: Sequence[str], most: int = 10) -> str:
-    """Names with commas, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def _cell(value: object) -> str:
     if isinstance(value, float):
         if value != value:

@@ -118,6 +118,16 @@ def read_geometry(path: Path) -> Geometry:
     return Geometry((z, y, x), (sz, sy, sx), tuple(reader.GetOrigin()[:3]), tuple(float(v) for v in matrix.ravel()))
 
 
+def largest_voxels(paths: Sequence[Path]) -> float:
+    """Voxels of the largest of some files, judged by its header: what a memory estimate needs; 0 without files."""
+    if not paths:
+        return 0.0
+    try:
+        return float(np.prod(read_geometry(max(paths, key=lambda path: path.stat().st_size)).shape, dtype=float))
+    except DatasetError:  # reported when its turn comes
+        return 0.0
+
+
 def _read_voxels(path: Path, geometry: Geometry, scaled: bool = True) -> np.ndarray:
     """The voxels of a file as (Z, Y, X).
 

@@ -10,7 +10,7 @@ import pandas as pd
 from ukbob_seg.errors import listing
 from ukbob_seg.evaluation.report_figures import Overlay, dice_figures, overlay_figure
 from ukbob_seg.evaluation.summary import EvaluationSummary
-from ukbob_seg.report_page import ReportPage, listing
+from ukbob_seg.report_page import ReportPage
 
 WORST_CASES = 10
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ukbob_seg.dataset.image_io import read_geometry, read_labels, read_stored
+from ukbob_seg.dataset.image_io import largest_voxels, read_labels, read_stored
 from ukbob_seg.dataset.spec import Case, DatasetSpec, summarise_problems
 from ukbob_seg.errors import DatasetError, listing
 from ukbob_seg.files import digest
@@ -303,10 +303,6 @@ def _compile_kernels(measurement: CaseMeasurement) -> None:
 
 def _memory_per_case_gb(cases: Sequence[Case], measurement: CaseMeasurement) -> float:
     """Estimated peak of the case with the largest label file."""
-    largest = max((case.label for case in cases if case.label is not None), key=lambda path: path.stat().st_size)
-    try:
-        voxels = float(np.prod(read_geometry(largest).shape))
-    except DatasetError:  # reported when its turn comes
-        voxels = 0.0
+    voxels = largest_voxels([case.label for case in cases if case.label is not None])
     per_voxel = _BYTES_PER_VOXEL.get(measurement.body, 8) + (24 if measurement.evidence else 0)
     return 0.2 + voxels * per_voxel / 2**30

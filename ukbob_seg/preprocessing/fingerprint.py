@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ukbob_seg.dataset.image_io import read_geometry
+from ukbob_seg.dataset.image_io import largest_voxels
 from ukbob_seg.dataset.spec import Case, DatasetSpec, find_cases, summarise_problems
 from ukbob_seg.errors import DatasetError
 from ukbob_seg.files import digest, read_json, write_json
@@ -254,21 +254,10 @@ def _read_groups(
     return {reading.key: reading for group in done for reading in group}
 
 
-def largest_voxels(cases: Sequence[Case]) -> float:
-    """Voxels of the case with the largest image file, judged by its header; 0 without cases."""
-    if not cases:
-        return 0.0
-    largest = max((case.images[0] for case in cases), key=lambda path: path.stat().st_size)
-    try:
-        return float(np.prod(read_geometry(largest).shape, dtype=float))
-    except DatasetError:  # reported when its turn comes
-        return 0.0
-
-
 def _memory_per_case_gb(cases: Sequence[Case]) -> float:
     """All channels in float32, twice, and the label map."""
     channels = len(cases[0].images) if cases else 0
-    return 0.2 + largest_voxels(cases) * (8 * channels + 8) / 2**30
+    return 0.2 + largest_voxels([case.images[0] for case in cases]) * (8 * channels + 8) / 2**30
 
 
 def _load_if_valid(path: Path) -> Fingerprint | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ukbob_seg.dataset.image_io import Geometry
+from ukbob_seg.dataset.image_io import Geometry, largest_voxels
 from ukbob_seg.dataset.labels import LabelScheme
 from ukbob_seg.dataset.spec import Case, DatasetSpec, require_cases
 from ukbob_seg.dataset.verify import load_case
@@ -16,7 +16,7 @@ from ukbob_seg.errors import DatasetError
 from ukbob_seg.files import atomic_path, digest, ensure_writable, write_json
 from ukbob_seg.parallel import HERE, Cluster, choose_workers, map_cases
 from ukbob_seg.preprocessing.cropping import nonzero_box, nonzero_mask
-from ukbob_seg.preprocessing.fingerprint import label_content, largest_voxels
+from ukbob_seg.preprocessing.fingerprint import label_content
 from ukbob_seg.preprocessing.fingerprint_cases import LoadedCases, file_stamps
 from ukbob_seg.preprocessing.locations import class_locations
 from ukbob_seg.preprocessing.normalization import normalize
@@ -157,7 +157,7 @@ def preprocess(
     write_json(Path(output_folder) / "dataset.json", spec.content)
     recipe = preprocessing_recipe(plans, plan, spec)
     todo = cases if verify else [case for case in cases if not is_current(folder, case, recipe)]
-    voxels = max(float(np.prod(plan.median_shape)), largest_voxels(todo))
+    voxels = max(float(np.prod(plan.median_shape)), largest_voxels([case.images[0] for case in todo]))
     gigabytes = WORKING_COPIES * len(spec.channel_names) * voxels * 4 / 2**30
     count = choose_workers(workers, len(todo), gigabytes)
     if workers is None and gigabytes < SMALL_CASE_GB:

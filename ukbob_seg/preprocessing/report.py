@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ukbob_seg.dataset.spec import Case, DatasetSpec, find_cases
+from ukbob_seg.errors import listing
 from ukbob_seg.preprocessing.fingerprint import MAX_SAMPLES, Fingerprint
 from ukbob_seg.preprocessing.fingerprint_cases import STORE, CaseReading, load_readings
 from ukbob_seg.preprocessing.plans import Plans
@@ -32,7 +33,7 @@ from ukbob_seg.preprocessing.report_numbers import (
     matching_readings,
 )
 from ukbob_seg.preprocessing.report_slices import MAX_CHANNELS, case_slices, index_names
-from ukbob_seg.report_page import ReportPage, listing
+from ukbob_seg.report_page import ReportPage
 
 REPORT = "report.html"
 OUTLIERS_LISTED = 20
