@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         validation_every=arguments.validation_every,
         validation_cases=arguments.validation_cases,
         subset_fraction=arguments.subset_fraction,
+        flagged_labels=arguments.flagged_labels,
         seed=arguments.seed,
     )
     if not arguments.no_validation:  # its images are read after training; say now when they are not there
@@ -121,6 +122,11 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("--validation-every", type=int, metavar="N", help="epochs between validations")
     recipe.add_argument("--validation-cases", type=int, metavar="N", help="validate on so many cases (0: all)")
     recipe.add_argument("--subset-fraction", type=float, metavar="F", help="train on a seeded share of the cases")
+    recipe.add_argument(
+        "--flagged-labels",
+        choices=("ignore", "marginal"),
+        help="organs that ukbob_filter flagged: as its policy says (default), or one class with background there",
+    )
     recipe.add_argument("--seed", type=int, metavar="N")
     add_roots(parser, "raw", "preprocessed", "results")
     return parser

@@ -181,10 +181,10 @@ def _restore(state: TrainState, setup: TrainingSetup, config: TrainingConfig, pa
     if description.network != setup.description.network:
         raise CheckpointError(f"{path} is of {description.network}, not {setup.description.network}")
     load_into(state.network, content, path)
-    before, now = content["config"], config.to_json()
-    changed = [key for key in now if key != "epochs" and before.get(key) != now[key]]
+    before, now = {**TrainingConfig().to_json(), **content["config"]}, config.to_json()  # older ones lack some entries
+    changed = [key for key in now if key != "epochs" and before[key] != now[key]]
     if changed:
-        listing = ", ".join(f"{key} {before.get(key)} -> {now[key]}" for key in changed)
+        listing = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in changed)
         raise ConfigError(f"cannot resume {path} with another recipe ({listing}); give the same flags or --overwrite")
     for what, value in _fixed_inputs(setup).items():
         if content.get(what, value) != value:  # older checkpoints lack some
