@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
             overwrite=arguments.overwrite,
             loader_workers=arguments.loader_workers,
             pretrained=arguments.pretrained,
+            pretrained_dataset=arguments.pretrained_dataset,
+            pretrained_merging=arguments.pretrained_merging,
         ),
         configuration=arguments.configuration,
         network=network,
@@ -96,6 +98,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true", help="continue after the last finished epoch, exactly")
     run.add_argument("--overwrite", action="store_true", help="start afresh although this fold was trained before")
     run.add_argument("--pretrained", type=Path, metavar="FILE", help="start from the matching weights of a checkpoint")
+    run.add_argument(
+        "--pretrained-dataset", type=Path, metavar="FILE",
+        help="dataset.json of that checkpoint, where it is not one of ours: classes and channels are matched by name",
+    )  # fmt: skip
+    run.add_argument(
+        "--pretrained-merging", choices=("legacy", "distinct"),
+        help="how a Swin-UNETR that is not one of ours merged patches: legacy before MONAI's fix #8285, distinct after "
+        "(default: as in the plans, with a warning)",
+    )  # fmt: skip
     run.add_argument("--no-filter", action="store_true", help="ignore the flags of ukbob_filter")
     run.add_argument("--no-validation", action="store_true", help="do not predict the validation cases at the end")
     run.add_argument("--loader-workers", type=int, metavar="N", help="processes that read patches (CPU: 0, GPU: 4)")
