@@ -33,7 +33,7 @@ class TransferReport:
         channels: for each input channel, what it starts from.
         identity: weights and biases of norms that the checkpoint has without: 1 and 0.
         fresh: not in the checkpoint.
-        other_shape: in the checkpoint with another shape, or with rows that cannot be told apart: fresh as well.
+        not_fitting: fresh although the checkpoint has them, and why: another shape, or no class in common.
         unused: in the checkpoint only.
         share: of the network's numbers that come from the checkpoint, 0 to 1.
         warnings: sentences.
@@ -47,7 +47,7 @@ class TransferReport:
     channels: dict[str, str] = field(default_factory=dict)
     identity: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
-    other_shape: dict[str, str] = field(default_factory=dict)
+    not_fitting: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
     share: float = 0.0
     warnings: list[str] = field(default_factory=list)
@@ -66,7 +66,7 @@ class TransferReport:
             parts.append(f"{len(self.inflated)} input weights fitted to other channels ({_few(origins)})")
         if self.identity:
             parts.append(f"{len(self.identity)} norm weights start as identity")
-        for what, names in (("fresh", self.fresh), ("of another shape", list(self.other_shape)),
+        for what, names in (("fresh", self.fresh), ("not fitting", list(self.not_fitting)),
                             ("of the checkpoint unused", self.unused)):  # fmt: skip
             parts.append(f"{len(names)} {what}" + (f" ({_few(names)})" if names else ""))
         return f"pretrained weights {self.source}: {'; '.join(parts)}; {self.share:.1%} of the network come from them"
@@ -169,10 +169,10 @@ class _Fitter:
         shapes = f"{tuple(given.shape)} in the checkpoint, {tuple(fresh.shape)} here"
         fixed = [dim for dim in range(fresh.dim()) if dim not in (ends.inputs, ends.outputs)]
         if given.dim() != fresh.dim() or any(given.shape[dim] != fresh.shape[dim] for dim in fixed):
-            self.report.other_shape[name] = shapes
+            self.report.not_fitting[name] = shapes
             return None
         if ends.unclear and self.have is not None and self.have.outputs != self.want.outputs:
-            self.report.other_shape[name] = "its rows cannot be told apart, and the classes differ"
+            self.report.not_fitting[name] = "its rows cannot be told apart, and the classes differ"
             return None
         lists = []
         if ends.inputs is not None:
@@ -185,7 +185,7 @@ class _Fitter:
             count = given.shape[ends.outputs]
             rows = match_rows(count, self.have, self.want)
             if all(row is None for row in rows):
-                self.report.other_shape[name] = shapes if self.have is None else "no class in common"
+                self.report.not_fitting[name] = shapes if self.have is None else "no class in common"
                 return None
             if rows != list(range(count)):
                 names = [] if self.have is None else self.have.rows(count)
@@ -234,7 +234,8 @@ def _warnings(
             f"{pretrained.source} does not say what its classes are: output rows are kept, in their order, only where "
             "there are as many as here; --pretrained-dataset dataset.json maps them by name"
         )
-    elif have.head is not None and have.head != interface.head and (report.mapped or have.outputs == interface.outputs):
+    other_head = have is not None and have.head not in (None, interface.head)
+    if have is not None and other_head and (report.mapped or have.outputs == interface.outputs):
         yield (
             f"the output rows were trained with a {have.head} head, this run has a {interface.head} head: they are "
             "kept, but their logits mean something else"
