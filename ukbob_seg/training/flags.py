@@ -70,7 +70,8 @@ class FlagCodes:
 
         Returns:
             (B, z, y, x) labels, 0 and one of the flagged organs in place of the two codes; and (B, K + 1) bool, whose
-            channels are merged with background, or None when nothing is flagged in this batch.
+            channels are merged with background, or None when nothing is flagged in this batch. An element without a
+            code, whose voxels all have trusted labels, has none merged.
         """
         highest = labels.flatten(1).amax(dim=1).long() - self.first
         coded = highest >= 0
