@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 
 from ukbob_seg.cli import (
     evaluate,
@@ -226,6 +227,14 @@ def test_wrong_roots_ids_and_options(run, make_dataset, tmp_path):
     missing = run(predict, "-i", tmp_path, "-o", tmp_path / "o", "-m", tmp_path / "none", "--device", "cpu")
     assert "does not exist; train first" in _error(missing)
     assert "either as -d ID or as -m" in _error(run(predict, "-i", tmp_path, "-o", tmp_path / "o"))
+    assert "give that" in _error(run(train, 7, 0, *TRAIN, "--pretrained-merging", "legacy"))
+    none = ["--pretrained", tmp_path / "none.pt"]
+    assert "none.pt do not exist" in _error(run(train, 7, 0, *TRAIN, *none))
+    conv = ["--network", "plain_conv_unet", "--pretrained-merging", "legacy", "--pretrained", tmp_path / "w.pt"]
+    torch.save({"w": torch.ones(1)}, tmp_path / "w.pt")
+    assert "is for swin_unetr" in _error(run(train, 7, 0, *TRAIN, *conv))
+    assert "not one of its 1 weights matches" in _error(run(train, 7, 0, *TRAIN, "--pretrained", tmp_path / "w.pt"))
+    assert run(train, 7, 0, *TRAIN, "--flagged-labels", "drop")[0] == 2
     assert "need --etta" in _error(run(predict, "-i", tmp_path, "-o", tmp_path / "o", "-d", 7, "--etta-lr", "0.1"))
 
 

@@ -1,11 +1,10 @@
-"""Building networks by name, and loading given weights into them."""
+"""Building networks by name."""
 
 import pytest
 import torch
 from torch import nn
 
-from ukbob_seg.errors import CheckpointError, ConfigError
-from ukbob_seg.networks.pretrained import load_weights
+from ukbob_seg.errors import ConfigError
 from ukbob_seg.networks.registry import NETWORKS, build_network, set_deep_supervision
 
 CONV = {
@@ -119,53 +118,3 @@ def test_a_fault_inside_a_users_network_keeps_its_traceback(monkeypatch):
 def test_unknown_names_list_the_choices():
     with pytest.raises(ConfigError, match=r"unknown network 'unet'; choose from swin_unetr, plain_conv_unet"):
         build_network("unet", 1, 2, {})
-
-
-def test_loading_reports_everything(tmp_path):
-    torch.manual_seed(0)
-    source, target = OwnNetwork(2, 3), OwnNetwork(2, 4)
-    torch.save({"state_dict": {f"module.{k}": v for k, v in source.state_dict().items()} | {"module.x": torch.ones(1)}},
-               tmp_path / "w.pt")  # fmt: skip
-    report = load_weights(target, tmp_path / "w.pt")
-    assert report.loaded == ("layers.0.bias", "layers.0.weight")
-    assert report.shape_mismatch == ("layers.1.bias", "layers.1.weight")
-    assert report.unexpected == ("x",)
-    assert report.missing == ()
-    assert torch.equal(target.layers[0].weight, source.layers[0].weight)
-
-
-def test_the_self_supervised_encoder_release():
-    network = build_network("swin_unetr", 1, 3, {"feature_size": 12})
-    released = {
-        "module." + name.removeprefix("swinViT.").replace("mlp.linear1", "mlp.fc1").replace("mlp.linear2", "mlp.fc2"):
-            torch.full_like(value, 0.25) if value.is_floating_point() else value
-        for name, value in network.state_dict().items() if name.startswith("swinViT.")
-    }  # fmt: skip
-    released["module.out.conv.conv.bias"] = torch.zeros(3)  # one full name must not hide 126 encoder names
-    report = load_weights(network, {"state_dict": released})
-    released.pop("module.out.conv.conv.bias")
-    assert len(report.loaded) == len(released)
-    assert report.unexpected == ("swinViT.out.conv.conv.bias",)
-    assert (network.swinViT.layers3[0].blocks[1].mlp.linear2.weight == 0.25).all()
-    assert all(not name.startswith("swinViT") for name in report.missing)
-
-
-def test_nothing_matching_is_an_error(tmp_path):
-    with pytest.raises(CheckpointError, match="not one of its 1 weights matches"):
-        load_weights(OwnNetwork(1, 2), {"other": torch.ones(1)})
-    with pytest.raises(CheckpointError, match=r"none\.pt do not exist"):
-        load_weights(OwnNetwork(1, 2), tmp_path / "none.pt")
-    (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(CheckpointError, match=r"bad\.pt is damaged"):
-        load_weights(OwnNetwork(1, 2), tmp_path / "bad.pt")
-
-
-def test_code_in_a_checkpoint_does_not_run(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "ran"), "w"))
-
-    torch.save({"state_dict": {"layers.0.bias": torch.ones(3)}, "x": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(CheckpointError, match="holds more than weights"):
-        load_weights(OwnNetwork(1, 2), tmp_path / "evil.pt")
-    assert not (tmp_path / "ran").exists()

@@ -216,7 +216,9 @@ def test_the_papers_preset():
     plans = _plan(_fingerprint([(501, 160, 224)] * 5, [(3.0, 2.0, 2.0)] * 5), preset="ukbob", memory_gb=4)
     full = plans.configuration("3d_fullres")
     swin = full.network("swin_unetr")
-    assert (swin.patch_size, swin.batch_size, swin.arguments) == ((96, 96, 96), 8, {"feature_size": 48})
+    assert (swin.patch_size, swin.batch_size, swin.arguments) == (
+        (96, 96, 96), 8, {"feature_size": 48, "patch_merging": "distinct"},
+    )  # fmt: skip
     assert len(set(full.spacing_mm)) == 1
     assert full.spacing_mm[0] ** 3 == pytest.approx(12.0)
     assert any("OVER the budget" in reason for reason in plans.reasons)

@@ -1,10 +1,18 @@
 """Losses against MONAI and hand computation, with ignored voxels and many classes."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ukbob_seg.training.losses import SigmoidDiceLoss, SoftmaxDiceLoss, shrink_labels, with_deep_supervision
+from ukbob_seg.training.losses import (
+    SigmoidDiceLoss,
+    SoftmaxDiceLoss,
+    merge_with_background,
+    shrink_labels,
+    with_deep_supervision,
+)
 
 
 @pytest.fixture
@@ -93,3 +101,132 @@ def test_shrunk_labels_are_nearest_voxels():
     labels = torch.arange(8).view(1, 8, 1, 1)
     assert shrink_labels(labels, (4, 1, 1)).ravel().tolist() == [1, 3, 5, 7]
     assert shrink_labels(labels, (8, 1, 1)) is labels
+
+
+MERGED = torch.tensor([[False, False, True, False, True], [False, False, False, True, False]])
+
+
+def _merged_by_hand(logits, merged):
+    """Probabilities with those of merged classes added to background's."""
+    p = logits.double().softmax(1)
+    taken = p * merged[:, :, None, None, None]
+    return torch.cat([p[:, :1] + taken.sum(1, keepdim=True), (p - taken)[:, 1:]], 1)
+
+
+def test_marginal_softmax_loss_by_hand():
+    """Two voxels, two elements: flagged organ 2 is one class with background in the first element only."""
+    logits = torch.tensor([[[0.5, -1.0], [1.0, 0.2], [2.0, 0.3]], [[0.1, 0.4], [0.0, 3.0], [1.0, -2.0]]])
+    p = logits.softmax(1)  # (B, K, x)
+    merged = torch.tensor([[False, False, True], [False, False, False]])
+    labels = torch.tensor([[0, 2], [2, 1]])
+    together = p[0, 0] + p[0, 2]
+    cross_entropy = -(together[0].log() + together[1].log() + p[1, 2, 0].log() + p[1, 1, 1].log()) / 4
+    dice1 = (2 * p[1, 1, 1] + 1e-5) / (p[:, 1].sum() + 1 + 1e-5)
+    dice2 = (2 * p[1, 2, 0] + 1e-5) / (p[1, 2].sum() + 1 + 1e-5)  # nothing of the first element
+    expected = cross_entropy + 1 - (dice1 + dice2) / 2
+    found = SoftmaxDiceLoss(255)(logits[..., None, None], labels[..., None, None], merged)
+    torch.testing.assert_close(found, expected)
+
+
+def test_marginal_loss_with_a_class_flagged_everywhere_is_the_loss_without_it(batch):
+    logits, labels = batch
+    merged = torch.zeros(2, 5, dtype=torch.bool)
+    merged[:, 4] = True
+    four = torch.cat([torch.logaddexp(logits[:, :1], logits[:, 4:]), logits[:, 1:4]], 1)
+    expected = SoftmaxDiceLoss(255)(four, torch.where(labels == 4, 0, labels))
+    found = SoftmaxDiceLoss(255)(logits, labels, merged)
+    torch.testing.assert_close(found, expected)
+    (a,) = torch.autograd.grad(found, logits, retain_graph=True)
+    (b,) = torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(a, b)
+
+
+def test_merged_logits_have_the_summed_probability(batch):
+    logits, _ = batch
+    found = merge_with_background(logits, MERGED).softmax(1)
+    torch.testing.assert_close(found.double(), _merged_by_hand(logits, MERGED))
+    large = merge_with_background(torch.tensor([900.0, 2.0, 901.0, 0.0, -900.0]).view(1, 5, 1, 1, 1), MERGED[:1])
+    assert large[0, 0, 0, 0, 0].item() == pytest.approx(901 + math.log1p(math.exp(-1)))
+    extreme = (logits * 1e4).detach().requires_grad_()
+    SoftmaxDiceLoss(255)(extreme, torch.zeros(2, 4, 6, 5, dtype=torch.long), MERGED).backward()
+    assert torch.isfinite(extreme.grad).all()
+
+
+@pytest.mark.parametrize("loss", [SoftmaxDiceLoss(9), SigmoidDiceLoss(torch.eye(5, dtype=torch.bool), 9, True)])
+def test_nothing_flagged_is_the_plain_loss(batch, loss):
+    logits, labels = batch
+    torch.testing.assert_close(loss(logits, labels, torch.zeros(2, 5, dtype=torch.bool)), loss(logits, labels))
+    assert torch.equal(loss(logits, labels, None), loss(logits, labels))
+
+
+def test_the_marginal_loss_does_not_choose_between_background_and_the_flagged_organ(batch):
+    """Moving probability from one to the other changes nothing, so that their gradients are in the same proportion."""
+    logits, labels = batch
+    merged = torch.zeros(2, 5, dtype=torch.bool)
+    merged[0, 3] = True
+    value = SoftmaxDiceLoss(255)(logits, labels, merged)
+    (gradient,) = torch.autograd.grad(value, logits)
+    p = logits.detach().softmax(1)
+    torch.testing.assert_close(gradient[0, 0] * p[0, 3], gradient[0, 3] * p[0, 0])
+    background = labels[0] == 0
+    plain = torch.autograd.grad(SoftmaxDiceLoss(255)(logits, labels), logits)[0]
+    assert (plain[0, 3][background] > 0).all()  # the plain loss pushes the flagged organ down there,
+    assert (gradient[0, 3][background] < 0).all()  # the marginal one pulls it up together with background
+    other = logits.detach().clone()  # the same sum of the two, shared otherwise
+    total = torch.logaddexp(other[0, 0], other[0, 3])
+    other[0, 0], other[0, 3] = total + torch.log(torch.tensor(0.9)), total + torch.log(torch.tensor(0.1))
+    torch.testing.assert_close(SoftmaxDiceLoss(255)(other, labels, merged), value.detach())
+
+
+def test_sigmoid_loss_leaves_flagged_outputs_out():
+    logits = torch.tensor([[[0.5, -1.0], [1.0, 0.2], [2.0, 0.3]], [[0.1, 0.4], [0.0, 3.0], [1.0, -2.0]]])
+    logits = logits[..., None, None].requires_grad_()
+    labels = torch.tensor([[0, 2], [2, 1]])[..., None, None]
+    merged = torch.tensor([[False, False, True], [False, False, False]])
+    value = SigmoidDiceLoss(torch.eye(3, dtype=torch.bool), 255, skip_background=True)(logits, labels, merged)
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert (gradient[0, 2] == 0).all()  # the flagged organ
+    assert gradient[0, 0].flatten().ne(0).tolist() == [True, False]  # background is not taught on its voxels
+    assert (gradient[0, 1] != 0).all()
+    assert (gradient[1] != 0).all()
+    p, flat = logits.detach().sigmoid()[..., 0, 0], F.logsigmoid
+    z = logits.detach()[..., 0, 0]
+    cross_entropy = -(
+        flat(z[0, 0, 0]) + flat(-z[0, 1]).sum() + flat(-z[1, 0]).sum()
+        + flat(-z[1, 1, 0]) + flat(z[1, 1, 1]) + flat(z[1, 2, 0]) + flat(-z[1, 2, 1])
+    ) / 9  # fmt: skip
+    dice1 = (2 * p[1, 1, 1] + 1e-5) / (p[:, 1].sum() + 1 + 1e-5)
+    dice2 = (2 * p[1, 2, 0] + 1e-5) / (p[1, 2].sum() + 1 + 1e-5)
+    torch.testing.assert_close(value.detach(), cross_entropy + 1 - (dice1 + dice2) / 2)
+
+
+def test_regions_with_a_flagged_member_are_left_out(batch):
+    table = torch.tensor([[False, True, True], [False, False, True], [False, True, False]])
+    logits = batch[0][:, :3].detach().requires_grad_()
+    labels = batch[1] % 3
+    merged = torch.tensor([[False, False, True], [False, False, False]])
+    SigmoidDiceLoss(table, 255)(logits, labels, merged).backward()
+    assert (logits.grad[0, :2] == 0).all()
+    assert (logits.grad[0, 2] != 0).all()
+    assert (logits.grad[1] != 0).all()
+
+
+def test_everything_flagged_is_no_error(batch):
+    merged = torch.ones(2, 5, dtype=torch.bool)
+    merged[:, 0] = False
+    for loss, first in ((SoftmaxDiceLoss(9), 0), (SigmoidDiceLoss(torch.eye(5, dtype=torch.bool)[1:], 9), 1)):
+        logits = batch[0][:, first:].detach().requires_grad_()
+        value = loss(logits, batch[1], merged)
+        value.backward()
+        assert abs(value.item()) < 1e-6
+        assert logits.grad.abs().max() < 1e-6
+
+
+def test_deep_supervision_passes_the_flags_to_every_resolution(batch):
+    logits, labels = batch
+    coarse, coarsest = logits[:, :, ::2, ::2, ::2], logits[:, :, ::4, ::4, ::4]
+    loss = SoftmaxDiceLoss(255)
+    found = with_deep_supervision(loss)([logits, coarse, coarsest], labels, MERGED)
+    shrunk = shrink_labels(labels, coarse.shape[2:])
+    expected = (2 * loss(logits, labels, MERGED) + loss(coarse, shrunk, MERGED)) / 3
+    torch.testing.assert_close(found, expected)

@@ -24,7 +24,7 @@ from ukbob_seg.preprocessing.planner import PlanOptions
 from ukbob_seg.preprocessing.plans import Plans
 from ukbob_seg.preprocessing.preprocessor import preprocess
 from ukbob_seg.preprocessing.records import case_files
-from ukbob_seg.preprocessing.storage import save_array
+from ukbob_seg.preprocessing.storage import open_array, save_array
 from ukbob_seg.training.checkpoint import read_checkpoint
 from ukbob_seg.training.config import TrainingConfig
 from ukbob_seg.training.sampling import TrainingCase
@@ -186,18 +186,28 @@ def test_pretrained_weights_are_loaded(roots, tmp_path):
     assert all(torch.allclose(given[key], tuned[key], atol=1e-6) for key in given)
 
 
-def test_the_filters_flags_reach_the_loss(roots):
+def _flag(roots, *pairs, policy="ignore"):
+    """Leave a filter's decisions: label value of case number for each pair; returns the case names."""
     import pandas as pd
 
-    folder = roots.preprocessed / "Dataset007_Blobs" / "solf"
     from ukbob_seg.filtering.cohort import solf_filter
     from ukbob_seg.filtering.config import FilterConfig
+    from ukbob_seg.filtering.policies import FilterPolicy
 
-    solf_filter(roots.raw / "Dataset007_Blobs", folder, FilterConfig(rule="none", report=False, quiet=True))
+    folder = roots.preprocessed / "Dataset007_Blobs" / "solf"
+    config = FilterConfig(rule="none", report=False, quiet=True, policy=FilterPolicy(policy))
+    solf_filter(roots.raw / "Dataset007_Blobs", folder, config)
     flags = pd.read_parquet(folder / "flags.parquet")
-    first = flags.case.iloc[0]
-    flags.loc[(flags.case == first) & (flags.label == 2), "flagged"] = True
+    cases = sorted(flags.case.unique())
+    for number, label in pairs:
+        flags.loc[(flags.case == cases[number]) & (flags.label == label), "flagged"] = True
     flags.to_parquet(folder / "flags.parquet")
+    return cases
+
+
+def test_the_filters_flags_reach_the_loss(roots):
+    folder = roots.preprocessed / "Dataset007_Blobs" / "solf"
+    first = _flag(roots, (0, 2))[0]
     assert LabelTrust.load(folder).flagged_values(first) == (2,)
     setup = prepare(7, "all", roots, CONFIG, "3d_fullres", "swin_unetr", use_filter=True)
     tables = {case.name: case.lookup for case in setup.train}
@@ -206,6 +216,66 @@ def test_the_filters_flags_reach_the_loss(roots):
     assert all(table is None for name, table in tables.items() if name != first)
     ignored = prepare(7, "all", roots, CONFIG, "3d_fullres", "swin_unetr", use_filter=False)
     assert all(case.lookup is None for case in ignored.train)
+
+
+def test_a_marginal_loss_learns_from_flagged_cases(roots):
+    """Flags of organ 2 in most cases, whose labels miss it: background there must not be what is learned."""
+    cases = _flag(roots, (2, 2), (3, 2), (4, 2))
+    arrays = roots.preprocessed / "Dataset007_Blobs" / "3d_fullres"
+    for name in cases[2:]:
+        path = case_files(arrays, name)[1]
+        labels = np.asarray(open_array(path)[:])
+        path.unlink()
+        save_array(path, np.where(labels == 2, 0, labels).astype(np.uint8), (8, 8, 8))
+    config = dataclasses.replace(CONFIG, epochs=4, iterations_per_epoch=60, learning_rate=2e-2, validation_every=4)
+    dice = {}
+    for flagged in ("ignore", "marginal"):
+        chosen = dataclasses.replace(config, flagged_labels=flagged)
+        options = dataclasses.replace(QUIET, overwrite=True)
+        folder = train(7, "all", roots, chosen, options, network="tests_tiny:Tiny")
+        _, content = read_checkpoint(folder / "checkpoint_final.pt")
+        assert content["config"]["flagged_labels"] == flagged
+        assert all(torch.isfinite(value).all() for value in content["network_weights"].values())
+        dice[flagged] = json.loads(content["history"])[-1]["val_dice"][1]
+    assert dice["marginal"] > dice["ignore"]
+    setup = prepare(7, "all", roots, chosen, "3d_fullres", "tests_tiny:Tiny", use_filter=True)
+    assert setup.train[4].lookup[[0, 1, 2, 255]].tolist() == [256, 1, 257, 255]
+    assert setup.train[0].lookup is None
+    every = dataclasses.replace(chosen, validation_cases=0)
+    setup = prepare(7, "all", roots, every, "3d_fullres", "tests_tiny:Tiny", use_filter=True)
+    assert setup.val[4].lookup[[0, 1, 2, 255]].tolist() == [0, 1, 255, 255]  # validation cannot count what is unknown
+    with pytest.raises(ConfigError, match=r"another recipe \(flagged_labels marginal -> ignore\)"):
+        train(7, "all", roots, config, dataclasses.replace(QUIET, resume=True), network="tests_tiny:Tiny")
+
+
+def test_a_marginal_loss_contradicts_the_policy_background(roots):
+    marginal = dataclasses.replace(CONFIG, flagged_labels="marginal")
+    plain = prepare(7, "all", roots, marginal, "3d_fullres", "tests_tiny:Tiny", use_filter=True)
+    assert plain.flag_codes is None  # never filtered
+    _flag(roots, (0, 2), policy="background")
+    with pytest.raises(ConfigError, match="run ukbob_filter with --policy ignore"):
+        prepare(7, "all", roots, marginal, "3d_fullres", "tests_tiny:Tiny", use_filter=True)
+    setup = prepare(7, "all", roots, marginal, "3d_fullres", "tests_tiny:Tiny", use_filter=False)
+    assert setup.flag_codes is None
+
+
+def test_a_marginal_loss_of_a_sigmoid_head(roots):
+    _flag(roots, (0, 2), (1, 1))
+    config = dataclasses.replace(CONFIG, flagged_labels="marginal", loss="bce_dice")
+    folder = train(7, "all", roots, config, QUIET, network="tests_tiny:Tiny")
+    description, content = read_checkpoint(folder / "checkpoint_final.pt")
+    assert description.head == "sigmoid"
+    assert all(np.isfinite(row["train_loss"]) for row in json.loads(content["history"]))
+
+
+def test_checkpoints_of_before_an_option_existed_can_be_resumed(roots):
+    folder = _train(roots, dataclasses.replace(CONFIG, schedule="constant"))
+    content = torch.load(folder / "checkpoint_final.pt", weights_only=True)
+    del content["config"]["flagged_labels"]
+    torch.save(content, folder / "checkpoint_final.pt")
+    longer = dataclasses.replace(CONFIG, schedule="constant", epochs=4)
+    _train(roots, longer, dataclasses.replace(QUIET, resume=True))
+    assert read_checkpoint(folder / "checkpoint_final.pt")[1]["epoch"] == 4
 
 
 def test_options_choose_cases(roots):

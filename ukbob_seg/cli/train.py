@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         validation_every=arguments.validation_every,
         validation_cases=arguments.validation_cases,
         subset_fraction=arguments.subset_fraction,
+        flagged_labels=arguments.flagged_labels,
         seed=arguments.seed,
     )
     if not arguments.no_validation:  # its images are read after training; say now when they are not there
@@ -55,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
             overwrite=arguments.overwrite,
             loader_workers=arguments.loader_workers,
             pretrained=arguments.pretrained,
+            pretrained_dataset=arguments.pretrained_dataset,
+            pretrained_merging=arguments.pretrained_merging,
         ),
         configuration=arguments.configuration,
         network=network,
@@ -95,6 +98,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true", help="continue after the last finished epoch, exactly")
     run.add_argument("--overwrite", action="store_true", help="start afresh although this fold was trained before")
     run.add_argument("--pretrained", type=Path, metavar="FILE", help="start from the matching weights of a checkpoint")
+    run.add_argument(
+        "--pretrained-dataset", type=Path, metavar="FILE",
+        help="dataset.json of that checkpoint, where it is not one of ours: classes and channels are matched by name",
+    )  # fmt: skip
+    run.add_argument(
+        "--pretrained-merging", choices=("legacy", "distinct"),
+        help="how a Swin-UNETR that is not one of ours merged patches: legacy before MONAI's fix #8285, distinct after "
+        "(default: as in the plans, with a warning)",
+    )  # fmt: skip
     run.add_argument("--no-filter", action="store_true", help="ignore the flags of ukbob_filter")
     run.add_argument("--no-validation", action="store_true", help="do not predict the validation cases at the end")
     run.add_argument("--loader-workers", type=int, metavar="N", help="processes that read patches (CPU: 0, GPU: 4)")
@@ -121,6 +133,11 @@ def _parser() -> argparse.ArgumentParser:
     recipe.add_argument("--validation-every", type=int, metavar="N", help="epochs between validations")
     recipe.add_argument("--validation-cases", type=int, metavar="N", help="validate on so many cases (0: all)")
     recipe.add_argument("--subset-fraction", type=float, metavar="F", help="train on a seeded share of the cases")
+    recipe.add_argument(
+        "--flagged-labels",
+        choices=("ignore", "marginal"),
+        help="organs that ukbob_filter flagged: as its policy says (default), or one class with background there",
+    )
     recipe.add_argument("--seed", type=int, metavar="N")
     add_roots(parser, "raw", "preprocessed", "results")
     return parser

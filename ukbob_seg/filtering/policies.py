@@ -161,15 +161,25 @@ def case_lookup(trust: LabelTrust | None, case: str, scheme: LabelScheme) -> np.
     Raises:
         DatasetError: a flagged value is not a label of the dataset.
     """
-    values = () if trust is None or trust.action == "report" else trust.flagged_values(case)
-    if trust is None or not values:
+    flagged = flagged_indices(trust, case, scheme)
+    if trust is None or not flagged:
         return None
+    table = np.arange(np.iinfo(scheme.dtype).max + 1, dtype=scheme.dtype)
+    table[list(flagged)] = scheme.ignore_index if trust.action == "ignore" else 0
+    return table
+
+
+def flagged_indices(trust: LabelTrust | None, case: str, scheme: LabelScheme) -> tuple[int, ...]:
+    """Label indices of a case that training must not learn from, ascending; none under the policy ``report``.
+
+    Raises:
+        DatasetError: a flagged value is not a label of the dataset.
+    """
+    values = () if trust is None or trust.action == "report" else trust.flagged_values(case)
     unknown = sorted(set(values) - set(scheme.values))
     if unknown:
         raise DatasetError(
             f"case {case}: the label filter flagged the values {unknown}, which dataset.json does not name; "
             "run ukbob_filter again"
         )
-    table = np.arange(np.iinfo(scheme.dtype).max + 1, dtype=scheme.dtype)
-    table[np.searchsorted(scheme.values, values) + 1] = scheme.ignore_index if trust.action == "ignore" else 0
-    return table
+    return tuple(int(k) + 1 for k in np.searchsorted(scheme.values, values))

@@ -126,7 +126,8 @@ def _finish_swin(
     if memory > given.memory_gb:
         why += f"; OVER the budget of {given.memory_gb:g} GB: lower --batch-size, or give more memory"
     reason = f"patch {_x(patch)}, batch {batch}, feature size {features}, about {memory:.1f} GB ({why})."
-    return NetworkPlan(patch, batch, {"feature_size": features, **given.stage_arguments}, round(memory, 2)), reason
+    arguments = {"feature_size": features, "patch_merging": "distinct", **given.stage_arguments}
+    return NetworkPlan(patch, batch, arguments, round(memory, 2)), reason
 
 
 def plan_plain_conv_unet(given: PlanningInput) -> tuple[NetworkPlan, str]:

@@ -12,6 +12,7 @@ LOSSES = ("ce_dice", "bce_dice")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine_restarts", "cosine", "poly", "one_cycle", "constant")
 AUGMENTATIONS = ("ukbob", "none")
+FLAGGED_LABELS = ("ignore", "marginal")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class TrainingConfig:
         validation_every: epochs between validations.
         validation_cases: validate on the first so many cases, 0 for all.
         subset_fraction: share of the training cases that is used.
+        flagged_labels: ``ignore`` (what the filter's policy says: by default the organ's voxels count for nothing) or
+            ``marginal`` (in that case the organ is one class with background).
         seed: decides initial weights, case and patch choice, and augmentation.
     """
 
@@ -54,6 +57,7 @@ class TrainingConfig:
     validation_every: int = 10
     validation_cases: int = 0
     subset_fraction: float = 1.0
+    flagged_labels: str = "ignore"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -62,6 +66,7 @@ class TrainingConfig:
             ("optimizer", OPTIMIZERS),
             ("schedule", SCHEDULES),
             ("augmentation", AUGMENTATIONS),
+            ("flagged_labels", FLAGGED_LABELS),
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")

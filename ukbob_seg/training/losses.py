@@ -1,7 +1,8 @@
 """Losses: cross-entropy + soft Dice for exclusive labels, binary cross-entropy + soft Dice for a sigmoid per output.
 
 Both leave ignored voxels out, accumulate in float32, and take Dice over the whole batch (a class that is missing
-from one small patch is usually present in another).
+from one small patch is usually present in another). Both can leave open, for each element of a batch, whether a voxel
+is background or one of the organs that are flagged there (marginal loss, Shi et al., MedIA 2021).
 """
 
 from __future__ import annotations
@@ -28,19 +29,25 @@ class SoftmaxDiceLoss:
     def __init__(self, ignore_index: int) -> None:
         self.ignore_index = ignore_index
 
-    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, labels: Tensor, merged: Tensor | None = None) -> Tensor:
         """Loss of one resolution.
 
         Args:
             logits: (B, K, z, y, x), any float dtype; computed in float32. Channel 0 is background.
             labels: (B, z, y, x) integer indices in 0..K-1, or ``ignore_index``.
+            merged: (B, K) bool, classes whose probability counts as background's in that element, where they have
+                neither voxels nor a Dice of their own; never background itself. None for none.
 
         Returns:
             Scalar; 0 (with zero gradient) when every voxel is ignored.
         """
         valid = labels != self.ignore_index
         target = torch.where(valid, labels, torch.zeros_like(labels)).long()
-        log_p = F.log_softmax(logits.float(), dim=1)
+        logits = logits.float()
+        if merged is not None:
+            target = torch.where(_is_merged(target, merged), torch.zeros_like(target), target)
+            logits = merge_with_background(logits, merged)
+        log_p = F.log_softmax(logits, dim=1)
         log_p_target = log_p.gather(1, target.unsqueeze(1)).squeeze(1)
         count = valid.sum().clamp(min=1)
         cross_entropy = -(log_p_target * valid).sum() / count
@@ -52,7 +59,7 @@ class SoftmaxDiceLoss:
         present = torch.bincount(flat_target, minlength=classes).float()
         predicted = (log_p.exp() * valid.unsqueeze(1)).sum(dim=(0, 2, 3, 4))
         dice = (2 * intersection + SMOOTH) / (predicted + present + SMOOTH)
-        return cross_entropy + 1 - dice[1:].mean()
+        return cross_entropy + 1 - _mean_dice(dice, merged, skip=1)
 
 
 class SigmoidDiceLoss:
@@ -67,46 +74,87 @@ class SigmoidDiceLoss:
     def __init__(self, table: Tensor, ignore_index: int, skip_background: bool = False) -> None:
         self.table, self.ignore_index, self.skip_background = table, ignore_index, skip_background
 
-    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, labels: Tensor, merged: Tensor | None = None) -> Tensor:
         """Loss of one resolution.
 
         Args:
             logits: (B, R, z, y, x), any float dtype; computed in float32.
             labels: (B, z, y, x) integer indices, or ``ignore_index``.
+            merged: (B, K + 1) bool, label indices that say nothing in that element: outputs that they belong to are
+                left out there, and so is the output of background on their voxels. None for none.
 
         Returns:
             Scalar; 0 (with zero gradient) when every voxel is ignored.
         """
         valid = (labels != self.ignore_index).unsqueeze(1)
         indices = torch.where(valid[:, 0], labels, torch.zeros_like(labels)).long()
+        left_out = None
+        if merged is not None:
+            left_out = (merged.float() @ self.table.to(labels.device).float().T) > 0  # (B, R)
+            valid = valid & ~left_out.view(*left_out.shape, 1, 1, 1)  # (B, R, z, y, x)
+            if self.skip_background:
+                valid[:, 0] &= ~_is_merged(indices, merged)
         target = self.table.to(labels.device)[:, indices].transpose(0, 1)  # (B, R, z, y, x)
         logits = logits.float()
         binary = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
-        cross_entropy = (binary * valid).sum() / (valid.sum() * logits.shape[1]).clamp(min=1)
+        counted = valid.sum() * (logits.shape[1] // valid.shape[1])
+        cross_entropy = (binary * valid).sum() / counted.clamp(min=1)
         p = logits.sigmoid() * valid
         axes = (0, 2, 3, 4)
         intersection = (p * target).sum(axes)
         dice = (2 * intersection + SMOOTH) / (p.sum(axes) + (target & valid).sum(axes) + SMOOTH)
-        return cross_entropy + 1 - dice[1 if self.skip_background else 0 :].mean()
+        return cross_entropy + 1 - _mean_dice(dice, left_out, skip=int(self.skip_background))
 
 
-def with_deep_supervision(
-    loss: Callable[[Tensor, Tensor], Tensor],
-) -> Callable[[Tensor | Sequence[Tensor], Tensor], Tensor]:
+def merge_with_background(logits: Tensor, merged: Tensor) -> Tensor:
+    """Logits whose softmax has the merged channels' probability in channel 0, and none left in them.
+
+    The new logit of background is the logsumexp of the old ones, so that the sum of all exponentials stays.
+
+    Args:
+        logits: (B, K, z, y, x).
+        merged: (B, K) bool, without channel 0.
+
+    Returns:
+        (B, K, z, y, x); merged channels are -inf.
+    """
+    result = logits.clone()
+    for element, row in enumerate(merged):
+        channels = row.nonzero().squeeze(1)
+        if len(channels):
+            together = torch.cat([logits[element, :1], logits[element, channels]])
+            result[element, 0] = together.logsumexp(dim=0)
+            result[element, channels] = -torch.inf
+    return result
+
+
+def _is_merged(labels: Tensor, merged: Tensor) -> Tensor:
+    """(B, z, y, x) bool: whether a voxel's label is merged in its element."""
+    return merged.gather(1, labels.flatten(1)).view(labels.shape)
+
+
+def _mean_dice(dice: Tensor, left_out: Tensor | None, skip: int) -> Tensor:
+    """Mean over outputs, without the first ``skip`` and without those that are left out in every element."""
+    used = dice[skip:] if left_out is None else dice[skip:][~left_out.all(dim=0)[skip:]]
+    return used.mean() if len(used) else torch.ones_like(dice[0])
+
+
+def with_deep_supervision(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Extend a loss to networks that return several resolutions, finest first.
 
     Weights are 1, 1/2, 1/4, ... with the coarsest left out, normalised to sum 1 (nnU-Net's); labels of coarser
-    outputs are the nearest voxels of the full labels.
+    outputs are the nearest voxels of the full labels. A table of merged classes, where one is given, goes to every
+    resolution.
     """
 
-    def total(outputs: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
+    def total(outputs: Tensor | Sequence[Tensor], labels: Tensor, *merged: Tensor | None) -> Tensor:
         if isinstance(outputs, Tensor):
-            return loss(outputs, labels)
+            return loss(outputs, labels, *merged)
         used = list(outputs[:-1]) if len(outputs) > 1 else list(outputs)
         weights = [0.5**level for level in range(len(used))]
         result = outputs[0].new_zeros((), dtype=torch.float32)
         for output, weight in zip(used, weights, strict=True):
-            result = result + weight / sum(weights) * loss(output, shrink_labels(labels, output.shape[2:]))
+            result = result + weight / sum(weights) * loss(output, shrink_labels(labels, output.shape[2:]), *merged)
         return result
 
     return total

@@ -25,7 +25,8 @@ class TrainingCase:
 
     Attributes:
         name: of the case.
-        lookup: table from stored label index to the index to learn from (SOLF flags), or None for all as stored.
+        lookup: table from stored label index to the index to learn from, or to a code of ``training/flags.py`` (SOLF
+            flags), or None for all as stored.
     """
 
     name: str

@@ -17,7 +17,7 @@ from ukbob_seg.dataset.labels import LabelScheme, left_right_pairs
 from ukbob_seg.dataset.paths import Roots, find_dataset
 from ukbob_seg.dataset.spec import DatasetSpec
 from ukbob_seg.errors import ConfigError, DatasetError
-from ukbob_seg.filtering.policies import LabelTrust, case_lookup
+from ukbob_seg.filtering.policies import LabelTrust, case_lookup, flagged_indices
 from ukbob_seg.networks.registry import check_patch
 from ukbob_seg.preprocessing.fingerprint import Fingerprint
 from ukbob_seg.preprocessing.plans import ConfigurationPlan, NetworkPlan, Plans
@@ -27,6 +27,7 @@ from ukbob_seg.training.augmentation import AugmentationSetup, Transform, make_t
 from ukbob_seg.training.cascade import previous_stage_maps
 from ukbob_seg.training.checkpoint import ModelDescription
 from ukbob_seg.training.config import TrainingConfig, recipe
+from ukbob_seg.training.flags import FlagCodes, with_flag_codes
 from ukbob_seg.training.losses import SigmoidDiceLoss, SoftmaxDiceLoss, with_deep_supervision
 from ukbob_seg.training.sampling import TrainingCase
 from ukbob_seg.training.splits import choose_split, load_groups, load_or_make_splits, take_subset
@@ -49,6 +50,7 @@ class TrainingSetup:
         val: cases to validate on.
         recipe: hash of what made the preprocessed arrays.
         previous: in a cascade, the folder of the first stage's maps.
+        flag_codes: with a marginal loss, what stands for flagged organs in the labels of ``train``.
     """
 
     folder: Path
@@ -61,6 +63,7 @@ class TrainingSetup:
     val: tuple[TrainingCase, ...]
     recipe: str
     previous: Path | None = None
+    flag_codes: FlagCodes | None = None
 
 
 def default_network(dataset: int | str, roots: Roots, configuration: str) -> str:
@@ -146,6 +149,9 @@ def prepare(
         first_stage = model_folder.with_name(f"{plan.previous_stage}__{network.replace(':', '.')}")
         maps = folder / "previous_stage" / f"{first_stage.name}__{arrays.name}"
         previous = previous_stage_maps(first_stage, arrays, maps, (*train, *val), spec)
+    trusted, codes = _trusted(train, trust, spec.labels, "training"), None
+    if trust is not None and config.flagged_labels == "marginal":
+        trusted, codes = _with_codes(trusted, trust, spec.labels)
     return TrainingSetup(
         folder=model_folder / f"fold_{fold}",
         arrays=arrays,
@@ -155,7 +161,8 @@ def prepare(
         description=description,
         recipe=recipe,
         previous=previous,
-        train=_trusted(train, trust, spec.labels, "training"),
+        flag_codes=codes,
+        train=trusted,
         val=_trusted(val, trust, spec.labels, "validation"),
     )
 
@@ -190,6 +197,25 @@ def _trusted(
         trust.action, flagged, what, sum(case.lookup is not None for case in cases), len(names) - len(kept),
     )  # fmt: skip
     return cases
+
+
+def _with_codes(
+    cases: Sequence[TrainingCase], trust: LabelTrust, scheme: LabelScheme
+) -> tuple[tuple[TrainingCase, ...], FlagCodes | None]:
+    """Give cases with flags the tables of a marginal loss instead of those of the policy."""
+    if trust.action == "background":
+        raise ConfigError(
+            "the filter's policy is 'background', which says what flagged voxels are; --flagged-labels marginal leaves "
+            "that open: run ukbob_filter with --policy ignore, or drop the option"
+        )
+    flagged = {case.name: flagged_indices(trust, case.name, scheme) for case in cases}
+    if not any(flagged.values()):
+        return tuple(cases), None
+    codes = FlagCodes.of(flagged.values(), scheme, label_swap(scheme))
+    log.info("flagged organs are merged with background in the loss of their case (--flagged-labels marginal)")
+    return tuple(
+        TrainingCase(case.name, codes.lookup(flagged[case.name])) if flagged[case.name] else case for case in cases
+    ), codes
 
 
 def _safe_mirror_axes(axes: Sequence[int], scheme: LabelScheme, left_right_axis: int | None) -> tuple[int, ...]:
@@ -230,19 +256,25 @@ def output_swap(scheme: LabelScheme) -> tuple[int, ...] | None:
 
 
 def make_loss(setup: TrainingSetup) -> Callable[[Tensor | Sequence[Tensor], Tensor], Tensor]:
-    """The loss that fits the head and the labels."""
+    """The loss that fits the head, the labels and what flags do."""
     scheme = setup.spec.labels
+    loss: Callable[..., Tensor]
     if setup.description.head == "softmax":
-        return with_deep_supervision(SoftmaxDiceLoss(scheme.ignore_index))
-    if scheme.has_regions:
-        table, skip = torch.from_numpy(scheme.region_table), False
+        loss = SoftmaxDiceLoss(scheme.ignore_index)
+    elif scheme.has_regions:
+        loss = SigmoidDiceLoss(torch.from_numpy(scheme.region_table), scheme.ignore_index)
     else:
-        table, skip = torch.eye(scheme.num_outputs, dtype=torch.bool), True
-    return with_deep_supervision(SigmoidDiceLoss(table, scheme.ignore_index, skip_background=skip))
+        table = torch.eye(scheme.num_outputs, dtype=torch.bool)
+        loss = SigmoidDiceLoss(table, scheme.ignore_index, skip_background=True)
+    loss = with_deep_supervision(loss)
+    return loss if setup.flag_codes is None else with_flag_codes(loss, setup.flag_codes)
 
 
 def make_augmentation(setup: TrainingSetup, config: TrainingConfig, left_right_axis: int | None) -> list[Transform]:
     """The transforms of the recipe."""
+    swap = label_swap(setup.spec.labels)
+    if swap is not None and setup.flag_codes is not None:
+        swap = setup.flag_codes.extended(swap)
     return make_transforms(
         config.augmentation,
         AugmentationSetup(
@@ -250,7 +282,7 @@ def make_augmentation(setup: TrainingSetup, config: TrainingConfig, left_right_a
             spacing_mm=setup.configuration.spacing_mm,
             mirror_axes=setup.description.mirror_axes,
             left_right_axis=left_right_axis,
-            swap=label_swap(setup.spec.labels),
+            swap=swap,
         ),
     )
 

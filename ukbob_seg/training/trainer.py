@@ -19,11 +19,12 @@ from tqdm import tqdm
 from ukbob_seg.dataset.paths import Roots
 from ukbob_seg.errors import CheckpointError, ConfigError, UkbobError
 from ukbob_seg.files import digest, ensure_writable, write_json
-from ukbob_seg.networks.pretrained import load_weights
+from ukbob_seg.networks.pretrained import Pretrained
 from ukbob_seg.training.augmentation import Batch, Transform, augment
 from ukbob_seg.training.cascade import maps_key
 from ukbob_seg.training.checkpoint import NAMES, load_into, read_checkpoint, save_checkpoint
 from ukbob_seg.training.config import TrainingConfig
+from ukbob_seg.training.finetune import PretrainedOptions, read_weights, start_from, write_record
 from ukbob_seg.training.progress import write_csv, write_plot
 from ukbob_seg.training.sampling import PatchDataset, PatchSettings, make_loader
 from ukbob_seg.training.schedules import learning_rate
@@ -53,6 +54,8 @@ class RunOptions:
         overwrite: start afresh although the fold was trained before.
         loader_workers: processes that read patches, 0 for none; None to choose.
         pretrained: checkpoint whose matching weights the run starts from.
+        pretrained_dataset: its dataset.json, where it does not hold one itself.
+        pretrained_merging: how a Swin network of others merged patches, ``legacy`` or ``distinct``.
         quiet: no progress bar.
     """
 
@@ -61,6 +64,8 @@ class RunOptions:
     overwrite: bool = False
     loader_workers: int | None = None
     pretrained: Path | None = None
+    pretrained_dataset: Path | None = None
+    pretrained_merging: str | None = None
     quiet: bool = False
 
 
@@ -105,13 +110,15 @@ def train(
     options = options or RunOptions()
     network = network or default_network(dataset, roots, configuration)
     config = config or choose_config(dataset, roots, network, options.pretrained is not None)
+    given = PretrainedOptions(options.pretrained, options.pretrained_dataset, options.pretrained_merging)
     setup = prepare(dataset, str(fold), roots, config, configuration, network, use_filter)
+    setup, pretrained = read_weights(setup, given, options.resume)
     left_right_axis = setup.description.plans["left_right_axis"]
     transforms = make_augmentation(setup, config, left_right_axis)
     loss = make_loss(setup)
     gpus = [torch.device(options.device)] if options.device.startswith("cuda") else []
     with torch.random.fork_rng(devices=gpus):  # leaves the caller's random state as it was
-        state = _start(setup, config, options)
+        state = _start(setup, config, options, pretrained)
         patches = PatchDataset(setup.arrays, setup.train, _patch_settings(setup, config), setup.previous)
         batches = _batches(patches, config, options, state.epoch)
         log.info(
@@ -140,7 +147,9 @@ def train(
     return setup.folder
 
 
-def _start(setup: TrainingSetup, config: TrainingConfig, options: RunOptions) -> TrainState:
+def _start(
+    setup: TrainingSetup, config: TrainingConfig, options: RunOptions, pretrained: Pretrained | None
+) -> TrainState:
     """A fresh network, or the one that an earlier run left."""
     final, latest = setup.folder / NAMES["final"], setup.folder / NAMES["latest"]
     if options.resume and not (latest.is_file() or final.is_file()):
@@ -155,19 +164,14 @@ def _start(setup: TrainingSetup, config: TrainingConfig, options: RunOptions) ->
     state = TrainState(network, make_optimizer(network, config))
     if options.resume:
         _restore(state, setup, config, latest if latest.is_file() else final)
-    elif options.pretrained is not None:
-        report = load_weights(network, options.pretrained)
-        log.info(
-            "pretrained weights %s: %d loaded, %d missing, %d unexpected, %d of another shape",
-            options.pretrained, len(report.loaded), len(report.missing), len(report.unexpected),
-            len(report.shape_mismatch),
-        )  # fmt: skip
+    report = None if pretrained is None else start_from(network, setup, pretrained)
     # Only now, when nothing refuses the run any more: these describe what lies in the model folder.
     write_json(setup.folder.parent / "plans.json", setup.description.plans)
     write_json(setup.folder.parent / "dataset.json", setup.spec.content)
     if not options.resume:
         for name in NAMES.values():
             (setup.folder / name).unlink(missing_ok=True)
+        write_record(setup, report)
         write_json(setup.folder / "training.json", {**config.to_json(), "cases": [case.name for case in setup.train]})
     return state
 
@@ -181,10 +185,10 @@ def _restore(state: TrainState, setup: TrainingSetup, config: TrainingConfig, pa
     if description.network != setup.description.network:
         raise CheckpointError(f"{path} is of {description.network}, not {setup.description.network}")
     load_into(state.network, content, path)
-    before, now = content["config"], config.to_json()
-    changed = [key for key in now if key != "epochs" and before.get(key) != now[key]]
+    before, now = {**TrainingConfig().to_json(), **content["config"]}, config.to_json()  # older ones lack some entries
+    changed = [key for key in now if key != "epochs" and before[key] != now[key]]
     if changed:
-        listing = ", ".join(f"{key} {before.get(key)} -> {now[key]}" for key in changed)
+        listing = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in changed)
         raise ConfigError(f"cannot resume {path} with another recipe ({listing}); give the same flags or --overwrite")
     for what, value in _fixed_inputs(setup).items():
         if content.get(what, value) != value:  # older checkpoints lack some
