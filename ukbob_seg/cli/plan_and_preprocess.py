@@ -73,6 +73,6 @@ def main(argv: list[str] | None = None) -> None:
         print(f"verified {len(prepared.fingerprint.cases)} cases: no problems")
     print(describe(prepared.plans))
     if not arguments.no_preprocess:
-        total = len(prepared.fingerprint.cases) * len(arguments.configurations)
-        print(f"preprocessed {prepared.cases_done} cases ({total - prepared.cases_done} were up to date)")
+        current = prepared.cases_total - prepared.cases_done
+        print(f"preprocessed {prepared.cases_done} cases ({current} were up to date)")
     print(f"-> {prepared.folder / 'report.html' if arguments.report else prepared.folder}")

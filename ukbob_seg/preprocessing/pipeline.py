@@ -25,6 +25,7 @@ class Prepared:
     fingerprint: Fingerprint
     plans: Plans
     cases_done: int
+    cases_total: int  # over the distinct configurations
 
 
 def plan_and_preprocess(
@@ -90,4 +91,4 @@ def plan_and_preprocess(
         from ukbob_seg.preprocessing.report import write_report  # matplotlib takes its time to import
 
         write_report(raw_folder, folder)
-    return Prepared(folder, fingerprint, plans, done)
+    return Prepared(folder, fingerprint, plans, done, len(fingerprint.cases) * len(distinct))
