@@ -24,6 +24,7 @@ except ImportError:
     from zlib import crc32
 
 BLOCK_BYTES = 1 << 17  # what is decompressed at a time; fits the second-level cache
+SMALL_BYTES = 1 << 24  # arrays that are made in memory, every way, and written at once
 HEADER_BYTES = 32  # of a Blosc2 chunk; the last one tells what a chunk without data stands for
 CHECKSUMS = "ukbob_checksums"
 MAP_MODE = {"mode": "r"} if os.name == "nt" else {"mmap_mode": "r"}  # mapped files read up to twice as fast
@@ -47,20 +48,45 @@ def save_array(path: Path, array: np.ndarray, patch_size: Sequence[int]) -> None
     chunks = leading + tuple(max(1, min(int(p), n)) for p, n in zip(patch_size, array.shape[-3:], strict=True))
     blocks = leading + choose_block(chunks[-3:], array.dtype.itemsize)
     array = np.ascontiguousarray(array)
-    compression = _compression(array, chunks, blocks) | {"nthreads": thread_count()}
+    layout = {"chunks": chunks, "blocks": blocks, "contiguous": True}
     with atomic_path(Path(path)) as temporary:
-        try:
-            stored = blosc2.asarray(
-                array, chunks=chunks, blocks=blocks, cparams=compression, contiguous=True, urlpath=str(temporary)
-            )
-            # The sums are of what is in the file now, which takes the place of a look at every chunk.
-            stored.schunk.vlmeta[CHECKSUMS] = {
-                "layout": _layout(stored),
-                "crc32": [_chunk_sum(stored, n) for n in range(stored.schunk.nchunks)],
-            }
-            StoredArray(temporary)
-        except (RuntimeError, DatasetError) as error:  # Blosc2 does not say why
-            raise OSError("writing failed, most likely because the disk is full") from error
+        if array.nbytes <= SMALL_BYTES:
+            stored = min((_compress(array, choice, **layout) for choice in _choices(array.dtype)), key=_stored_bytes)
+            _add_checksums(stored)
+            temporary.write_bytes(stored.to_cframe())
+        else:
+            _write_large(temporary, array, layout)
+
+
+def _write_large(path: Path, array: np.ndarray, layout: dict[str, Any]) -> None:
+    """Compress straight into the file, by all threads; the middle chunk tells which compression suits best.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    middle = np.ascontiguousarray(
+        array[tuple(slice((n - c) // 2, (n - c) // 2 + c) for n, c in zip(array.shape, layout["chunks"], strict=True))]
+    )
+    choice = min(_choices(array.dtype), key=lambda choice: _stored_bytes(_compress(middle, choice, **layout)))
+    try:
+        stored = _compress(array, choice | {"nthreads": thread_count()}, **layout, urlpath=str(path))
+        _add_checksums(stored)  # of what is in the file now
+        StoredArray(path)
+    except (RuntimeError, DatasetError) as error:  # Blosc2 does not say why
+        raise OSError("writing failed, most likely because the disk is full") from error
+
+
+def _compress(array: np.ndarray, choice: dict[str, Any], **how: Any) -> Any:
+    return blosc2.asarray(array, cparams=choice, **how)
+
+
+def _stored_bytes(stored: Any) -> int:
+    return int(stored.schunk.cbytes)
+
+
+def _add_checksums(stored: Any) -> None:
+    sums = [_chunk_sum(stored, n) for n in range(stored.schunk.nchunks)]
+    stored.schunk.vlmeta[CHECKSUMS] = {"layout": _layout(stored), "crc32": sums}
 
 
 def open_array(path: Path) -> StoredArray:
@@ -140,26 +166,21 @@ def choose_block(chunk: Sequence[int], itemsize: int) -> tuple[int, ...]:
     return tuple(block)
 
 
-def _compression(array: np.ndarray, chunks: tuple[int, ...], blocks: tuple[int, ...]) -> dict[str, Any]:
-    """Chosen by measurement (benchmarks/storage.py).
+def _choices(dtype: np.dtype[Any]) -> list[dict[str, Any]]:
+    """Compressions to choose from, for their size; found by measurement (benchmarks/storage.py).
 
     Interpolated images are LZ4 with the bytes of a value apart: written and read half as fast again as ZSTD or faster,
     and a tenth larger. Where intensities were not interpolated, few values occur, and LZ4HC with the bytes as they are
-    halves the size: the middle chunk tells. Label maps are small, so that size decides: ZSTD.
+    halves the size. Label maps are small, so that size decides: ZSTD.
     """
-    if array.dtype.kind in "biu":  # sorting single bytes does nothing but take time
-        kind = blosc2.Filter.NOFILTER if array.dtype.itemsize == 1 else blosc2.Filter.SHUFFLE
-        return {"codec": blosc2.Codec.ZSTD, "clevel": 5, "filters": [kind], "nthreads": 1}
+    if dtype.kind in "biu":  # sorting single bytes does nothing but take time
+        kind = blosc2.Filter.NOFILTER if dtype.itemsize == 1 else blosc2.Filter.SHUFFLE
+        return [{"codec": blosc2.Codec.ZSTD, "clevel": 5, "filters": [kind], "nthreads": 1}]
     apart = {"filters": [blosc2.Filter.SHUFFLE], "splitmode": blosc2.SplitMode.ALWAYS_SPLIT, "nthreads": 1}
-    choices: list[dict[str, Any]] = [
+    return [
         {"codec": blosc2.Codec.LZ4, "clevel": 9, **apart},
-        {"codec": blosc2.Codec.LZ4HC, "clevel": 4, "filters": [blosc2.Filter.NOFILTER], "nthreads": 1},
+        {"codec": blosc2.Codec.LZ4HC, "clevel": 2, "filters": [blosc2.Filter.NOFILTER], "nthreads": 1},
     ]
-    middle = np.ascontiguousarray(
-        array[tuple(slice((n - c) // 2, (n - c) // 2 + c) for n, c in zip(array.shape, chunks, strict=True))]
-    )
-    sizes = [blosc2.asarray(middle, chunks=chunks, blocks=blocks, cparams=c).schunk.cbytes for c in choices]
-    return choices[int(np.argmin(sizes))]
 
 
 def _layout(array: Any) -> str:
