@@ -25,17 +25,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    complete = False
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
+        complete = True
     except OSError as error:
         raise UkbobError(
             f"cannot write {path}: {error.strerror or error}; check permissions and free disk space"
         ) from error
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if not complete:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def ensure_writable(folder: Path) -> None:
@@ -55,14 +59,14 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def json_text(content: Any) -> str:
-    """Indented JSON; the same content always gives the same text."""
-    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=True) + "\n"
+def json_text(content: Any, indent: int | None = 2) -> str:
+    """JSON, indented for people or on one line; the same content always gives the same text."""
+    return json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=True) + "\n"
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as indented JSON, atomically."""
-    write_text(path, json_text(content))
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+    """Write ``content`` as JSON, atomically; on one line, which is faster, without ``indent``."""
+    write_text(path, json_text(content, indent))
 
 
 def read_json(path: Path, what: str = "file") -> Any:

@@ -156,7 +156,10 @@ def preprocess(
     ensure_writable(folder)
     write_json(Path(output_folder) / "dataset.json", spec.content)
     recipe = preprocessing_recipe(plans, plan, spec)
-    todo = cases if verify else [case for case in cases if not is_current(folder, case, recipe)]
+    # Where sizes and times do not tell, or are not to be trusted, the worker looks into the files.
+    current = [is_current(folder, case, recipe) for case in cases]
+    chosen = [(case, known is not False) for case, known in zip(cases, current, strict=True) if verify or not known]
+    todo = [case for case, _ in chosen]
     voxels = max(float(np.prod(plan.median_shape)), largest_voxels([case.images[0] for case in todo]))
     gigabytes = WORKING_COPIES * len(spec.channel_names) * voxels * 4 / 2**30
     count = choose_workers(workers, len(todo), gigabytes)
@@ -165,7 +168,7 @@ def preprocess(
     here = count == 1 and cluster.scheduler is None
     worker = _Preprocessor(spec.labels, plans, plan, folder, recipe, allow_empty, loaded if here else None)
     description = f"preprocessing {spec.name} {folder.name}"
-    done = map_cases(worker, todo, workers=count, description=description, quiet=quiet, scheduler=cluster.scheduler)
+    done = map_cases(worker, chosen, workers=count, description=description, quiet=quiet, scheduler=cluster.scheduler)
     return sum(done)
 
 
@@ -197,8 +200,9 @@ class _Preprocessor:
     allow_empty: bool
     loaded: LoadedCases | None = None
 
-    def __call__(self, case: Case) -> bool:
-        if is_intact(self.folder, case, self.recipe):
+    def __call__(self, item: tuple[Case, bool]) -> bool:
+        case, may_be_intact = item
+        if may_be_intact and is_intact(self.folder, case, self.recipe):
             return False
         stamps = file_stamps(case)
         loaded = self.loaded.get(case) if self.loaded is not None else None

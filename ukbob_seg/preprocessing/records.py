@@ -41,7 +41,7 @@ def write_record(folder: Path, name: str, key: str, recipe: str, content: dict[s
         content: further entries.
     """
     files = {path.name: _describe(path) for path in case_files(folder, name)}
-    write_json(record_path(folder, name), {"key": key, "recipe": recipe, "files": files, **content})
+    write_json(record_path(folder, name), {"key": key, "recipe": recipe, "files": files, **content}, indent=None)
 
 
 def case_key(recipe: str, stamps: Sequence[Any]) -> str:
@@ -84,7 +84,7 @@ def is_intact(folder: Path, case: Case, recipe: str) -> bool:
     except (DatasetError, OSError, KeyError, TypeError):
         return False
     if found != record["files"]:
-        write_json(path, {**record, "files": found})
+        write_json(path, {**record, "files": found}, indent=None)
     return True
 
 
@@ -107,8 +107,8 @@ def load_record(folder: Path, name: str) -> dict[str, Any]:
 def _describe(path: Path) -> dict[str, int]:
     """Size, time and checksum of a file."""
     total = 0
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:
         stat = os.fstat(file.fileno())
-        while block := file.read(_BLOCK_BYTES):
+        while block := file.read(min(stat.st_size, _BLOCK_BYTES)):
             total = crc32(block, total)
     return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "crc32": total}
