@@ -25,6 +25,7 @@ except ImportError:
 
 BLOCK_BYTES = 1 << 17  # what is decompressed at a time; fits the second-level cache
 SMALL_BYTES = 1 << 24  # arrays that are made in memory, every way, and written at once
+GOOD_RATIO = 0.6  # what is compressed so well needs no other try
 HEADER_BYTES = 32  # of a Blosc2 chunk; the last one tells what a chunk without data stands for
 CHECKSUMS = "ukbob_checksums"
 MAP_MODE = {"mode": "r"} if os.name == "nt" else {"mmap_mode": "r"}  # mapped files read up to twice as fast
@@ -51,7 +52,12 @@ def save_array(path: Path, array: np.ndarray, patch_size: Sequence[int]) -> None
     layout = {"chunks": chunks, "blocks": blocks, "contiguous": True}
     with atomic_path(Path(path)) as temporary:
         if array.nbytes <= SMALL_BYTES:
-            stored = min((_compress(array, choice, **layout) for choice in _choices(array.dtype)), key=_stored_bytes)
+            tried = []
+            for choice in _choices(array.dtype):
+                tried.append(_compress(array, choice, **layout))
+                if _stored_bytes(tried[-1]) <= GOOD_RATIO * array.nbytes:
+                    break
+            stored = min(tried, key=_stored_bytes)
             _add_checksums(stored)
             temporary.write_bytes(stored.to_cframe())
         else:
@@ -77,7 +83,8 @@ def _write_large(path: Path, array: np.ndarray, layout: dict[str, Any]) -> None:
 
 
 def _compress(array: np.ndarray, choice: dict[str, Any], **how: Any) -> Any:
-    return blosc2.asarray(array, cparams=choice, **how)
+    # Its defaults start threads for every array, which take longer than small arrays do.
+    return blosc2.asarray(array, cparams=choice, dparams={"nthreads": 1}, **how)
 
 
 def _stored_bytes(stored: Any) -> int:
@@ -167,7 +174,7 @@ def choose_block(chunk: Sequence[int], itemsize: int) -> tuple[int, ...]:
 
 
 def _choices(dtype: np.dtype[Any]) -> list[dict[str, Any]]:
-    """Compressions to choose from, for their size; found by measurement (benchmarks/storage.py).
+    """Compressions to try, for their size; found by measurement (benchmarks/storage.py).
 
     Interpolated images are LZ4 with the bytes of a value apart: written and read half as fast again as ZSTD or faster,
     and a tenth larger. Where intensities were not interpolated, few values occur, and LZ4HC with the bytes as they are
@@ -178,8 +185,8 @@ def _choices(dtype: np.dtype[Any]) -> list[dict[str, Any]]:
         return [{"codec": blosc2.Codec.ZSTD, "clevel": 5, "filters": [kind], "nthreads": 1}]
     apart = {"filters": [blosc2.Filter.SHUFFLE], "splitmode": blosc2.SplitMode.ALWAYS_SPLIT, "nthreads": 1}
     return [
-        {"codec": blosc2.Codec.LZ4, "clevel": 9, **apart},
         {"codec": blosc2.Codec.LZ4HC, "clevel": 2, "filters": [blosc2.Filter.NOFILTER], "nthreads": 1},
+        {"codec": blosc2.Codec.LZ4, "clevel": 9, **apart},
     ]
 
 
