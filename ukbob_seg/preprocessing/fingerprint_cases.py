@@ -95,7 +95,7 @@ def case_key(case: Case, label_content: Any, allow_empty: bool) -> str:
 class LoadedCases:
     """Cases that one stage read and the next ones need again, as many as fit."""
 
-    def __init__(self, most_bytes: float = 2**28) -> None:
+    def __init__(self, most_bytes: float = 2**29) -> None:
         self._room = most_bytes
         self._cases: dict[str, tuple[list[Any], LoadedCase]] = {}
 
