@@ -15,3 +15,7 @@ class ConfigError(UkbobError):
 
 class CheckpointError(UkbobError):
     """A checkpoint or model folder cannot be used."""
+
+
+class StoppedError(UkbobError):
+    """A signal asked the program to stop, and it did so in good order. Commands exit with code 143."""

@@ -1,7 +1,7 @@
 """Losses: cross-entropy + soft Dice for exclusive labels, binary cross-entropy + soft Dice for a sigmoid per output.
 
 Both leave ignored voxels out, accumulate in float32, and take Dice over the whole batch (a class that is missing
-from one small patch is usually present in another).
+from one small patch is usually present in another), also where several processes share the batch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ukbob_seg.training.distributed import sum_over_ranks
 
 SMOOTH = 1e-5
 
@@ -42,8 +44,7 @@ class SoftmaxDiceLoss:
         target = torch.where(valid, labels, torch.zeros_like(labels)).long()
         log_p = F.log_softmax(logits.float(), dim=1)
         log_p_target = log_p.gather(1, target.unsqueeze(1)).squeeze(1)
-        count = valid.sum().clamp(min=1)
-        cross_entropy = -(log_p_target * valid).sum() / count
+        entropy, count = -(log_p_target * valid).sum(), valid.sum()
 
         classes = logits.shape[1]
         zeros = logits.new_zeros(classes, dtype=torch.float32)
@@ -51,8 +52,11 @@ class SoftmaxDiceLoss:
         intersection = zeros.index_add(0, flat_target, log_p_target[valid].exp())
         present = torch.bincount(flat_target, minlength=classes).float()
         predicted = (log_p.exp() * valid.unsqueeze(1)).sum(dim=(0, 2, 3, 4))
+        entropy, count, intersection, predicted, present = sum_over_ranks(
+            entropy, count, intersection, predicted, present
+        )
         dice = (2 * intersection + SMOOTH) / (predicted + present + SMOOTH)
-        return cross_entropy + 1 - dice[1:].mean()
+        return entropy / count.clamp(min=1) + 1 - dice[1:].mean()
 
 
 class SigmoidDiceLoss:
@@ -82,12 +86,13 @@ class SigmoidDiceLoss:
         target = self.table.to(labels.device)[:, indices].transpose(0, 1)  # (B, R, z, y, x)
         logits = logits.float()
         binary = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
-        cross_entropy = (binary * valid).sum() / (valid.sum() * logits.shape[1]).clamp(min=1)
         p = logits.sigmoid() * valid
         axes = (0, 2, 3, 4)
-        intersection = (p * target).sum(axes)
-        dice = (2 * intersection + SMOOTH) / (p.sum(axes) + (target & valid).sum(axes) + SMOOTH)
-        return cross_entropy + 1 - dice[1 if self.skip_background else 0 :].mean()
+        entropy, count, intersection, predicted, present = sum_over_ranks(
+            (binary * valid).sum(), valid.sum(), (p * target).sum(axes), p.sum(axes), (target & valid).sum(axes)
+        )
+        dice = (2 * intersection + SMOOTH) / (predicted + present + SMOOTH)
+        return entropy / (count * logits.shape[1]).clamp(min=1) + 1 - dice[1 if self.skip_background else 0 :].mean()
 
 
 def with_deep_supervision(
