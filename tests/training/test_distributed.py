@@ -4,8 +4,10 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ FOLD = Path("Dataset007_Blobs", "3d_fullres__tests_tiny.Plain", "fold_0")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
 
-def _run(roots, results, *more, processes=1):
+def _command(roots, results, *more, processes=1):
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -34,6 +36,11 @@ def _run(roots, results, *more, processes=1):
     ]  # fmt: skip
     paths = os.pathsep.join([str(roots.raw.parent), *sys.path])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return command, environment
+
+
+def _run(roots, results, *more, processes=1):
+    command, environment = _command(roots, results, *more, processes=processes)
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
 
 
@@ -67,6 +74,31 @@ def test_two_processes_give_the_losses_of_one(roots, tmp_path):
     assert {path.name for path in (two / FOLD).iterdir()} == {path.name for path in (one / FOLD).iterdir()}
     summaries = [json.loads((r / FOLD / "validation" / "summary.json").read_text()) for r in (one, two)]
     assert summaries[0].keys() == summaries[1].keys()
+
+
+def test_sigterm_stops_all_processes_after_the_same_step(roots, tmp_path):
+    slow = ["--network", "tests_tiny:Slow", "--iterations-per-epoch", "40", "--epochs", "2", "--no-validation"]
+    folder = tmp_path / "r" / FOLD.parent.with_name("3d_fullres__tests_tiny.Slow") / "fold_0"
+    command, environment = _command(roots, tmp_path / "r", *slow, processes=2)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.time() + 100
+    while not (folder / "progress.png").is_file() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.terminate()  # torchrun passes it on
+    _, err = process.communicate(timeout=100)
+    assert process.returncode != 0
+    stopped = re.findall(
+        r"stopped by SIGTERM after step (\d+) of 40 in epoch 1; run the same command with --resume", err
+    )
+    assert len(stopped) == 1, err
+    content = read_checkpoint(folder / "checkpoint_latest.pt")[1]
+    assert (content["epoch"], content["step"]) == (1, int(stopped[0]))
+    done = _run(roots, tmp_path / "r", *slow, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert len((folder / "progress.csv").read_text().splitlines()) == 3
 
 
 def test_a_refusal_is_one_sentence_of_all_processes(roots, tmp_path):

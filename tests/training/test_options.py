@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import signal
 import sys
 
 import pytest
@@ -223,6 +224,22 @@ def test_tensorboard_gets_every_epoch_once(roots):
     assert sorted(dice) == [int(row["epoch"]) for row in rows if row["val_mean_dice"]]
     _train(roots, config, dataclasses.replace(QUIET, overwrite=True))
     assert not (folder / "tensorboard").exists()
+
+
+def test_a_signal_in_the_final_validation(roots, monkeypatch, capsys):
+    from ukbob_seg.evaluation import validate_fold
+
+    def signalled(*arguments, **more):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        raise AssertionError("the signal came too late")
+
+    before = signal.getsignal(signal.SIGUSR1)
+    with monkeypatch.context() as patched:
+        patched.setattr(validate_fold, "validate_fold", signalled)
+        assert _command(roots, 0) == 143
+    assert "stopped by SIGUSR1 in the final validation of fold 0, when training was done" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGUSR1) == before
+    assert _command(roots, 0, "--resume") == 0
 
 
 def _command(roots, *arguments):

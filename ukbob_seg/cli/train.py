@@ -110,8 +110,10 @@ def _prepare(arguments: argparse.Namespace) -> _Run:
 def _validate(folder: Path, fold: str, run: _Run, device: str) -> None:
     from ukbob_seg.cli.evaluate import print_summary
     from ukbob_seg.evaluation.validate_fold import validate_fold
+    from ukbob_seg.training.stopping import stopped_at_once
 
-    summary = validate_fold(folder.parent, fold, run.roots, device, max_cases=run.config.validation_cases)
+    with stopped_at_once(f"in the final validation of fold {fold}, when training was done"):
+        summary = validate_fold(folder.parent, fold, run.roots, device, max_cases=run.config.validation_cases)
     if is_first_process():
         print_summary(summary)
     _tell(f"validation -> {folder / 'validation' / 'report.html'}")

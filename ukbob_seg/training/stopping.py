@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -37,22 +37,53 @@ class StopRequest:
         """
         if any_process(self.signal is not None):
             name = next(name for name in gather(self.signal) if name)
-            raise said_once(StoppedError(f"stopped by {name} {where}; run the same command with --resume to go on"))
+            raise said_once(StoppedError(_sentence(name, where)))
 
 
 @contextmanager
 def catch_signals(wanted: bool) -> Iterator[StopRequest]:
     """While the block runs, SIGTERM and SIGUSR1 are only remembered; not in threads, where Python cannot."""
     request = StopRequest()
-    if not wanted or threading.current_thread() is not threading.main_thread():
+    if not wanted:
         yield request
         return
-    before = {number: signal.signal(number, request) for number in SIGNALS}
-    try:
+    with _handled_by(request):
         yield request
+
+
+@contextmanager
+def stopped_at_once(where: str) -> Iterator[None]:
+    """While the block runs, a signal ends it wherever it is: for work whose files are complete or absent.
+
+    Args:
+        where: for the message.
+
+    Raises:
+        StoppedError: when a signal came.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise said_once(StoppedError(_sentence(signal.Signals(number).name, where)))
+
+    with _handled_by(stop):
+        yield
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def _sentence(name: str, where: str) -> str:
+    return f"stopped by {name} {where}; run the same command with --resume to go on"
 
 
 def outlive_one_signal(worker: int = 0) -> None:
