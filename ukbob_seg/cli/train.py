@@ -180,6 +180,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--tensorboard", action="store_true", help="write curves for TensorBoard as well")
     run.add_argument("--loader-workers", type=int, metavar="N", help="processes that read patches (CPU: 0, GPU: 4)")
     run.add_argument("--threads", type=int, metavar="N", help="CPU threads for the network (default: all)")
+    _add_recipe(parser)
+    add_roots(parser, "raw", "preprocessed", "results")
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    """What decides the weights; options that are not given are the recipe's."""
     recipe = parser.add_argument_group("recipe (default: of the plans' preset and the network)")
     recipe.add_argument("--epochs", type=int, metavar="N")
     recipe.add_argument("--iterations-per-epoch", type=int, metavar="N")
@@ -211,8 +218,6 @@ def _parser() -> argparse.ArgumentParser:
         help="end after N validations without a higher mean Dice (default: 0, never)",
     )  # fmt: skip
     recipe.add_argument("--seed", type=int, metavar="N")
-    add_roots(parser, "raw", "preprocessed", "results")
-    return parser
 
 
 def _limit_threads(threads: int | None) -> None:

@@ -171,7 +171,7 @@ def restore(state: TrainState, setup: TrainingSetup, config: TrainingConfig, pat
     state.history, state.best_dice = json.loads(content["history"]), content["best_dice"]
     state.loss_sum, state.counted = content.get("loss_sum", 0.0), content.get("counted", 0)
     state.seconds, state.bad_steps = content.get("seconds", 0.0), content.get("bad_steps", 0)
-    log.info("resuming after epoch %d of %d and %d steps", state.epoch - 1, config.epochs, state.step)
+    log.info("resuming at step %d of epoch %d", state.step, state.epoch)
 
 
 def save(state: TrainState, setup: TrainingSetup, config: TrainingConfig, improved: bool) -> None:
