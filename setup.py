@@ -46,6 +46,7 @@ setup(
     ],
     extras_require={
         "dask": ["dask>=2024.1", "distributed>=2024.1"],
+        "tensorboard": ["tensorboard>=2.14"],
         "nnunet": ["dynamic-network-architectures>=0.4"],
         "test": [
             "pytest>=8",
@@ -55,6 +56,7 @@ setup(
             "einops",
             "scikit-learn",
             "psutil",
+            "tensorboard>=2.14",
             "dask>=2024.1",
             "distributed>=2024.1",
         ],

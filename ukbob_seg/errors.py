@@ -21,6 +21,10 @@ class CheckpointError(UkbobError):
     """A checkpoint or model folder cannot be used."""
 
 
+class StoppedError(UkbobError):
+    """A signal asked the program to stop, and it did so in good order. Commands exit with code 143."""
+
+
 def listing(names: Sequence[str], most: int = 10, total: int | None = None) -> str:
     """``a, b and 5 more``: the first of many names for a message, and how many it leaves out.
 

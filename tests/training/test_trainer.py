@@ -15,12 +15,9 @@ import pytest
 import torch
 
 from ukbob_seg.dataset.labels import LabelScheme
-from ukbob_seg.dataset.paths import Roots
 from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError
 from ukbob_seg.filtering.policies import LabelTrust
 from ukbob_seg.inference.sliding_window import WindowSettings
-from ukbob_seg.preprocessing.pipeline import plan_and_preprocess
-from ukbob_seg.preprocessing.planner import PlanOptions
 from ukbob_seg.preprocessing.plans import Plans
 from ukbob_seg.preprocessing.preprocessor import preprocess
 from ukbob_seg.preprocessing.records import case_files
@@ -36,29 +33,6 @@ CONFIG = TrainingConfig(
     epochs=3, iterations_per_epoch=2, learning_rate=1e-3, schedule="one_cycle", validation_every=2, validation_cases=1
 )
 QUIET = RunOptions(quiet=True)
-
-
-@pytest.fixture
-def roots(make_dataset, tmp_path, monkeypatch):
-    """A tiny preprocessed dataset, planned for a network that trains in seconds."""
-    make_dataset(cases=5)
-    plan_and_preprocess(7, Roots.below(tmp_path), PlanOptions(memory_gb=2, batch_size=2, feature_size=12), workers=1)
-    path = tmp_path / "preprocessed" / "Dataset007_Blobs" / "plans.json"
-    content = json.loads(path.read_text())
-    networks = content["configurations"]["3d_fullres"]["networks"]
-    networks["tests_tiny:Tiny"] = {
-        "patch_size": [16, 16, 16], "batch_size": 2, "arguments": {"width": 4}, "estimated_memory_gb": 0.1
-    }  # fmt: skip
-    path.write_text(json.dumps(content))
-    (tmp_path / "tests_tiny.py").write_text(
-        "from torch import nn\n"
-        "class Tiny(nn.Sequential):\n"
-        "    def __init__(self, in_channels, out_channels, width):\n"
-        "        super().__init__(nn.Conv3d(in_channels, width, 3, padding=1), nn.InstanceNorm3d(width, affine=True),\n"
-        "                         nn.ReLU(), nn.Dropout(0.2), nn.Conv3d(width, out_channels, 1))\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    return Roots.below(tmp_path)
 
 
 def _train(roots, config=CONFIG, options=QUIET, **more):

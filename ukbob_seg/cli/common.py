@@ -13,17 +13,23 @@ from typing import NoReturn
 
 from ukbob_seg import __version__
 from ukbob_seg.dataset.paths import Roots
-from ukbob_seg.errors import ConfigError, UkbobError
+from ukbob_seg.errors import ConfigError, StoppedError, UkbobError
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong with a command line, instead of listing all options first."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_BAD_INPUT, f"error: {message}; see {self.prog} --help\n")
+        self.exit(EXIT_BAD_INPUT, f"error: {message}; see {self.prog} --help\n" if is_first_process() else None)
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks to the user; torchrun numbers those that it starts."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def make_parser(command: str, description: str, example: str) -> argparse.ArgumentParser:
@@ -119,12 +125,22 @@ def command(function: Callable[[list[str] | None], None]) -> Callable[[list[str]
         logging.getLogger("ukbob_seg").setLevel(logging.INFO)
         try:
             function(argv)
+        except StoppedError as stopped:
+            _say(str(stopped))
+            return EXIT_TERMINATED
         except UkbobError as error:
-            print(f"error: {error}", file=sys.stderr)
+            _say(str(error) and f"error: {error}")
             return EXIT_BAD_INPUT
         except KeyboardInterrupt:
-            print("interrupted; what was finished is kept, run the same command again to go on", file=sys.stderr)
+            if is_first_process():
+                _say("interrupted; what was finished is kept, run the same command again to go on")
             return EXIT_INTERRUPTED
         return 0
 
     return main
+
+
+def _say(message: str) -> None:
+    """One line to the user; of an error that several processes share, only the first has a message."""
+    if message:
+        print(message, file=sys.stderr)

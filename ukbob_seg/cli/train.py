@@ -1,24 +1,71 @@
-"""ukbob_train: train one fold, then predict and score its validation cases."""
+"""ukbob_train: train folds, then predict and score their validation cases."""
 
 from __future__ import annotations
 
 import argparse
+import logging
+import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ukbob_seg.cli.common import add_roots, choose_device, command, make_parser, roots_from
+from ukbob_seg.cli.common import add_roots, choose_device, command, is_first_process, make_parser, roots_from
+
+if TYPE_CHECKING:
+    from ukbob_seg.dataset.paths import Roots
+    from ukbob_seg.training.config import RunOptions, TrainingConfig
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Parse, run, print."""
+    """Parse, then train and validate one fold after the other; under torchrun in all its processes alike."""
     arguments = _parser().parse_args(argv)
-    roots = roots_from(arguments)
+    if not is_first_process():
+        logging.getLogger("ukbob_seg").setLevel(logging.ERROR)
 
+    from ukbob_seg.training.distributed import gather, process_group, together
+    from ukbob_seg.training.folds import is_validated
+    from ukbob_seg.training.trainer import train
+
+    with process_group(_processes()):
+        run = together(lambda: _prepare(arguments))
+        for fold, options in run.folds.items():
+            folder = train(
+                arguments.dataset,
+                fold,
+                run.roots,
+                run.config,
+                options,
+                configuration=arguments.configuration,
+                network=run.network,
+                use_filter=not arguments.no_filter,
+            )
+            _tell(f"trained -> {folder}")
+            # Asked in the first process for all, before it writes.
+            done = len(run.folds) > 1 and options.resume and gather(is_validated(folder))[0]
+            if not arguments.no_validation and not done:
+                _validate(folder, fold, run, options.device)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the command line asks for, checked."""
+
+    roots: Roots
+    network: str
+    config: TrainingConfig
+    folds: dict[str, RunOptions]
+
+
+def _prepare(arguments: argparse.Namespace) -> _Run:
+    """Everything that can be refused before the first fold starts."""
     from ukbob_seg.dataset.paths import find_dataset
+    from ukbob_seg.training.config import RunOptions
+    from ukbob_seg.training.folds import options_per_fold
     from ukbob_seg.training.setup import choose_config, default_network
-    from ukbob_seg.training.trainer import RunOptions, train
 
-    device = choose_device(arguments.device)
+    roots = roots_from(arguments)
+    device = _device(arguments.device)
     _limit_threads(arguments.threads)
     network = arguments.network or default_network(arguments.dataset, roots, arguments.configuration)
     config = choose_config(
@@ -41,51 +88,84 @@ def main(argv: list[str] | None = None) -> None:
         validation_cases=arguments.validation_cases,
         subset_fraction=arguments.subset_fraction,
         flagged_labels=arguments.flagged_labels,
+        accumulate=arguments.accumulate,
+        ema=arguments.ema,
+        early_stopping=arguments.early_stopping,
         seed=arguments.seed,
     )
     if not arguments.no_validation:  # its images are read after training; say now when they are not there
         find_dataset(roots.raw, arguments.dataset)
-    folder = train(
-        arguments.dataset,
-        arguments.fold,
-        roots,
-        config,
-        RunOptions(
-            device=device,
-            resume=arguments.resume,
-            overwrite=arguments.overwrite,
-            loader_workers=arguments.loader_workers,
-            pretrained=arguments.pretrained,
-            pretrained_dataset=arguments.pretrained_dataset,
-            pretrained_merging=arguments.pretrained_merging,
-        ),
-        configuration=arguments.configuration,
-        network=network,
-        use_filter=not arguments.no_filter,
+    options = RunOptions(
+        device=device,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        loader_workers=arguments.loader_workers,
+        pretrained=arguments.pretrained,
+        pretrained_dataset=arguments.pretrained_dataset,
+        pretrained_merging=arguments.pretrained_merging,
+        tensorboard=arguments.tensorboard,
+        stop_on_signals=True,
     )
-    print(f"trained -> {folder}")
-    if arguments.no_validation:
-        return
+    folds = options_per_fold(arguments.dataset, arguments.fold, roots, options, arguments.configuration, network)
+    return _Run(roots, network, config, folds)
 
+
+def _validate(folder: Path, fold: str, run: _Run, device: str) -> None:
     from ukbob_seg.cli.evaluate import print_summary
     from ukbob_seg.evaluation.validate_fold import validate_fold
+    from ukbob_seg.training.stopping import stopped_at_once
 
-    summary = validate_fold(folder.parent, arguments.fold, roots, device, max_cases=config.validation_cases)
-    print_summary(summary)
-    print(f"validation -> {folder / 'validation' / 'report.html'}")
+    with stopped_at_once(f"in the final validation of fold {fold}, when training was done"):
+        summary = validate_fold(folder.parent, fold, run.roots, device, max_cases=run.config.validation_cases)
+    if is_first_process():
+        print_summary(summary)
+    _tell(f"validation -> {folder / 'validation' / 'report.html'}")
+
+
+def _tell(line: str) -> None:
+    if is_first_process():
+        print(line)
+
+
+def _processes() -> int:
+    """Number of processes that torchrun started for this run, on all machines."""
+    return int(os.environ["WORLD_SIZE"]) if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= set(os.environ) else 1
+
+
+def _device(name: str) -> str:
+    """The device of this process; under torchrun one GPU for each on a machine."""
+    device = choose_device(name)
+    if _processes() == 1 or device == "cpu":
+        return device
+
+    import torch
+
+    from ukbob_seg.errors import ConfigError
+
+    if device != "cuda":
+        raise ConfigError(f"--device {name}: under torchrun it must be auto, cpu or cuda; each process has its own GPU")
+    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= count:
+        raise ConfigError(f"torchrun starts more processes here than there are GPUs ({count}); lower --nproc-per-node")
+    torch.cuda.set_device(local)
+    return f"cuda:{local}"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "ukbob_train",
-        "Train one fold of a preprocessed dataset and score its validation cases. Flags of ukbob_filter are honoured. "
+        "Train folds of a preprocessed dataset and score their validation cases. Flags of ukbob_filter are honoured. "
         "Defaults follow the paper (--preset ukbob of the plans: to the letter); plain_conv_unet follows nnU-Net.",
         "  ukbob_train 4 0\n"
         "  ukbob_train 4 0 --resume\n"
+        "  ukbob_train 4 0 1 2 3 4\n"
+        "  torchrun --nproc-per-node 2 -m ukbob_seg.cli.train 4 0\n"
         "  ukbob_train 4 all --network plain_conv_unet --epochs 20 --iterations-per-epoch 50 --lr 1e-3",
     )
     parser.add_argument("dataset", help="dataset id (4) or DatasetXXX_Name")
-    parser.add_argument("fold", help="0, 1, 2, ... or all (train on every case)")
+    parser.add_argument(
+        "fold", nargs="+", help="0, 1, 2, ... (several: one after the other), or all (train once, on every case)"
+    )
     parser.add_argument(
         "-c", "--configuration", default="3d_fullres",
         help="3d_fullres (default), 3d_lowres, 3d_cascade_fullres or 2d, as the plans have them",
@@ -95,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     run = parser.add_argument_group("run")
-    run.add_argument("--resume", action="store_true", help="continue after the last finished epoch, exactly")
+    run.add_argument("--resume", action="store_true", help="continue where the run was stopped, exactly")
     run.add_argument("--overwrite", action="store_true", help="start afresh although this fold was trained before")
     run.add_argument("--pretrained", type=Path, metavar="FILE", help="start from the matching weights of a checkpoint")
     run.add_argument(
@@ -109,8 +189,16 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     run.add_argument("--no-filter", action="store_true", help="ignore the flags of ukbob_filter")
     run.add_argument("--no-validation", action="store_true", help="do not predict the validation cases at the end")
+    run.add_argument("--tensorboard", action="store_true", help="write curves for TensorBoard as well")
     run.add_argument("--loader-workers", type=int, metavar="N", help="processes that read patches (CPU: 0, GPU: 4)")
     run.add_argument("--threads", type=int, metavar="N", help="CPU threads for the network (default: all)")
+    _add_recipe(parser)
+    add_roots(parser, "raw", "preprocessed", "results")
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    """What decides the weights; options that are not given are the recipe's."""
     recipe = parser.add_argument_group("recipe (default: of the plans' preset and the network)")
     recipe.add_argument("--epochs", type=int, metavar="N")
     recipe.add_argument("--iterations-per-epoch", type=int, metavar="N")
@@ -138,9 +226,15 @@ def _parser() -> argparse.ArgumentParser:
         choices=("ignore", "marginal"),
         help="organs that ukbob_filter flagged: as its policy says (default), or one class with background there",
     )
+    recipe.add_argument("--accumulate", type=int, metavar="N", help="batches per optimizer step (default: 1)")
+    recipe.add_argument(
+        "--ema", type=float, metavar="DECAY", help="average the weights, such as 0.999 (default: 0, off)"
+    )
+    recipe.add_argument(
+        "--early-stopping", type=int, metavar="N",
+        help="end after N validations without a higher mean Dice (default: 0, never)",
+    )  # fmt: skip
     recipe.add_argument("--seed", type=int, metavar="N")
-    add_roots(parser, "raw", "preprocessed", "results")
-    return parser
 
 
 def _limit_threads(threads: int | None) -> None:
@@ -152,3 +246,7 @@ def _limit_threads(threads: int | None) -> None:
         if threads < 1:
             raise ConfigError(f"--threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(None))

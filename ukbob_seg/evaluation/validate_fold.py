@@ -12,6 +12,7 @@ from ukbob_seg.dataset.spec import DatasetSpec, require_cases
 from ukbob_seg.evaluation.evaluate import EvaluationSummary, ReportOptions, evaluate_pairs
 from ukbob_seg.files import read_json
 from ukbob_seg.inference.predictor import PredictionSettings, Predictor
+from ukbob_seg.training.distributed import gather, is_first, my_cases
 from ukbob_seg.training.splits import choose_split, load_groups, load_or_make_splits
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ def validate_fold(
     max_cases: int = 0,
 ) -> EvaluationSummary:
     """Write ``fold_K/validation/*.nii.gz`` with summary.json, metrics.csv and report.html.
+
+    Several processes share the cases; the first one scores, and all get the summary.
 
     Args:
         model_folder: ``results/DatasetXXX_Name/CONFIG__NETWORK``.
@@ -49,13 +52,15 @@ def validate_fold(
         splits = load_or_make_splits(roots.preprocessed / name, sorted(cases), groups, scheme)
     chosen = choose_split(splits, fold, sorted(cases)).val[: max_cases or None]
     folder = model_folder / f"fold_{fold}" / "validation"
-    pairs = []
+    outputs = {case: folder / f"{case}{spec.file_ending}" for case in chosen}
     # In a cascade the first stage must not have seen these cases either: its fold of the same number, then.
     first_stage = None if fold == "all" else [fold]
     with Predictor.from_model_folder(model_folder, [fold], checkpoint, device, settings, first_stage) as predictor:
-        for case in tqdm([cases[n] for n in chosen], desc=f"validating fold {fold}", unit="case"):
-            output = folder / f"{case.name}{spec.file_ending}"
-            predictor.predict_case(case.images, output)
-            pairs.append((case.name, output, case.label))
+        for case in tqdm(my_cases(chosen), desc=f"validating fold {fold}", unit="case", disable=not is_first()):
+            predictor.predict_case(cases[case].images, outputs[case])
+    gather(None)  # all processes have written theirs
     images = raw / "imagesTr"  # cases listed in dataset.json may lie elsewhere; the pictures then have no background
-    return evaluate_pairs(pairs, spec.labels, folder, report=ReportOptions(images=images if images.is_dir() else None))
+    report = ReportOptions(images=images if images.is_dir() else None)
+    pairs = [(case, outputs[case], label) for case in chosen if (label := cases[case].label) is not None]
+    summaries = gather(evaluate_pairs(pairs, spec.labels, folder, report=report) if is_first() else None)
+    return next(summary for summary in summaries if summary is not None)

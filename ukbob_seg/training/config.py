@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ukbob_seg.errors import ConfigError
@@ -38,6 +39,10 @@ class TrainingConfig:
         subset_fraction: share of the training cases that is used.
         flagged_labels: ``ignore`` (what the filter's policy says: by default the organ's voxels count for nothing) or
             ``marginal`` (in that case the organ is one class with background).
+        accumulate: batches per optimizer step, one after the other, with the mean of their gradients.
+        ema: decay of a moving average of the weights, which validation and prediction then use; 0 for none.
+        early_stopping: end after so many validations in a row without a higher mean Dice, 0 for never; may be changed
+            when resuming.
         seed: decides initial weights, case and patch choice, and augmentation.
     """
 
@@ -58,6 +63,9 @@ class TrainingConfig:
     validation_cases: int = 0
     subset_fraction: float = 1.0
     flagged_labels: str = "ignore"
+    accumulate: int = 1
+    ema: float = 0.0
+    early_stopping: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -70,10 +78,10 @@ class TrainingConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("epochs", "iterations_per_epoch", "restart_epochs", "validation_every"):
+        for name in ("epochs", "iterations_per_epoch", "restart_epochs", "validation_every", "accumulate"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup_epochs", "validation_cases", "weight_decay", "gradient_clip", "seed"):
+        for name in ("warmup_epochs", "validation_cases", "weight_decay", "gradient_clip", "early_stopping", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.seed >= 2**31:
@@ -86,6 +94,8 @@ class TrainingConfig:
             raise ConfigError(f"subset_fraction must lie in (0, 1], got {self.subset_fraction}")
         if not 0 <= self.foreground_fraction <= 1:
             raise ConfigError(f"foreground_fraction must lie in [0, 1], got {self.foreground_fraction}")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"ema must lie in [0, 1), got {self.ema}")
         if not set(self.mirror_axes) <= {0, 1, 2}:
             raise ConfigError(f"mirror_axes must be among 0, 1, 2, got {self.mirror_axes}")
 
@@ -102,6 +112,35 @@ class TrainingConfig:
             raise ConfigError(f"training configuration: unknown entry {', '.join(unknown)}")
         values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is carried out; none of this changes the result on one kind of device.
+
+    Attributes:
+        device: ``cpu``, ``cuda``, ``cuda:1``, ...
+        resume: continue from the last checkpoint.
+        overwrite: start afresh although the fold was trained before.
+        loader_workers: processes that read patches, 0 for none; None to choose.
+        pretrained: checkpoint whose matching weights the run starts from.
+        pretrained_dataset: its dataset.json, where it does not hold one itself.
+        pretrained_merging: how a Swin network of others merged patches, ``legacy`` or ``distinct``.
+        tensorboard: write curves for TensorBoard as well.
+        stop_on_signals: on SIGTERM or SIGUSR1 finish the step, write a checkpoint and raise ``StoppedError``.
+        quiet: no progress bar.
+    """
+
+    device: str = "cpu"
+    resume: bool = False
+    overwrite: bool = False
+    loader_workers: int | None = None
+    pretrained: Path | None = None
+    pretrained_dataset: Path | None = None
+    pretrained_merging: str | None = None
+    tensorboard: bool = False
+    stop_on_signals: bool = False
+    quiet: bool = False
 
 
 # The recipes that users start from; every field can be overridden by a flag of ukbob_train.

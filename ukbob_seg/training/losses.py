@@ -1,8 +1,9 @@
 """Losses: cross-entropy + soft Dice for exclusive labels, binary cross-entropy + soft Dice for a sigmoid per output.
 
 Both leave ignored voxels out, accumulate in float32, and take Dice over the whole batch (a class that is missing
-from one small patch is usually present in another). Both can leave open, for each element of a batch, whether a voxel
-is background or one of the organs that are flagged there (marginal loss, Shi et al., MedIA 2021).
+from one small patch is usually present in another), also where several processes share the batch. Both can leave open,
+for each element of a batch, whether a voxel is background or one of the organs that are flagged there (marginal loss,
+Shi et al., MedIA 2021).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ukbob_seg.training.distributed import sum_over_ranks
 
 SMOOTH = 1e-5
 
@@ -49,8 +52,7 @@ class SoftmaxDiceLoss:
             logits = merge_with_background(logits, merged)
         log_p = F.log_softmax(logits, dim=1)
         log_p_target = log_p.gather(1, target.unsqueeze(1)).squeeze(1)
-        count = valid.sum().clamp(min=1)
-        cross_entropy = -(log_p_target * valid).sum() / count
+        entropy, count = -(log_p_target * valid).sum(), valid.sum()
 
         classes = logits.shape[1]
         zeros = logits.new_zeros(classes, dtype=torch.float32)
@@ -58,8 +60,11 @@ class SoftmaxDiceLoss:
         intersection = zeros.index_add(0, flat_target, log_p_target[valid].exp())
         present = torch.bincount(flat_target, minlength=classes).float()
         predicted = (log_p.exp() * valid.unsqueeze(1)).sum(dim=(0, 2, 3, 4))
+        entropy, count, intersection, predicted, present, elements = sum_over_ranks(
+            entropy, count, intersection, predicted, present, _elements(logits, merged)
+        )
         dice = (2 * intersection + SMOOTH) / (predicted + present + SMOOTH)
-        return cross_entropy + 1 - _mean_dice(dice, merged, skip=1)
+        return entropy / count.clamp(min=1) + 1 - _mean_dice(dice, elements, skip=1)
 
 
 class SigmoidDiceLoss:
@@ -97,13 +102,18 @@ class SigmoidDiceLoss:
         target = self.table.to(labels.device)[:, indices].transpose(0, 1)  # (B, R, z, y, x)
         logits = logits.float()
         binary = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
-        counted = valid.sum() * (logits.shape[1] // valid.shape[1])
-        cross_entropy = (binary * valid).sum() / counted.clamp(min=1)
         p = logits.sigmoid() * valid
         axes = (0, 2, 3, 4)
-        intersection = (p * target).sum(axes)
-        dice = (2 * intersection + SMOOTH) / (p.sum(axes) + (target & valid).sum(axes) + SMOOTH)
-        return cross_entropy + 1 - _mean_dice(dice, left_out, skip=int(self.skip_background))
+        entropy, count, intersection, predicted, present, elements = sum_over_ranks(
+            (binary * valid).sum(),
+            valid.sum() * (logits.shape[1] // valid.shape[1]),
+            (p * target).sum(axes),
+            p.sum(axes),
+            (target & valid).sum(axes),
+            _elements(logits, left_out),
+        )
+        dice = (2 * intersection + SMOOTH) / (predicted + present + SMOOTH)
+        return entropy / count.clamp(min=1) + 1 - _mean_dice(dice, elements, skip=int(self.skip_background))
 
 
 def merge_with_background(logits: Tensor, merged: Tensor) -> Tensor:
@@ -133,10 +143,18 @@ def _is_merged(labels: Tensor, merged: Tensor) -> Tensor:
     return merged.gather(1, labels.flatten(1)).view(labels.shape)
 
 
-def _mean_dice(dice: Tensor, left_out: Tensor | None, skip: int) -> Tensor:
-    """Mean over outputs, without the first ``skip`` and without those that are left out in every element."""
-    used = dice[skip:] if left_out is None else dice[skip:][~left_out.all(dim=0)[skip:]]
-    return used.mean() if len(used) else torch.ones_like(dice[0])
+def _elements(logits: Tensor, left_out: Tensor | None) -> Tensor:
+    """(K,) number of elements in which each output counts."""
+    if left_out is None:
+        return logits.new_full((logits.shape[1],), len(logits), dtype=torch.int64)
+    return (~left_out).sum(dim=0)
+
+
+def _mean_dice(dice: Tensor, elements: Tensor, skip: int) -> Tensor:
+    """Mean over outputs, without the first ``skip`` and without those that count in no element of the whole batch."""
+    used = elements[skip:] > 0
+    mean = torch.where(used, dice[skip:], 0).sum() / used.sum().clamp(min=1)
+    return torch.where(used.any(), mean, 1.0)
 
 
 def with_deep_supervision(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:

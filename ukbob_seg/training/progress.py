@@ -1,13 +1,15 @@
-"""progress.csv and progress.png, rewritten from the history after every epoch."""
+"""progress.csv and progress.png, rewritten from the history after every epoch, and curves for TensorBoard."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ukbob_seg.errors import ConfigError
 from ukbob_seg.files import atomic_path, write_text
 
 COLUMNS = ("epoch", "learning_rate", "train_loss", "val_mean_dice", "seconds")
@@ -59,3 +61,41 @@ def write_plot(path: Path, history: Sequence[dict[str, Any]], title: str) -> Non
         dice_axis.legend(loc="lower right", frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=100, bbox_inches="tight")
+
+
+@contextmanager
+def scalar_log(folder: Path | None) -> Iterator[Callable[[dict[str, Any], Sequence[str]], None]]:
+    """Yield a function that writes one row of the history into ``folder/tensorboard``; None: nothing is written.
+
+    A resumed run adds a file; TensorBoard joins them by the epoch.
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
+    if folder is None:
+        yield lambda row, class_names: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "--tensorboard needs a package that is not installed: pip install tensorboard, or drop the option"
+        ) from error
+    writers: list[SummaryWriter] = []
+
+    def write(row: dict[str, Any], class_names: Sequence[str]) -> None:
+        if not writers:  # only now, since a run that is refused writes nothing
+            writers.append(SummaryWriter(str(folder / "tensorboard")))
+        values = {"training/loss": row["train_loss"], "training/learning_rate": row["learning_rate"]}
+        if row.get("val_mean_dice") is not None:
+            values["validation/mean_dice"] = row["val_mean_dice"]
+            values |= {f"validation/{name}": dice for name, dice in zip(class_names, row["val_dice"], strict=True)}
+        for name, value in values.items():
+            writers[0].add_scalar(name, value, row["epoch"])
+        writers[0].flush()
+
+    try:
+        yield write
+    finally:
+        for writer in writers:
+            writer.close()

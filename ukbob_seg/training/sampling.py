@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ukbob_seg.preprocessing.records import case_files, load_record
 from ukbob_seg.preprocessing.storage import open_array
 from ukbob_seg.training.cascade import augment_map, read_map
+from ukbob_seg.training.stopping import outlive_one_signal
 
 MOST_OPEN = 64  # cases held open by one process: two file descriptors and a table of locations each
 
@@ -35,7 +36,10 @@ class TrainingCase:
 
 @dataclass(frozen=True)
 class PatchSettings:
-    """How patches are drawn; ``augment_previous`` is for the first stage's maps in a cascade."""
+    """How patches are drawn; ``augment_previous`` is for the first stage's maps in a cascade.
+
+    Of each batch, process ``rank`` of ``ranks`` reads its part only.
+    """
 
     patch_size: tuple[int, int, int]
     batch_size: int
@@ -43,6 +47,7 @@ class PatchSettings:
     ignore_index: int
     seed: int
     rank: int = 0
+    ranks: int = 1
     augment_previous: bool = True
 
 
@@ -72,13 +77,19 @@ class PatchDataset(Dataset):
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         """Make the batch of one step."""
         settings = self._settings
-        generator = np.random.default_rng([settings.seed, settings.rank, step])
-        chosen = generator.integers(0, len(self._cases), settings.batch_size)
+        chosen = np.random.default_rng([settings.seed, 0, step]).integers(0, len(self._cases), settings.batch_size)
+        each = settings.batch_size // settings.ranks
+        mine = range(settings.rank * each, (settings.rank + 1) * each)
         # The last ones of a batch are centred on foreground, so that every batch has some (nnU-Net's rule).
         free = round(settings.batch_size * (1 - settings.foreground_fraction))
+        # Each patch has a generator of its own, so that it is the same whichever process reads which others.
         patches = [
-            self._patch(self._cases[index], generator, centred=position >= free)
-            for position, index in enumerate(chosen)
+            self._patch(
+                self._cases[chosen[position]],
+                np.random.default_rng([settings.seed, 0, step, position + 1]),
+                centred=position >= free,
+            )
+            for position in mine
         ]
         names = ("image", "labels", "previous")
         columns = zip(*patches, strict=True)
@@ -177,4 +188,5 @@ def make_loader(dataset: PatchDataset, first_step: int, last_step: int, workers:
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=2 if workers else None,
+        worker_init_fn=outlive_one_signal,
     )

@@ -30,7 +30,7 @@ from ukbob_seg.training.config import TrainingConfig, recipe
 from ukbob_seg.training.flags import FlagCodes, with_flag_codes
 from ukbob_seg.training.losses import SigmoidDiceLoss, SoftmaxDiceLoss, with_deep_supervision
 from ukbob_seg.training.sampling import TrainingCase
-from ukbob_seg.training.splits import choose_split, load_groups, load_or_make_splits, take_subset
+from ukbob_seg.training.splits import Split, choose_split, load_groups, load_or_make_splits, take_subset
 
 log = logging.getLogger(__name__)
 
@@ -116,12 +116,7 @@ def prepare(
     arrays = arrays_folder(folder, plans, configuration)
     if not any(arrays.glob("*.json")):
         raise DatasetError(f"{folder.name} is not preprocessed for {configuration}; run ukbob_preprocess -d {dataset}")
-    names = [case.name for case in Fingerprint.load(folder / "fingerprint.json").cases]
-    raw = roots.raw / folder.name
-    groups = load_groups(raw / "groups.csv", names)
-    scheme = "80-10-10" if plans.preset == "ukbob" else "5-fold"
-    splits = None if fold == "all" else load_or_make_splits(folder, names, groups, scheme)
-    split = choose_split(splits, fold, names)
+    split, groups = find_split(folder, plans.preset, roots, fold)
     train = take_subset(split.train, config.subset_fraction, config.seed, groups)
     recipe = preprocessing_recipe(plans, plan, spec)
     val = split.val[: config.validation_cases or None]
@@ -143,17 +138,17 @@ def prepare(
         plans=plans.to_json(),
         dataset=spec.content,
     )
-    model_folder = roots.results / folder.name / f"{configuration}__{network.replace(':', '.')}"
+    models = model_folder(roots, folder.name, configuration, network)
     previous = None
     if plan.previous_stage is not None:
-        first_stage = model_folder.with_name(f"{plan.previous_stage}__{network.replace(':', '.')}")
+        first_stage = model_folder(roots, folder.name, plan.previous_stage, network)
         maps = folder / "previous_stage" / f"{first_stage.name}__{arrays.name}"
         previous = previous_stage_maps(first_stage, arrays, maps, (*train, *val), spec)
     trusted, codes = _trusted(train, trust, spec.labels, "training"), None
     if trust is not None and config.flagged_labels == "marginal":
         trusted, codes = _with_codes(trusted, trust, spec.labels)
     return TrainingSetup(
-        folder=model_folder / f"fold_{fold}",
+        folder=models / f"fold_{fold}",
         arrays=arrays,
         spec=spec,
         configuration=plan,
@@ -165,6 +160,25 @@ def prepare(
         train=trusted,
         val=_trusted(val, trust, spec.labels, "validation"),
     )
+
+
+def model_folder(roots: Roots, dataset: str, configuration: str, network: str) -> Path:
+    """``results/DatasetXXX_Name/CONFIG__NETWORK``."""
+    return roots.results / dataset / f"{configuration}__{network.replace(':', '.')}"
+
+
+def find_split(folder: Path, preset: str, roots: Roots, fold: str) -> tuple[Split, dict[str, str]]:
+    """The cases of a fold of a preprocessed dataset, and the subject of each case.
+
+    Raises:
+        ConfigError: no such fold.
+        DatasetError: unusable splits.
+    """
+    names = [case.name for case in Fingerprint.load(folder / "fingerprint.json").cases]
+    groups = load_groups(roots.raw / folder.name / "groups.csv", names)
+    scheme = "80-10-10" if preset == "ukbob" else "5-fold"
+    splits = None if fold == "all" else load_or_make_splits(folder, names, groups, scheme)
+    return choose_split(splits, fold, names), groups
 
 
 def _check_arrays(arrays: Path, names: Sequence[str], recipe: str) -> None:

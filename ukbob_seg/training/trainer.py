@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from ukbob_seg.dataset.paths import Roots
-from ukbob_seg.errors import CheckpointError, ConfigError, UkbobError
-from ukbob_seg.files import digest, ensure_writable, write_json
+from ukbob_seg.errors import StoppedError, UkbobError
 from ukbob_seg.networks.pretrained import Pretrained
 from ukbob_seg.training.augmentation import Batch, Transform, augment
-from ukbob_seg.training.cascade import maps_key
-from ukbob_seg.training.checkpoint import NAMES, load_into, read_checkpoint, save_checkpoint
-from ukbob_seg.training.config import TrainingConfig
-from ukbob_seg.training.finetune import PretrainedOptions, read_weights, start_from, write_record
-from ukbob_seg.training.progress import write_csv, write_plot
+from ukbob_seg.training.config import RunOptions, TrainingConfig
+from ukbob_seg.training.distributed import (
+    PartOfBatch,
+    check_batch,
+    exchange,
+    gather,
+    is_first,
+    rank,
+    said_once,
+    same_everywhere,
+    spread,
+    together,
+    world_size,
+)
+from ukbob_seg.training.ema import averaged
+from ukbob_seg.training.finetune import PretrainedOptions, read_weights
+from ukbob_seg.training.progress import scalar_log
 from ukbob_seg.training.sampling import PatchDataset, PatchSettings, make_loader
 from ukbob_seg.training.schedules import learning_rate
 from ukbob_seg.training.setup import (
@@ -34,51 +41,41 @@ from ukbob_seg.training.setup import (
     default_network,
     make_augmentation,
     make_loss,
-    make_optimizer,
     prepare,
 )
+from ukbob_seg.training.state import TrainState, finish, save, save_training, start
+from ukbob_seg.training.stopping import StopRequest, catch_signals
 from ukbob_seg.training.validation import ValidationScore, validate
+
+__all__ = ["RunOptions", "train"]
 
 log = logging.getLogger(__name__)
 
 MAX_BAD_STEPS = 20  # in a row, before training gives up
+ALL_USED = ("swin_unetr",)  # networks whose every parameter has a gradient in every step
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """How a run is carried out; none of this changes the result on one kind of device.
+class Run:
+    """What stays the same while training.
 
     Attributes:
-        device: ``cpu``, ``cuda``, ``cuda:1``, ...
-        resume: continue from the last checkpoint.
-        overwrite: start afresh although the fold was trained before.
-        loader_workers: processes that read patches, 0 for none; None to choose.
-        pretrained: checkpoint whose matching weights the run starts from.
-        pretrained_dataset: its dataset.json, where it does not hold one itself.
-        pretrained_merging: how a Swin network of others merged patches, ``legacy`` or ``distinct``.
-        quiet: no progress bar.
+        config: recipe.
+        setup: data, plans and folders.
+        options: device and so on.
+        model: the network to take gradients through; with several processes it averages them.
+        transforms: augmentation of this process's part of a batch.
+        loss: of the outputs and the labels.
+        stop: whether a signal asked for the end.
     """
 
-    device: str = "cpu"
-    resume: bool = False
-    overwrite: bool = False
-    loader_workers: int | None = None
-    pretrained: Path | None = None
-    pretrained_dataset: Path | None = None
-    pretrained_merging: str | None = None
-    quiet: bool = False
-
-
-@dataclass
-class TrainState:
-    """What changes while training."""
-
-    network: nn.Module
-    optimizer: torch.optim.Optimizer
-    epoch: int = 0
-    best_dice: float = -math.inf
-    history: list[dict[str, Any]] = field(default_factory=list)
-    bad_steps: int = 0  # in a row, without a finite loss and gradient
+    config: TrainingConfig
+    setup: TrainingSetup
+    options: RunOptions
+    model: nn.Module
+    transforms: list[Transform]
+    loss: Callable[..., torch.Tensor]
+    stop: StopRequest
 
 
 def train(
@@ -94,6 +91,8 @@ def train(
 ) -> Path:
     """Train one fold; returns its folder, with checkpoint_best.pt, checkpoint_final.pt, progress.csv and .png.
 
+    Within ``distributed.process_group`` all processes call it alike and share the work.
+
     Args:
         dataset: id or ``DatasetXXX_Name``, preprocessed.
         fold: 0.. or ``all``.
@@ -106,232 +105,186 @@ def train(
 
     Raises:
         ConfigError, DatasetError, CheckpointError: in one sentence, before the first step where possible.
+        StoppedError: a signal came, and ``options.stop_on_signals``; a resumed run continues exactly.
     """
     options = options or RunOptions()
-    network = network or default_network(dataset, roots, configuration)
-    config = config or choose_config(dataset, roots, network, options.pretrained is not None)
     given = PretrainedOptions(options.pretrained, options.pretrained_dataset, options.pretrained_merging)
-    setup = prepare(dataset, str(fold), roots, config, configuration, network, use_filter)
-    setup, pretrained = read_weights(setup, given, options.resume)
-    left_right_axis = setup.description.plans["left_right_axis"]
-    transforms = make_augmentation(setup, config, left_right_axis)
-    loss = make_loss(setup)
+
+    def ready() -> tuple[TrainingSetup, TrainingConfig, Pretrained | None]:
+        name = network or default_network(dataset, roots, configuration)
+        recipe = config or choose_config(dataset, roots, name, options.pretrained is not None)
+        found = prepare(dataset, str(fold), roots, recipe, configuration, name, use_filter)
+        check_batch(found.network.batch_size)
+        found, weights = read_weights(found, given, options.resume)
+        return found, recipe, weights
+
+    setup, config, pretrained = together(ready)
     gpus = [torch.device(options.device)] if options.device.startswith("cuda") else []
-    with torch.random.fork_rng(devices=gpus):  # leaves the caller's random state as it was
-        state = _start(setup, config, options, pretrained)
-        patches = PatchDataset(setup.arrays, setup.train, _patch_settings(setup, config), setup.previous)
-        batches = _batches(patches, config, options, state.epoch)
-        log.info(
-            "%s fold %s: %d training and %d validation cases, %s, patch %s, batch %d, epochs %d..%d on %s",
-            setup.spec.name, fold, len(setup.train), len(setup.val), network,
-            "x".join(map(str, setup.network.patch_size)), setup.network.batch_size, state.epoch, config.epochs - 1,
-            options.device,
-        )  # fmt: skip
-        bar = tqdm(
-            total=config.epochs * config.iterations_per_epoch,
-            initial=state.epoch * config.iterations_per_epoch,
-            desc=f"training fold {fold}", unit="step", disable=options.quiet,
-        )  # fmt: skip
-        with bar:
-            while state.epoch < config.epochs:
-                started = time.perf_counter()
-                mean_loss = _run_epoch(state, config, batches, transforms, loss, options.device, bar)
-                score = None
-                if (state.epoch + 1) % config.validation_every == 0 or state.epoch + 1 == config.epochs:
-                    score = _validate(state, setup, options.device)
-                _record(state, config, mean_loss, score, time.perf_counter() - started)
-                bar.set_postfix_str(f"loss {mean_loss:.3f}, best Dice {max(state.best_dice, 0):.3f}")
-                state.epoch += 1
-                _save(state, setup, config, improved=score is not None and score.mean == state.best_dice)
-        _finish(state, setup, config)
+    # The first leaves the caller's random state as it was.
+    with torch.random.fork_rng(devices=gpus), catch_signals(options.stop_on_signals) as stop:
+        _train(setup, config, options, pretrained, stop)
     return setup.folder
 
 
-def _start(
-    setup: TrainingSetup, config: TrainingConfig, options: RunOptions, pretrained: Pretrained | None
-) -> TrainState:
-    """A fresh network, or the one that an earlier run left."""
-    final, latest = setup.folder / NAMES["final"], setup.folder / NAMES["latest"]
-    if options.resume and not (latest.is_file() or final.is_file()):
-        raise CheckpointError(f"nothing to resume in {setup.folder}; drop --resume to start")
-    if not options.resume and not options.overwrite and (latest.is_file() or final.is_file()):
-        raise ConfigError(
-            f"{setup.folder} already holds a training run; go on with --resume or start afresh with --overwrite"
-        )
-    ensure_writable(setup.folder)
-    torch.manual_seed(config.seed)  # every library draws initial weights from torch's global generator
-    network = setup.description.build().to(options.device)
-    state = TrainState(network, make_optimizer(network, config))
-    if options.resume:
-        _restore(state, setup, config, latest if latest.is_file() else final)
-    report = None if pretrained is None else start_from(network, setup, pretrained)
-    # Only now, when nothing refuses the run any more: these describe what lies in the model folder.
-    write_json(setup.folder.parent / "plans.json", setup.description.plans)
-    write_json(setup.folder.parent / "dataset.json", setup.spec.content)
-    if not options.resume:
-        for name in NAMES.values():
-            (setup.folder / name).unlink(missing_ok=True)
-        write_record(setup, report)
-        write_json(setup.folder / "training.json", {**config.to_json(), "cases": [case.name for case in setup.train]})
-    return state
+def _train(
+    setup: TrainingSetup,
+    config: TrainingConfig,
+    options: RunOptions,
+    pretrained: Pretrained | None,
+    stop: StopRequest,
+) -> None:
+    """Epoch after epoch: steps, validation, checkpoint."""
+    with scalar_log(setup.folder if options.tensorboard and is_first() else None) as write_scalars:
+        state = together(lambda: start(setup, config, options, pretrained))
+        run = _make_run(setup, config, options, state, stop)
+        batches = _batches(run, state)
+        with _progress_bar(run, state) as bar:
+            try:
+                while not state.is_finished(config):
+                    _run_epoch(run, state, batches, bar)
+                    score = _validate(run, state) if _is_validated(state, config) else None
+                    improved = state.close_epoch(config, score)
+                    save(state, setup, config, improved)
+                    write_scalars(state.history[-1], setup.spec.labels.names)
+            except StoppedError:  # raised between steps only, so that the state is whole
+                save_training(state, setup, config, "latest")
+                raise
+        finish(state, setup, config)
+        gather(None)  # nobody goes on before the files are there
+        stop.check("when training was done, before the final validation")
 
 
-def _restore(state: TrainState, setup: TrainingSetup, config: TrainingConfig, path: Path) -> None:
-    """Bring network, optimizer and history back to the end of the last finished epoch.
-
-    Nothing else has a state: batches, augmentation, learning rate and dropout are functions of seed and step.
-    """
-    description, content = read_checkpoint(path)
-    if description.network != setup.description.network:
-        raise CheckpointError(f"{path} is of {description.network}, not {setup.description.network}")
-    load_into(state.network, content, path)
-    before, now = {**TrainingConfig().to_json(), **content["config"]}, config.to_json()  # older ones lack some entries
-    changed = [key for key in now if key != "epochs" and before[key] != now[key]]
-    if changed:
-        listing = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in changed)
-        raise ConfigError(f"cannot resume {path} with another recipe ({listing}); give the same flags or --overwrite")
-    for what, value in _fixed_inputs(setup).items():
-        if content.get(what, value) != value:  # older checkpoints lack some
-            raise ConfigError(f"cannot resume {path}: the {what} changed since; restore them or start with --overwrite")
-    if config.epochs < content["epoch"]:
-        raise ConfigError(f"{path} has already trained {content['epoch']} epochs, --epochs is {config.epochs}")
-    state.optimizer.load_state_dict(content["optimizer_state"])
-    state.epoch, state.history = content["epoch"], json.loads(content["history"])
-    state.best_dice = content["best_dice"]
-    log.info("resuming after epoch %d of %d", state.epoch - 1, config.epochs)
+def _make_run(
+    setup: TrainingSetup, config: TrainingConfig, options: RunOptions, state: TrainState, stop: StopRequest
+) -> Run:
+    transforms = make_augmentation(setup, config, setup.description.plans["left_right_axis"])
+    if world_size() > 1:
+        transforms = [PartOfBatch(transform) for transform in transforms]
+    model = spread(state.network, options.device, all_used=setup.description.network in ALL_USED)
+    log.info(
+        "%s fold %s: %d training and %d validation cases, %s, patch %s, batch %d%s, epochs %d..%d on %s",
+        setup.spec.name, setup.description.fold, len(setup.train), len(setup.val), setup.description.network,
+        "x".join(map(str, setup.network.patch_size)), setup.network.batch_size,
+        f" x {config.accumulate}" if config.accumulate > 1 else "", state.epoch, config.epochs - 1,
+        options.device if world_size() == 1 else f"{world_size()} processes",
+    )  # fmt: skip
+    return Run(config, setup, options, model, transforms, make_loss(setup), stop)
 
 
-def _patch_settings(setup: TrainingSetup, config: TrainingConfig) -> PatchSettings:
-    return PatchSettings(
+def _progress_bar(run: Run, state: TrainState) -> tqdm:
+    return tqdm(
+        total=run.config.epochs * run.config.iterations_per_epoch,
+        initial=state.epoch * run.config.iterations_per_epoch + state.step,
+        desc=f"training fold {run.setup.description.fold}",
+        unit="step",
+        disable=run.options.quiet or not is_first(),
+    )
+
+
+def _batches(run: Run, state: TrainState) -> Iterator[tuple[int, Batch]]:
+    """(number, this process's part of the batch, on the device) from where the state is to the end of the run."""
+    setup, config = run.setup, run.config
+    settings = PatchSettings(
         patch_size=setup.network.patch_size,
         batch_size=setup.network.batch_size,
         foreground_fraction=config.foreground_fraction,
         ignore_index=setup.spec.labels.ignore_index,
         seed=config.seed,
+        rank=rank(),
+        ranks=world_size(),
         augment_previous=config.augmentation != "none",
     )
+    patches = PatchDataset(setup.arrays, setup.train, settings, setup.previous)
+    on_gpu = run.options.device.startswith("cuda")
+    workers = run.options.loader_workers if run.options.loader_workers is not None else (4 if on_gpu else 0)
+    first = (state.epoch * config.iterations_per_epoch + state.step) * config.accumulate
+    last = config.epochs * config.iterations_per_epoch * config.accumulate
+    for number, arrays in enumerate(make_loader(patches, first, last, workers, pin=on_gpu), start=first):
+        yield (
+            number,
+            Batch(**{name: array.to(run.options.device, non_blocking=True) for name, array in arrays.items()}),
+        )
 
 
-def _batches(
-    patches: PatchDataset, config: TrainingConfig, options: RunOptions, epoch: int
-) -> Iterator[tuple[int, Batch]]:
-    """(step, batch on the device) from the first step of ``epoch`` to the end of the run."""
-    on_gpu = options.device.startswith("cuda")
-    workers = options.loader_workers if options.loader_workers is not None else (4 if on_gpu else 0)
-    first, last = epoch * config.iterations_per_epoch, config.epochs * config.iterations_per_epoch
-    loader = make_loader(patches, first, last, workers, pin=on_gpu)
-    for step, arrays in enumerate(loader, start=first):
-        yield step, Batch(**{name: array.to(options.device, non_blocking=True) for name, array in arrays.items()})
+def _run_epoch(run: Run, state: TrainState, batches: Iterator[tuple[int, Batch]], bar: tqdm) -> None:
+    """Train to the end of the epoch in which the state is.
 
-
-def _run_epoch(
-    state: TrainState,
-    config: TrainingConfig,
-    batches: Iterator[tuple[int, Batch]],
-    transforms: list[Transform],
-    loss: Callable[..., torch.Tensor],
-    device: str,
-    bar: tqdm,
-) -> float:
-    """Train one epoch; returns the mean loss over its steps."""
-    state.network.train()
-    total, counted = torch.zeros((), device=device), 0
-    most = config.gradient_clip or float("inf")
-    for _ in range(config.iterations_per_epoch):
-        step, batch = next(batches)
-        seed = config.seed * 1_000_003 + step  # a resumed run draws what the uninterrupted one would have drawn
-        generator = torch.Generator().manual_seed(seed)
-        torch.manual_seed(seed)  # dropout draws from the global generator
-        batch = augment(batch, transforms, generator)
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        state.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=device.startswith("cuda")):
-            outputs = state.network(batch.network_input())
-        value = loss(outputs, batch.labels)
+    Raises:
+        StoppedError: after a whole step, when a signal came.
+    """
+    run.model.train()
+    while state.step < run.config.iterations_per_epoch:
+        run.stop.check(f"after step {state.step} of {run.config.iterations_per_epoch} in epoch {state.epoch}")
+        started = time.perf_counter()
+        _train_step(run, state, batches)
+        state.step += 1
+        state.seconds += time.perf_counter() - started
         bar.update()
-        value.backward()
-        norm = nn.utils.clip_grad_norm_(state.network.parameters(), most)
-        if not (torch.isfinite(value) and torch.isfinite(norm)):  # a step would spoil the weights
-            state.bad_steps += 1
-            if state.bad_steps >= MAX_BAD_STEPS:
-                raise UkbobError(
+    bar.set_postfix_str(f"loss {state.mean_loss():.3f}, best Dice {max(state.best_dice, 0):.3f}")
+
+
+def _train_step(run: Run, state: TrainState, batches: Iterator[tuple[int, Batch]]) -> None:
+    """One step of the optimizer: the mean gradient of one batch or several, left out when it is not finite.
+
+    Raises:
+        UkbobError: too many in a row were not finite.
+    """
+    config, step = run.config, state.epoch * run.config.iterations_per_epoch + state.step
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(config, step)
+    state.optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=run.options.device)
+    for part in range(config.accumulate):
+        number, batch = next(batches)
+        seed = config.seed * 1_000_003 + number  # a resumed run draws what the uninterrupted one would have drawn
+        torch.manual_seed(seed + 500_000_003 * rank())  # dropout draws from the global generator
+        batch = augment(batch, run.transforms, torch.Generator().manual_seed(seed))
+        with exchange(run.model, now=part + 1 == config.accumulate):
+            with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=run.options.device.startswith("cuda")):
+                outputs = run.model(batch.network_input())
+            value = run.loss(outputs, batch.labels) / config.accumulate
+            value.backward()
+        total = total + value.detach()
+    norm = nn.utils.clip_grad_norm_(state.network.parameters(), config.gradient_clip or float("inf"))
+    if not (torch.isfinite(total) and torch.isfinite(norm)):  # a step would spoil the weights
+        state.bad_steps += 1
+        if state.bad_steps >= MAX_BAD_STEPS:
+            raise said_once(
+                UkbobError(
                     f"loss or gradient were not finite for {state.bad_steps} steps in a row (epoch {state.epoch}); "
                     "lower --lr; the last good state is kept in checkpoint_latest.pt"
                 )
-            continue
-        state.bad_steps = 0
-        state.optimizer.step()
-        total, counted = total + value.detach(), counted + 1
-    return float(total) / counted if counted else float("nan")
+            )
+        return
+    state.bad_steps = 0
+    state.optimizer.step()
+    if state.average is not None:
+        state.average.update(state.network, step)
+    state.loss_sum, state.counted = state.loss_sum + total, state.counted + 1
 
 
-def _validate(state: TrainState, setup: TrainingSetup, device: str) -> ValidationScore:
+def _is_validated(state: TrainState, config: TrainingConfig) -> bool:
+    return (state.epoch + 1) % config.validation_every == 0 or state.epoch + 1 == config.epochs
+
+
+def _validate(run: Run, state: TrainState) -> ValidationScore | None:
+    """Dice of the weights that prediction would use.
+
+    Raises:
+        StoppedError: between two cases, when a signal came; a resumed run begins with this validation.
+    """
     from ukbob_seg.inference.sliding_window import WindowSettings
 
+    started = time.perf_counter()
+    setup = run.setup
     windows = WindowSettings(setup.network.patch_size, slice_axis=setup.configuration.slice_axis)
-    return validate(state.network, setup.arrays, setup.val, setup.spec.labels, windows, device, setup.previous)
-
-
-def _record(
-    state: TrainState, config: TrainingConfig, mean_loss: float, score: ValidationScore | None, seconds: float
-) -> None:
-    row: dict[str, Any] = {
-        "epoch": state.epoch,
-        "learning_rate": learning_rate(config, state.epoch * config.iterations_per_epoch),
-        "train_loss": mean_loss,
-        "seconds": seconds,
-    }
-    if score is not None:
-        row["val_mean_dice"], row["val_dice"] = score.mean, list(score.per_class)
-        if score.mean > state.best_dice:
-            state.best_dice = score.mean
-    state.history.append(row)
-
-
-def _save(state: TrainState, setup: TrainingSetup, config: TrainingConfig, improved: bool) -> None:
-    """Write the latest checkpoint, the best one when it is, and the curves."""
-    weights = state.network.state_dict()
-    if improved:
-        best = {"epoch": state.epoch, "best_dice": state.best_dice}
-        save_checkpoint(setup.folder / NAMES["best"], setup.description, weights, **best)
-    save_checkpoint(setup.folder / NAMES["latest"], setup.description, weights, **_training_state(state, setup, config))
-    names = setup.spec.labels.names
-    write_csv(setup.folder / "progress.csv", state.history, names)
-    write_plot(setup.folder / "progress.png", state.history, f"{setup.spec.name}, {setup.description.network}")
-
-
-def _training_state(state: TrainState, setup: TrainingSetup, config: TrainingConfig) -> dict[str, Any]:
-    return {
-        "optimizer_state": state.optimizer.state_dict(),
-        "epoch": state.epoch,
-        "best_dice": state.best_dice,
-        "history": json.dumps(state.history),
-        "config": config.to_json(),
-        **_fixed_inputs(setup),
-    }
-
-
-def _fixed_inputs(setup: TrainingSetup) -> dict[str, Any]:
-    """What besides the recipe must be the same for a run to go on exactly."""
-    flags = {case.name: np.flatnonzero(case.lookup != np.arange(len(case.lookup))).tolist()
-             for case in setup.train if case.lookup is not None}  # fmt: skip
-    return {
-        "training cases": [case.name for case in setup.train],
-        "patch and batch size": [*setup.network.patch_size, setup.network.batch_size],
-        "filter flags": digest(flags),
-        "preprocessed data": setup.recipe,
-        "first stage's predictions": maps_key(setup.previous, [case.name for case in setup.train]),
-        "validation cases": [case.name for case in setup.val],
-        "network arguments": json.loads(json.dumps(setup.description.arguments)),
-    }
-
-
-def _finish(state: TrainState, setup: TrainingSetup, config: TrainingConfig) -> None:
-    """The final checkpoint replaces the latest; it keeps the training state, so that a run can be extended."""
-    path = setup.folder / NAMES["final"]
-    save_checkpoint(path, setup.description, state.network.state_dict(), **_training_state(state, setup, config))
-    if not (setup.folder / NAMES["best"]).is_file():
-        best = {"epoch": state.epoch, "best_dice": state.best_dice}
-        save_checkpoint(setup.folder / NAMES["best"], setup.description, state.network.state_dict(), **best)
-    (setup.folder / NAMES["latest"]).unlink(missing_ok=True)
+    same_everywhere(state.weights().values())
+    with averaged(state.network, state.average):
+        score = validate(
+            state.network, setup.arrays, setup.val, setup.spec.labels, windows, run.options.device, setup.previous,
+            stop=lambda: run.stop.signal is not None,
+        )  # fmt: skip
+    if score is None:
+        run.stop.check(f"in the validation after epoch {state.epoch}")
+    state.seconds += time.perf_counter() - started
+    return score

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from ukbob_seg.inference.sliding_window import WindowSettings, iterate_slabs, se
 from ukbob_seg.preprocessing.records import case_files
 from ukbob_seg.preprocessing.storage import open_array
 from ukbob_seg.training.cascade import read_map
+from ukbob_seg.training.distributed import gather, my_cases
 from ukbob_seg.training.sampling import TrainingCase
 
 
@@ -35,10 +36,12 @@ def validate(
     windows: WindowSettings,
     device: str,
     previous: Path | None = None,
-) -> ValidationScore:
+    stop: Callable[[], bool] = lambda: False,
+) -> ValidationScore | None:
     """Predict every case as a whole and score it at the preprocessed spacing.
 
     A class absent from both prediction and label of a case counts for nothing there; ignored voxels never count.
+    Several processes share the cases, and all get the same score.
 
     Args:
         network: any network of the toolkit; left in the mode it came in.
@@ -48,12 +51,18 @@ def validate(
         windows: sliding window.
         device: where the network is.
         previous: in a cascade, the first stage's maps, which are the last input channel.
+        stop: asked before each case; once it is true, the rest is left undone.
+
+    Returns:
+        None when some process left cases undone.
     """
     was_training = network.training
     network.eval()
-    rows = []
+    rows: dict[str, list[float]] = {}
     try:
-        for case in cases:
+        for case in my_cases(cases):
+            if stop():
+                break
             image_path, label_path, _ = case_files(folder, case.name)
             channels = np.asarray(open_array(image_path)[:])
             if previous is not None:
@@ -64,9 +73,16 @@ def validate(
             if case.lookup is not None:
                 labels = case.lookup[labels]
             count = _region_counts if scheme.has_regions else _class_counts
-            rows.append([_dice(*counts) for counts in count(AveragedPasses([network]), image, labels, scheme, windows)])
+            counts = count(AveragedPasses([network]), image, labels, scheme, windows)
+            rows[case.name] = [_dice(*three) for three in counts]
     finally:
         network.train(was_training)
+    for others in gather(rows):
+        rows.update(others)
+    return _mean_score([rows[case.name] for case in cases]) if len(rows) == len(cases) else None
+
+
+def _mean_score(rows: Sequence[Sequence[float]]) -> ValidationScore:
     table = np.array(rows, dtype=float)
     known = ~np.isnan(table)
     sums, counts = np.where(known, table, 0).sum(axis=0), known.sum(axis=0)
