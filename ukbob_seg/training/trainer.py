@@ -20,7 +20,7 @@ from ukbob_seg.dataset.paths import Roots
 from ukbob_seg.errors import CheckpointError, ConfigError, UkbobError
 from ukbob_seg.files import digest, ensure_writable, write_json
 from ukbob_seg.networks.pretrained import load_weights
-from ukbob_seg.training.augmentation import Batch, Transform, augment
+from ukbob_seg.training.augmentation import Batch, Transform, augment, read_size
 from ukbob_seg.training.cascade import maps_key
 from ukbob_seg.training.checkpoint import NAMES, load_into, read_checkpoint, save_checkpoint
 from ukbob_seg.training.config import TrainingConfig
@@ -112,7 +112,7 @@ def train(
     gpus = [torch.device(options.device)] if options.device.startswith("cuda") else []
     with torch.random.fork_rng(devices=gpus):  # leaves the caller's random state as it was
         state = _start(setup, config, options)
-        patches = PatchDataset(setup.arrays, setup.train, _patch_settings(setup, config), setup.previous)
+        patches = PatchDataset(setup.arrays, setup.train, _patch_settings(setup, config, transforms), setup.previous)
         batches = _batches(patches, config, options, state.epoch)
         log.info(
             "%s fold %s: %d training and %d validation cases, %s, patch %s, batch %d, epochs %d..%d on %s",
@@ -197,7 +197,7 @@ def _restore(state: TrainState, setup: TrainingSetup, config: TrainingConfig, pa
     log.info("resuming after epoch %d of %d", state.epoch - 1, config.epochs)
 
 
-def _patch_settings(setup: TrainingSetup, config: TrainingConfig) -> PatchSettings:
+def _patch_settings(setup: TrainingSetup, config: TrainingConfig, transforms: list[Transform]) -> PatchSettings:
     return PatchSettings(
         patch_size=setup.network.patch_size,
         batch_size=setup.network.batch_size,
@@ -205,6 +205,7 @@ def _patch_settings(setup: TrainingSetup, config: TrainingConfig) -> PatchSettin
         ignore_index=setup.spec.labels.ignore_index,
         seed=config.seed,
         augment_previous=config.augmentation != "none",
+        read_size=read_size(transforms, setup.network.patch_size),
     )
 
 
