@@ -48,7 +48,12 @@ def test_recipes_honour_the_paper():
     assert paper.loss == "bce_dice"
     tuned = recipe("swin_unetr", "ukbob", pretrained=True)
     assert (tuned.epochs, tuned.warmup_epochs) == (500, 50)
-    assert recipe("plain_conv_unet", "default").optimizer == "sgd"
+    for network in ("plain_conv_unet", "residual_encoder_unet"):
+        nnunet = recipe(network, "default")
+        assert (nnunet.optimizer, nnunet.learning_rate, nnunet.epochs) == ("sgd", 1e-2, 1000)
+        assert nnunet.augmentation == "strong"
+        assert recipe(network, "ukbob").augmentation == "ukbob"
+    assert recipe("swin_unetr", "default").augmentation == paper.augmentation == tuned.augmentation == "ukbob"
 
 
 def test_config_round_trip_and_validation():

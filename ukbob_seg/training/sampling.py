@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -108,7 +109,7 @@ class PatchDataset(Dataset):
             return image, patch.astype(np.int32)
         first_stage = read_patch(previous, start, size)
         if settings.augment_previous:
-            first_stage = augment_map(first_stage, generator)
+            first_stage = augment_map(first_stage, generator, math.prod(settings.patch_size))
         return image, patch.astype(np.int32), first_stage.astype(np.int32)
 
     def _load(self, case: TrainingCase) -> tuple[Any, Any, Any, dict[int, np.ndarray]]:
