@@ -98,12 +98,12 @@ def _strong(setup: AugmentationSetup) -> list[Transform]:
 def _mri(setup: AugmentationSetup) -> list[Transform]:
     axes, angle = moving_axes(setup)
     nodes_mm = max(setup.patch_size[a] * setup.spacing_mm[a] for a in axes) / 4
-    spatial = SpatialSettings(
+    spatial = SpatialSettings(  # four spans of a spline across the patch, far from folding
         (angle,) * 3,
         axes=axes,
         p_shear=0.1,
         p_elastic=0.1,
-        elastic_mm=(0.0, 0.2 * nodes_mm),
+        elastic_mm=(0.0, 0.3 * nodes_mm),
         elastic_spacing_mm=nodes_mm,
     )
     fourier_axes = long_axes(setup.patch_size)
