@@ -144,12 +144,11 @@ class RandomGamma:
             low, high = torch.aminmax(channel)
             extent = (high - low).clamp_min(SMALLEST_RANGE)
             share = (high - channel if self.inverted else channel - low).div_(extent)
-            share.clamp_(0, 1).pow_(float(record.value[element, index]))
-            bent = share.mul_(-extent if self.inverted else extent)
-            deviation, mean = torch.std_mean(bent)
+            share.pow_(float(record.value[element, index]))
+            deviation, mean = torch.std_mean(share)
             wanted, wanted_mean = torch.std_mean(channel)
-            gain = wanted / deviation.clamp_min(SMALLEST_RANGE)
-            return bent.mul_(gain).add_(wanted_mean - mean * gain)
+            gain = wanted / deviation.clamp_min(SMALLEST_RANGE) * (-1 if self.inverted else 1)
+            return share.mul_(gain).add_(wanted_mean - mean * gain)
 
         return replace(batch, image=change_channels(batch.image, record.chosen, bend))
 
