@@ -81,10 +81,19 @@ def change_channels(image: Tensor, chosen: Tensor, change: Callable[[Tensor, int
     Returns:
         A new image, or the same one when nothing is chosen.
     """
-    pairs = chosen.nonzero().tolist()
-    if not pairs:
+    if not bool(chosen.any()):
         return image
-    changed = image.clone()
-    for element, index in pairs:
-        changed[element, index] = change(image[element, index], element, index)
+    changed = torch.empty_like(image)
+    for element, channels in enumerate(chosen.tolist()):
+        if not any(channels):
+            changed[element] = image[element]
+            continue
+        for index, here in enumerate(channels):
+            channel = image[element, index]
+            changed[element, index] = change(channel, element, index) if here else channel
     return changed
+
+
+def stack(elements: Sequence[Tensor]) -> Tensor:
+    """Elements as a batch; a single one is not copied."""
+    return elements[0][None] if len(elements) == 1 else torch.stack(list(elements))

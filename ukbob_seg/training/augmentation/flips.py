@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ukbob_seg.training.augmentation.batch import Batch
+from ukbob_seg.training.augmentation.batch import Batch, stack
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,19 @@ class RandomFlip:
         """Flip the elements that were drawn."""
         if not bool(record.flipped.any()):
             return batch
-        image, maps = batch.image.clone(), [labels.clone() for labels in batch.label_maps()]
-        for element, flips in enumerate(record.flipped.tolist()):
-            dims = [axis for axis in range(3) if flips[axis]]
-            if not dims:
-                continue
-            image[element] = batch.image[element].flip([axis + 1 for axis in dims])
-            for labels, before in zip(maps, batch.label_maps(), strict=True):
-                flipped = before[element].flip(dims)
-                if self.swap is not None and self.left_right_axis in dims:
-                    flipped = self.swap.to(flipped.device)[flipped.long()].to(flipped.dtype)
-                labels[element] = flipped
-        return Batch(image, *maps)
+        flips = [[axis for axis in range(3) if drawn[axis]] for drawn in record.flipped.tolist()]
+        image = [x.flip([axis + 1 for axis in dims]) if dims else x for x, dims in zip(batch.image, flips, strict=True)]
+        maps = [
+            [self._flip_labels(x, dims) if dims else x for x, dims in zip(labels, flips, strict=True)]
+            for labels in batch.label_maps()
+        ]
+        return Batch(stack(image), *[stack(labels) for labels in maps])
+
+    def _flip_labels(self, labels: Tensor, dims: list[int]) -> Tensor:
+        flipped = labels.flip(dims)
+        if self.swap is not None and self.left_right_axis in dims:
+            flipped = self.swap.to(flipped.device)[flipped.long()].to(flipped.dtype)
+        return flipped
 
 
 @dataclass(frozen=True)

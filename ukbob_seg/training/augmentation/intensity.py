@@ -34,6 +34,8 @@ class RandomIntensityShift:
 
     def apply(self, batch: Batch, record: IntensityRecord) -> Batch:
         """Add the offsets."""
+        if not bool(record.value.any()):
+            return batch
         offset = record.value.to(batch.image).view(-1, 1, 1, 1, 1)
         return replace(batch, image=batch.image + offset)
 
@@ -50,6 +52,8 @@ class RandomIntensityScale:
 
     def apply(self, batch: Batch, record: IntensityRecord) -> Batch:
         """Multiply."""
+        if not bool(record.value.any()):
+            return batch
         factor = 1 + record.value.to(batch.image).view(-1, 1, 1, 1, 1)
         return replace(batch, image=batch.image * factor)
 
