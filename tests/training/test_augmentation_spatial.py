@@ -62,15 +62,15 @@ def _random_matrix(seed):
     )
 
 
-def _scipy(volume, matrix_mm, order, patch=PATCH):
-    """The same by scipy: voxel o of the result shows voxel M (o - co) + ci of the input."""
+def _scipy(volume, matrix_mm, order, moved_mm=(0, 0, 0)):
+    """The same by scipy: voxel o of the result shows voxel M (o - co + d) + ci of the input."""
     scale = np.diag(SPACING)
     matrix = np.linalg.inv(scale) @ matrix_mm @ scale
     outer = np.array(volume.shape)
-    starts = (outer - patch) // 2
-    middle = (np.array(patch) - 1) / 2
-    offset = starts + middle - matrix @ middle
-    return ndimage.affine_transform(volume, matrix, offset, output_shape=patch, order=order, mode="grid-constant")
+    starts = (outer - PATCH) // 2
+    middle = (np.array(PATCH) - 1) / 2
+    offset = starts + middle + matrix @ (np.array(moved_mm) / SPACING - middle)
+    return ndimage.affine_transform(volume, matrix, offset, output_shape=PATCH, order=order, mode="grid-constant")
 
 
 @pytest.mark.parametrize("size", [(13, 21, 28), PATCH])
@@ -192,6 +192,15 @@ def test_elastic_deformation_of_zero_is_the_identity_and_of_one_value_a_shift():
     moved = transform.apply(batch, _record([np.eye(3)] * 3, displacement=shift))
     assert torch.equal(moved.labels[:, :-1, :-2, 2:], batch.labels[:, 1:, 2:, :-2])
     assert int(moved.labels[:, -1].sum() + moved.labels[:, :, :, :2].sum()) == 0  # background outside
+
+
+def test_a_deformation_comes_before_the_matrix():
+    batch, shift = _batch(elements=1), (2.5, -1.2, 1.0)
+    nodes = torch.tensor(shift).view(1, 3, 1, 1, 1).expand(1, 3, 4, 5, 6)
+    matrix = _random_matrix(4)
+    result = RandomSpatial(PATCH, SPACING).apply(batch, _record([matrix], displacement=nodes))
+    expected = _scipy(batch.image[0, 1].double().numpy(), matrix, 1, shift)
+    assert np.allclose(result.image[0, 1].numpy(), expected, atol=2e-4)
 
 
 def test_an_elastic_grid_is_a_cubic_b_spline():
