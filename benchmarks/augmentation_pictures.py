@@ -115,9 +115,11 @@ def main() -> None:
     patch = (z, y, x)
     setup = AugmentationSetup(patch, geometry.spacing_mm, channels=len(image))
     before = middle(image, labels, patch, patch)
+    surroundings = read_size(make_transforms("mri", setup), patch)  # as in training, also for a lone shear
 
     def row(name: str, transforms: list[Transform]) -> list[Panel]:
-        source = middle(image, labels, patch, read_size(transforms, patch))
+        spatial = isinstance(transforms[0], RandomSpatial)
+        source = middle(image, labels, patch, surroundings if spatial else patch)
         seeds = range(options.seed, options.seed + options.draws)
         panels = [augment(source, transforms, torch.Generator().manual_seed(seed)) for seed in seeds]
         return [("as it is", before), *((name, panel) for panel in panels)]

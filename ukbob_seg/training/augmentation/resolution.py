@@ -25,7 +25,6 @@ class RandomBlur:
 
     Args:
         channels: of the image.
-        axes: that are blurred (0 = z, 1 = y, 2 = x).
         sigma_vox: lowest and highest standard deviation, in voxels as nnU-Net has it.
         probability: per element.
         channel_probability: per channel of a chosen element.
@@ -34,12 +33,11 @@ class RandomBlur:
     def __init__(
         self,
         channels: int,
-        axes: Sequence[int] = (0, 1, 2),
         sigma_vox: tuple[float, float] = (0.5, 1.0),
         probability: float = 0.2,
         channel_probability: float = 0.5,
     ) -> None:
-        self.channels, self.axes, self.sigma_vox = channels, tuple(axes), sigma_vox
+        self.channels, self.sigma_vox = channels, sigma_vox
         self.probability, self.channel_probability = probability, channel_probability
 
     def sample(self, batch_size: int, generator: torch.Generator) -> AxesRecord:
@@ -55,10 +53,8 @@ class RandomBlur:
 
         def blur(channel: Tensor, element: int, index: int) -> Tensor:
             sigma = record.value[element, index].tolist()
-            sizes = channel.shape
             return along_axes(
-                channel,
-                [blur_matrix(sizes[a], sigma[a]) if a in self.axes and sizes[a] > 1 else None for a in range(3)],
+                channel, [blur_matrix(n, s) if n > 1 else None for n, s in zip(channel.shape, sigma, strict=True)]
             )
 
         return replace(batch, image=change_channels(batch.image, record.chosen, blur))

@@ -121,10 +121,9 @@ def _mri(setup: AugmentationSetup) -> list[Transform]:
 def _intensities(setup: AugmentationSetup, axes: tuple[int, ...]) -> list[Transform]:
     """nnU-Net's, with its order and probabilities (the defaults of the classes)."""
     c = setup.channels
-    thick = tuple(axis for axis in range(3) if setup.patch_size[axis] > 1)
     return [
         RandomNoise(),
-        RandomBlur(c, thick),
+        RandomBlur(c),
         RandomBrightness(c),
         RandomContrast(c),
         RandomLowResolution(c, axes),
