@@ -204,22 +204,23 @@ def test_a_deformation_comes_before_the_matrix():
 
 
 def test_an_elastic_grid_is_a_cubic_b_spline():
-    nodes = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 4, 5, 6)))
-    transform = RandomSpatial(PATCH, SPACING)
+    transform = RandomSpatial(PATCH, SPACING, SpatialSettings(elastic_spacing_mm=12))
+    nodes = transform.sample(1, _generator()).displacement_mm.shape[2:]
+    assert nodes == (6, 5, 5)  # 27, 16 and 14 mm, and what a spline needs at both ends
+    nodes = torch.from_numpy(np.random.default_rng(0).normal(size=(3, *nodes)))
     grid = transform._grid(
         _record([np.eye(3)], displacement=nodes[None].float()), 0, PATCH, (0, 0, 0), torch.zeros(1, dtype=torch.float64)
     )
 
-    def spline(values, size):
-        """Along the first axis, by scipy."""
-        spans = len(values) - 3
-        knots = np.arange(-3, len(values) + 1) / spans
-        return BSpline(knots, values, 3)((np.arange(size) + 0.5) / size)
+    def spline(values, size, spacing):
+        """Along the first axis, by scipy; nodes are 12 mm apart."""
+        knots = 12.0 * np.arange(-3, len(values) + 1)
+        return BSpline(knots, values, 3)((np.arange(size) + 0.5) * spacing)
 
     for axis in range(3):
         dense = nodes[axis].float().double().numpy()
-        for size in PATCH:  # each pass treats the first axis and moves it to the back
-            dense = np.moveaxis(spline(dense, size), 0, -1)
+        for size, spacing in zip(PATCH, SPACING, strict=True):  # each pass moves the axis that it treats to the back
+            dense = np.moveaxis(spline(dense, size, spacing), 0, -1)
         position = (grid[0, ..., 2 - axis].numpy() + 1) / 2 * PATCH[axis] * SPACING[axis]
         steps = (np.arange(PATCH[axis]) + 0.5) * SPACING[axis]
         assert np.allclose(position, dense + np.expand_dims(steps, [a for a in range(3) if a != axis]), atol=1e-6)
@@ -229,9 +230,10 @@ def test_an_elastic_grid_is_a_cubic_b_spline():
 @given(st.integers(0, 2**31))
 def test_space_never_folds(seed):
     patch, spacing = (12, 24, 24), (2.0, 1.0, 1.0)
-    strongest = dataclasses.replace(EVERYTHING, elastic_mm=(3.2, 3.2))
+    strongest = dataclasses.replace(EVERYTHING, elastic_mm=(6.0, 6.0), elastic_spacing_mm=15)  # 24 mm: 1.6 spans
     transform = RandomSpatial(patch, spacing, strongest)
     record = transform.sample(1, _generator(seed))
+    record = dataclasses.replace(record, displacement_mm=6.0 * record.displacement_mm.sign())  # the worst there is
     grid = transform._grid(record, 0, patch, (0, 0, 0), torch.zeros(1, dtype=torch.float64))[0].flip(-1).numpy()
     gradient = np.stack([np.stack(np.gradient(grid[..., a]), axis=-1) for a in range(3)], axis=-2)
     assert np.linalg.det(gradient).min() > 0

@@ -60,16 +60,15 @@ def low_resolution_matrix(size: int, scale: float) -> Tensor:
     return matrix
 
 
-def spline_matrix(size: int, nodes: int) -> Tensor:
+def spline_matrix(size: int, nodes: int, spans: float | None = None) -> Tensor:
     """(size, nodes): a uniform cubic B-spline over an axis, from its control values at ``nodes`` >= 4 points.
 
-    A single node is a constant.
+    The axis is ``spans`` node distances long, at most (and by default) ``nodes - 3``. A single node is a constant.
     """
     if nodes == 1:
         return torch.ones(size, 1, dtype=torch.float64)
-    spans = nodes - 3
-    position = (torch.arange(size, dtype=torch.float64) + 0.5) / size * spans
-    first = position.floor().clamp(max=spans - 1)
+    position = (torch.arange(size, dtype=torch.float64) + 0.5) / size * (spans or nodes - 3)
+    first = position.floor().clamp(max=nodes - 4)
     t = position - first
     basis = torch.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], dim=1) / 6
     columns = first.long()[:, None] + torch.arange(4)

@@ -31,7 +31,7 @@ class SpatialSettings:
         scale: lowest and highest; above 1 a larger field is squeezed into the patch, and objects get smaller.
         shear: largest displacement across an axis per length along it, to either side.
         elastic_mm: lowest and highest bound on the displacement of the elastic grid's nodes along an axis.
-        elastic_spacing_mm: distance between these nodes, at most.
+        elastic_spacing_mm: distance between these nodes.
         p_rotation, p_scale, p_shear, p_elastic: probabilities, each independent of the others.
         p_isotropic: of one scale for all axes, rather than one each.
         axes: along which voxels may move (0 = z, 1 = y, 2 = x): all three, or the two of a plane.
@@ -98,10 +98,9 @@ class RandomSpatial:
         self.patch_size = patch_size
         self.spacing_mm = tuple(float(s) for s in spacing_mm)
         self.settings = settings or SpatialSettings()
-        self._nodes = tuple(
-            math.ceil(n * s / self.settings.elastic_spacing_mm) + 3 if a in self.settings.axes else 1
-            for a, (n, s) in enumerate(zip(patch_size, self.spacing_mm, strict=True))
-        )
+        distance = self.settings.elastic_spacing_mm
+        self._spans = tuple(n * s / distance for n, s in zip(patch_size, self.spacing_mm, strict=True))
+        self._nodes = tuple(math.ceil(n) + 3 if a in self.settings.axes else 1 for a, n in enumerate(self._spans))
 
     @property
     def read_size(self) -> Size:
@@ -191,7 +190,7 @@ class RandomSpatial:
             torch.add(z * a + (y * b + offset[component]), x * c, out=grid[2 - component])
         if bool(record.deformed[element]):
             nodes = record.displacement_mm[element].to(like)
-            splines = [spline_matrix(n, m) for n, m in zip(self.patch_size, nodes.shape[1:], strict=True)]
+            splines = [spline_matrix(*axis) for axis in zip(self.patch_size, nodes.shape[1:], self._spans, strict=True)]
             moves = along_axes(nodes, splines)
             for component in range(3):
                 for source in self.settings.axes:
