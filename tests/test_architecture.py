@@ -35,7 +35,7 @@ def test_imports_go_one_way():
     wrong = []
     for position, layer in enumerate(ORDER):
         later = {f"ukbob_seg.{name}" for name in ORDER[position + 1 :]}
-        for path in (PACKAGE / layer).glob("*.py"):
+        for path in (PACKAGE / layer).rglob("*.py"):
             for name in _imports(path):
                 if any(name == x or name.startswith(x + ".") for x in later) and (layer, name) not in EXCEPTIONS:
                     wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
@@ -50,7 +50,7 @@ def test_the_exceptions_are_leaves():
 
 def test_light_folders_never_import_torch():
     for layer in ("dataset", "preprocessing", "filtering"):
-        for path in (PACKAGE / layer).glob("*.py"):
+        for path in (PACKAGE / layer).rglob("*.py"):
             if path != TORCH_TWIN:
                 names = _imports(path)
                 assert not any(name.split(".")[0] == "torch" for name in names), path

@@ -14,6 +14,14 @@ from ukbob_seg.networks.swin_unetr import SwinUNETR
 from ukbob_seg.preprocessing import resampling, resampling_torch
 from ukbob_seg.preprocessing.pipeline import plan_and_preprocess
 from ukbob_seg.preprocessing.planner import PlanOptions
+from ukbob_seg.training.augmentation import (
+    AugmentationSetup,
+    Batch,
+    RandomNoise,
+    augment,
+    make_transforms,
+    read_size,
+)
 from ukbob_seg.training.config import TrainingConfig
 from ukbob_seg.training.trainer import RunOptions, train
 
@@ -79,6 +87,31 @@ def test_deciding_on_the_device_never_holds_all_classes(rng):
     resampling_torch.logits_to_indices(logits, new)
     added = torch.cuda.max_memory_allocated() - before
     assert added < 0.25 * 4 * 40 * np.prod(new)
+
+
+@pytest.mark.parametrize("name", ["ukbob", "strong", "mri"])
+def test_augmentation_on_the_device_equals_the_cpu(name):
+    transforms = make_transforms(name, AugmentationSetup((24, 32, 32), (2.0, 1.0, 1.0), channels=2))
+    for transform in transforms:
+        if isinstance(transform, RandomNoise):
+            transform.probability = 0.0  # its draws are the device's own
+    size = read_size(transforms, (24, 32, 32))
+    image, labels = torch.randn(4, 2, *size), torch.randint(0, 9, (4, *size), dtype=torch.int32)
+    for seed in range(8):
+        expected = augment(Batch(image, labels), transforms, torch.Generator().manual_seed(seed))
+        found = augment(Batch(image.cuda(), labels.cuda()), transforms, torch.Generator().manual_seed(seed))
+        assert (found.image.cpu() - expected.image).abs().max() < 1e-3
+        assert (found.labels.cpu() == expected.labels).float().mean() > 0.999
+
+
+def test_noise_repeats_itself_on_the_device():
+    noise, batch = (
+        RandomNoise(probability=1.0),
+        Batch(torch.zeros(2, 1, 8, 8, 8).cuda(), torch.zeros(2, 8, 8, 8).cuda()),
+    )
+    one, two = (augment(batch, [noise], torch.Generator().manual_seed(3)).image for _ in range(2))
+    assert torch.equal(one, two)
+    assert one.std() > 0
 
 
 @pytest.mark.parametrize("network", ["swin_unetr", "plain_conv_unet"])

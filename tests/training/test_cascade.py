@@ -27,13 +27,22 @@ from ukbob_seg.preprocessing.preprocessor import preprocess
 from ukbob_seg.preprocessing.records import case_files, load_record
 from ukbob_seg.preprocessing.storage import open_array, save_array
 from ukbob_seg.training import cascade
-from ukbob_seg.training.augmentation import Batch, FlipRecord, RandomFlip, RandomIntensityShift, RandomRotate90
+from ukbob_seg.training.augmentation import (
+    Batch,
+    FlipRecord,
+    RandomFlip,
+    RandomIntensityShift,
+    RandomRotate90,
+    read_size,
+)
 from ukbob_seg.training.config import TrainingConfig
 from ukbob_seg.training.sampling import PatchDataset, PatchSettings, TrainingCase
+from ukbob_seg.training.setup import make_augmentation, prepare
 from ukbob_seg.training.trainer import RunOptions, train
 
 CONFIG = TrainingConfig(
-    epochs=1, iterations_per_epoch=2, learning_rate=1e-3, schedule="one_cycle", validation_every=1
+    epochs=1, iterations_per_epoch=2, learning_rate=1e-3, schedule="one_cycle", validation_every=1,
+    augmentation="strong",
 )  # fmt: skip
 QUIET = RunOptions(quiet=True)
 FLAT = {
@@ -112,6 +121,13 @@ def test_a_cascade_from_first_stage_to_prediction(roots, tmp_path):
     assert len(record["previous_stage"]["folds"]) == 5  # every trained fold of the first stage
 
 
+def test_slices_are_turned_in_their_plane(roots):
+    setup = prepare(7, "0", roots, CONFIG, "2d", "plain_conv_unet", True)
+    transforms = make_augmentation(setup, CONFIG, None)
+    assert read_size(transforms, setup.network.patch_size) == (1, 18, 18)
+    assert transforms[0].settings.axes == (1, 2)
+
+
 def test_a_2d_configuration_from_plans_to_prediction(roots, tmp_path):
     folder = train(7, 0, roots, CONFIG, QUIET, configuration="2d")
     assert folder.parent.name == "2d__plain_conv_unet"
@@ -184,9 +200,19 @@ def test_a_removed_part_is_never_a_large_one():
     assert max(parts) == 500
     for seed in range(10):
         changed = labels.copy()
-        cascade._remove_part(changed, 1, np.random.default_rng(seed))
+        cascade._remove_part(changed, 1, np.random.default_rng(seed), cascade.LARGEST_REMOVED * changed.size)
         assert changed[:5].all()
         assert not changed[9].any()
+
+
+@pytest.mark.parametrize(("patch_voxels", "removed"), [(None, True), (1000, True), (200, False)])
+def test_a_part_is_large_compared_with_the_patch_not_with_what_is_read(monkeypatch, patch_voxels, removed):
+    monkeypatch.setattr(cascade, "OPERATOR_PROBABILITY", 0.0)
+    monkeypatch.setattr(cascade, "REMOVAL_PROBABILITY", 1.0)
+    labels = np.zeros((10, 10, 10), np.uint8)
+    labels[:3, :4, :4] = 1  # 48 voxels
+    changed = cascade.augment_map(labels, np.random.default_rng(0), patch_voxels)
+    assert bool(changed.any()) is not removed
 
 
 def test_first_stage_maps_move_with_the_labels():

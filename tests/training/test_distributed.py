@@ -15,7 +15,7 @@ import torch
 
 from ukbob_seg.errors import ConfigError, DatasetError
 from ukbob_seg.training import distributed
-from ukbob_seg.training.augmentation import AugmentationSetup, Batch, augment, make_transforms
+from ukbob_seg.training.augmentation import AugmentationSetup, Batch, augment, make_transforms, read_size
 from ukbob_seg.training.checkpoint import read_checkpoint
 from ukbob_seg.training.losses import SigmoidDiceLoss, SoftmaxDiceLoss
 
@@ -131,22 +131,28 @@ def test_every_number_of_processes_reads_the_same_batches(roots, monkeypatch):
         assert torch.equal(torch.cat([part[name] for part in parts]), values)
 
 
-def test_each_element_is_augmented_as_in_one_process(monkeypatch):
-    transforms = make_transforms("ukbob", AugmentationSetup((8, 8, 8), (1.0, 1.0, 1.0)))
+@pytest.mark.parametrize("name", ["ukbob", "strong", "mri"])
+@pytest.mark.parametrize("channels", [2, 6])  # as many as elements: what is drawn per channel is not divided
+def test_each_element_is_augmented_as_in_one_process(name, channels, monkeypatch):
+    transforms = make_transforms(name, AugmentationSetup((8, 8, 8), (1.0, 1.0, 1.0), channels=channels))
+    size = read_size(transforms, (8, 8, 8))
     generator = torch.Generator().manual_seed(1)
-    batch = Batch(torch.rand(6, 2, 8, 8, 8, generator=generator), torch.randint(0, 3, (6, 8, 8, 8)))
-    for seed in range(5):
+    batch = Batch(
+        torch.rand(6, channels, *size, generator=generator), torch.randint(0, 3, (6, *size)), torch.ones(6, *size)
+    )
+    for seed in range(8):
         expected = augment(batch, transforms, torch.Generator().manual_seed(seed))
         ranks = _Ranks(monkeypatch, 3)
         for ranks.rank in range(3):
             mine = slice(2 * ranks.rank, 2 * ranks.rank + 2)
             part = augment(
-                Batch(batch.image[mine], batch.labels[mine]),
+                Batch(batch.image[mine], batch.labels[mine], batch.previous[mine]),
                 [distributed.PartOfBatch(transform) for transform in transforms],
                 torch.Generator().manual_seed(seed),
             )
             assert torch.equal(part.image, expected.image[mine])
             assert torch.equal(part.labels, expected.labels[mine])
+            assert torch.equal(part.previous, expected.previous[mine])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,11 +57,13 @@ def preprocessed(make_dataset, tmp_path):
     return tmp_path / "p" / "3d_fullres"
 
 
-def _dataset(folder, lookup=None, seed=5, batch_size=4, fraction=0.5):
+def _dataset(folder, lookup=None, seed=5, batch_size=4, fraction=0.5, read_size=None):
     from ukbob_seg.training.sampling import PatchDataset, PatchSettings, TrainingCase
 
     cases = [TrainingCase(f"blob_{i:03d}", lookup) for i in range(3)]
-    return PatchDataset(folder, cases, PatchSettings((16, 16, 16), batch_size, fraction, 255, seed))
+    return PatchDataset(
+        folder, cases, PatchSettings((16, 16, 16), batch_size, fraction, 255, seed, read_size=read_size)
+    )
 
 
 def test_a_step_is_the_same_in_every_process(preprocessed):
@@ -85,6 +87,24 @@ def test_the_foreground_share_of_a_batch(preprocessed):
     assert batch["image"].dtype == torch.float32
     assert (batch["labels"][:, 8, 8, 8] > 0).any()
     assert all((labels > 0).any() for labels in batch["labels"])
+
+
+def test_more_may_be_read_around_the_same_patches(preprocessed):
+    from ukbob_seg.training.augmentation import Batch, RandomSpatial, SpatialSettings, augment
+
+    nothing = RandomSpatial((16, 16, 16), (1, 1, 1), SpatialSettings(p_rotation=0, p_scale=0))
+    surroundings = 0
+    for step in range(4):
+        small = _dataset(preprocessed, batch_size=6, fraction=1.0)[step]
+        large = _dataset(preprocessed, batch_size=6, fraction=1.0, read_size=(25, 24, 40))[step]
+        assert large["image"].shape == (6, 1, 25, 24, 40)
+        cut = augment(Batch(large["image"], large["labels"]), [nothing], torch.Generator())
+        assert torch.equal(cut.image, small["image"])
+        assert torch.equal(cut.labels, small["labels"])
+        assert cut.image.is_contiguous()  # and the large one can be freed
+        assert bool((large["image"][..., 0] == 0).all())  # beyond the case, which is 28 voxels wide
+        surroundings += int((large["labels"][:, :4] > 0).sum())
+    assert surroundings > 0
 
 
 def test_flagged_classes_are_ignored_and_not_centred_on(preprocessed):

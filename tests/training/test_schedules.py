@@ -57,6 +57,7 @@ def test_nnunets_networks_get_nnunets_recipe(network, preset, pretrained):
     config = recipe(network, preset, pretrained)
     assert (config.optimizer, config.learning_rate, config.weight_decay) == ("sgd", 1e-2, 3e-5)
     assert (config.schedule, config.epochs, config.iterations_per_epoch) == ("poly", 1000, 250)
+    assert config.augmentation == "strong"
     assert (config.gradient_clip, config.foreground_fraction, config.loss) == (12.0, 0.33, "ce_dice")
 
 
@@ -65,6 +66,8 @@ def test_other_networks_get_their_preset_s_recipe():
     assert recipe("mine:Net", "nnunet").optimizer == "sgd"
     assert recipe("mine:Net", "default") == RECIPES["swin_unetr"]
     assert recipe("resenc_unet_l", "ukbob") == RECIPES["ukbob"]
+    assert recipe("resenc_unet_l", "ukbob").augmentation == "ukbob"
+    assert recipe("swin_unetr", "default").augmentation == "ukbob"
 
 
 def test_config_round_trip_and_validation():

@@ -122,6 +122,18 @@ def test_a_finished_run_can_be_extended(roots):
     assert _same(extended, _weights(straight))
 
 
+@pytest.mark.parametrize("augmentation", ["strong", "mri"])
+def test_every_set_trains_and_resumes_to_the_same_bits(roots, augmentation):
+    config = dataclasses.replace(CONFIG, schedule="constant", augmentation=augmentation)
+    whole = _weights(_train(roots, config))
+    again = dataclasses.replace(QUIET, overwrite=True)
+    _train(roots, dataclasses.replace(config, epochs=1), again)
+    folder = _train(roots, config, dataclasses.replace(QUIET, resume=True, loader_workers=1))
+    assert _same(_weights(folder), whole)
+    paper = _weights(_train(roots, dataclasses.replace(config, augmentation="ukbob"), again))
+    assert not _same(paper, whole)
+
+
 def test_resuming_is_refused_where_it_cannot_be_exact(roots):
     resume = dataclasses.replace(QUIET, resume=True)
     with pytest.raises(CheckpointError, match="nothing to resume"):
@@ -274,6 +286,8 @@ def test_not_preprocessed(roots):
 def test_the_recipe_follows_preset_and_flags(roots):
     assert choose_config(7, roots, "swin_unetr").epochs == 500
     assert choose_config(7, roots, "plain_conv_unet").optimizer == "sgd"
+    assert choose_config(7, roots, "plain_conv_unet").augmentation == "strong"
+    assert choose_config(7, roots, "plain_conv_unet", augmentation="ukbob").augmentation == "ukbob"
     assert choose_config(7, roots, "swin_unetr", learning_rate=0.5, seed=None).learning_rate == 0.5
     assert choose_config(7, roots, "swin_unetr", pretrained=True).warmup_epochs == 50
     assert choose_config(7, roots, "swin_unetr", pretrained=True, epochs=10).warmup_epochs == 0

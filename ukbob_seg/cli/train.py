@@ -208,7 +208,10 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--schedule", choices=("cosine_restarts", "cosine", "poly", "one_cycle", "constant"))
     recipe.add_argument("--warmup-epochs", type=int, metavar="N")
     recipe.add_argument("--loss", choices=("ce_dice", "bce_dice"), help="bce_dice is always used for regions")
-    recipe.add_argument("--augmentation", choices=("ukbob", "none"))
+    recipe.add_argument(
+        "--augmentation", choices=("ukbob", "strong", "mri", "none"),
+        help="transforms of patches: ukbob (the paper's), strong (nnU-Net's), mri (that and faults of MR images), none",
+    )  # fmt: skip
     recipe.add_argument(
         "--mirror-axes",
         type=int,

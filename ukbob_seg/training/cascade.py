@@ -130,7 +130,7 @@ def read_map(folder: Path, name: str) -> Any:
     return open_array(folder / f"{name}.b2nd")
 
 
-def augment_map(labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def augment_map(labels: np.ndarray, generator: np.random.Generator, patch_voxels: int | None = None) -> np.ndarray:
     """Make a first stage's map as imperfect as such maps are, in other ways at every step.
 
     With probability 0.4 every label grows, shrinks, opens or closes by a ball of 1 to 8 voxels, in random order; with
@@ -140,6 +140,7 @@ def augment_map(labels: np.ndarray, generator: np.random.Generator) -> np.ndarra
     Args:
         labels: (z, y, x) label indices, not changed.
         generator: decides.
+        patch_voxels: size of the patch that these labels will be cut down to, None when they are the patch.
 
     Returns:
         (z, y, x), same type.
@@ -152,7 +153,7 @@ def augment_map(labels: np.ndarray, generator: np.random.Generator) -> np.ndarra
     if generator.random() < REMOVAL_PROBABILITY:
         labels = labels.copy()
         for value in _present(labels):
-            _remove_part(labels, int(value), generator)
+            _remove_part(labels, int(value), generator, LARGEST_REMOVED * (patch_voxels or labels.size))
     return labels
 
 
@@ -195,11 +196,11 @@ def morphology(mask: np.ndarray, operator: str, radius: float) -> np.ndarray:
     return mask
 
 
-def _remove_part(labels: np.ndarray, value: int, generator: np.random.Generator) -> None:
+def _remove_part(labels: np.ndarray, value: int, generator: np.random.Generator, most_voxels: float) -> None:
     from scipy.ndimage import label as find_parts
 
     parts, count = find_parts(labels == value, np.ones((3, 3, 3)))
     sizes = np.bincount(parts.ravel(), minlength=count + 1)[1:]
-    small = np.flatnonzero(sizes < LARGEST_REMOVED * labels.size) + 1
+    small = np.flatnonzero(sizes < most_voxels) + 1
     if len(small):
         labels[parts == small[int(generator.integers(len(small)))]] = 0

@@ -12,7 +12,7 @@ from ukbob_seg.errors import ConfigError
 LOSSES = ("ce_dice", "bce_dice")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine_restarts", "cosine", "poly", "one_cycle", "constant")
-AUGMENTATIONS = ("ukbob", "none")
+AUGMENTATIONS = ("ukbob", "strong", "mri", "none")
 FLAGGED_LABELS = ("ignore", "marginal")
 
 
@@ -32,7 +32,7 @@ class TrainingConfig:
         restart_epochs: length of a cosine cycle.
         gradient_clip: largest norm of the gradient, 0 for none.
         foreground_fraction: share of each batch whose patch is centred on a labelled voxel.
-        augmentation: ``ukbob`` (the paper's set) or ``none``.
+        augmentation: ``ukbob`` (the paper's set), ``strong`` (nnU-Net's), ``mri`` (more, for MR images) or ``none``.
         mirror_axes: axes (0 = z, 1 = y, 2 = x) that augmentation flips, and that test-time flips may use.
         validation_every: epochs between validations.
         validation_cases: validate on the first so many cases, 0 for all.
@@ -148,7 +148,9 @@ RECIPES: dict[str, TrainingConfig] = {
     # Swin-BOB, PAPER 3 with the loss that fits exclusive labels.
     "swin_unetr": TrainingConfig(),
     # nnU-Net's own recipe for its own networks.
-    "nnunet": TrainingConfig(epochs=1000, optimizer="sgd", learning_rate=1e-2, weight_decay=3e-5, schedule="poly"),
+    "nnunet": TrainingConfig(
+        epochs=1000, optimizer="sgd", learning_rate=1e-2, weight_decay=3e-5, schedule="poly", augmentation="strong"
+    ),
     # PAPER 3 to the letter: BCE + Dice, 3000 epochs, a warm restart every 200.
     "ukbob": TrainingConfig(epochs=3000, loss="bce_dice", gradient_clip=0.0),
     # PAPER 3, fine-tuning.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,9 +37,18 @@ class TrainingCase:
 
 @dataclass(frozen=True)
 class PatchSettings:
-    """How patches are drawn; ``augment_previous`` is for the first stage's maps in a cascade.
+    """How patches are drawn.
 
-    Of each batch, process ``rank`` of ``ranks`` reads its part only.
+    Attributes:
+        patch_size: voxels (z, y, x) that the network sees; decides where patches lie.
+        batch_size: patches per step, of all processes together.
+        foreground_fraction: share of a batch that is centred on a labelled voxel.
+        ignore_index: label that is no foreground.
+        seed: decides everything.
+        rank: of the process, which reads its part of each batch only.
+        ranks: number of processes.
+        augment_previous: make the first stage's maps of a cascade worse.
+        read_size: voxels (z, y, x) that are read around the same centre, at least ``patch_size``; None for the same.
     """
 
     patch_size: tuple[int, int, int]
@@ -49,6 +59,7 @@ class PatchSettings:
     rank: int = 0
     ranks: int = 1
     augment_previous: bool = True
+    read_size: tuple[int, int, int] | None = None
 
 
 class PatchDataset(Dataset):
@@ -97,16 +108,18 @@ class PatchDataset(Dataset):
 
     def _patch(self, case: TrainingCase, generator: np.random.Generator, centred: bool) -> tuple[np.ndarray, ...]:
         images, labels, previous, locations = self._load(case)
-        start = choose_start(images.shape[1:], self._settings.patch_size, generator, locations if centred else {})
-        image = read_patch(images, start, self._settings.patch_size)
-        patch = read_patch(labels, start, self._settings.patch_size)
+        settings = self._settings
+        start = choose_start(images.shape[1:], settings.patch_size, generator, locations if centred else {})
+        start, size = widen(start, settings.patch_size, settings.read_size or settings.patch_size)
+        image = read_patch(images, start, size)
+        patch = read_patch(labels, start, size)
         if case.lookup is not None:
             patch = case.lookup[patch]
         if previous is None:
             return image, patch.astype(np.int32)
-        first_stage = read_patch(previous, start, self._settings.patch_size)
-        if self._settings.augment_previous:
-            first_stage = augment_map(first_stage, generator)
+        first_stage = read_patch(previous, start, size)
+        if settings.augment_previous:
+            first_stage = augment_map(first_stage, generator, math.prod(settings.patch_size))
         return image, patch.astype(np.int32), first_stage.astype(np.int32)
 
     def _load(self, case: TrainingCase) -> tuple[Any, Any, Any, dict[int, np.ndarray]]:
@@ -150,6 +163,17 @@ def choose_start(
         centre = voxels[int(generator.integers(len(voxels)))].astype(int)
         start = [int(np.clip(c - p // 2, a, b)) for c, p, a, b in zip(centre, patch_size, low, high, strict=True)]
     return start[0], start[1], start[2]
+
+
+def widen(
+    start: tuple[int, int, int], patch_size: tuple[int, int, int], read_size: tuple[int, int, int]
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """First voxel and size of a larger box in whose middle the patch lies.
+
+    The patch begins ``(read_size - patch_size) // 2`` voxels inside it, which is where ``RandomSpatial`` looks for it.
+    """
+    z, y, x = (s - (r - p) // 2 for s, p, r in zip(start, patch_size, read_size, strict=True))
+    return (z, y, x), read_size
 
 
 def read_patch(array: Any, start: tuple[int, int, int], patch_size: tuple[int, int, int]) -> np.ndarray:

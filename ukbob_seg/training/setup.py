@@ -297,6 +297,7 @@ def make_augmentation(setup: TrainingSetup, config: TrainingConfig, left_right_a
             mirror_axes=setup.description.mirror_axes,
             left_right_axis=left_right_axis,
             swap=swap,
+            channels=len(setup.spec.channel_names),
         ),
     )
 

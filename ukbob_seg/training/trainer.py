@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ukbob_seg.dataset.paths import Roots
 from ukbob_seg.errors import StoppedError, UkbobError
 from ukbob_seg.networks.pretrained import Pretrained
-from ukbob_seg.training.augmentation import Batch, Transform, augment
+from ukbob_seg.training.augmentation import Batch, Transform, augment, read_size
 from ukbob_seg.training.config import RunOptions, TrainingConfig
 from ukbob_seg.training.distributed import (
     PartOfBatch,
@@ -67,6 +67,7 @@ class Run:
         transforms: augmentation of this process's part of a batch.
         loss: of the outputs and the labels.
         stop: whether a signal asked for the end.
+        read_size: voxels (z, y, x) to read for a patch, None for the patch alone.
     """
 
     config: TrainingConfig
@@ -76,6 +77,7 @@ class Run:
     transforms: list[Transform]
     loss: Callable[..., torch.Tensor]
     stop: StopRequest
+    read_size: tuple[int, int, int] | None = None
 
 
 def train(
@@ -158,6 +160,7 @@ def _make_run(
     setup: TrainingSetup, config: TrainingConfig, options: RunOptions, state: TrainState, stop: StopRequest
 ) -> Run:
     transforms = make_augmentation(setup, config, setup.description.plans["left_right_axis"])
+    size = read_size(transforms, setup.network.patch_size)
     if world_size() > 1:
         transforms = [PartOfBatch(transform) for transform in transforms]
     model = spread(state.network, options.device, all_used=setup.description.network in ALL_USED)
@@ -168,7 +171,7 @@ def _make_run(
         f" x {config.accumulate}" if config.accumulate > 1 else "", state.epoch, config.epochs - 1,
         options.device if world_size() == 1 else f"{world_size()} processes",
     )  # fmt: skip
-    return Run(config, setup, options, model, transforms, make_loss(setup), stop)
+    return Run(config, setup, options, model, transforms, make_loss(setup), stop, size)
 
 
 def _progress_bar(run: Run, state: TrainState) -> tqdm:
@@ -193,6 +196,7 @@ def _batches(run: Run, state: TrainState) -> Iterator[tuple[int, Batch]]:
         rank=rank(),
         ranks=world_size(),
         augment_previous=config.augmentation != "none",
+        read_size=run.read_size,
     )
     patches = PatchDataset(setup.arrays, setup.train, settings, setup.previous)
     on_gpu = run.options.device.startswith("cuda")
