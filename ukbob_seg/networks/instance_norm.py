@@ -1,0 +1,88 @@
+"""Instance normalisation of maps whose channels lie together in memory (channels last), on CPUs.
+
+PyTorch has no kernel for it: it copies into another layout, or, as a group norm of single channels, adds up squares in
+float32 one after the other, which is wrong by 1e-3 for 96^3 voxels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class InstanceNorm(nn.InstanceNorm3d):
+    """``nn.InstanceNorm3d`` without running statistics, quick in both layouts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, d, h, w) -> the same shape and layout."""
+        if x.is_cuda or x.dtype != torch.float32 or not has_channels_last(x):
+            return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
+        return _Normalise.apply(x, self.weight, self.bias, self.eps)
+
+
+def has_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a voxel of (B, C, d, h, w) lie together, so that voxels are the rows of a matrix."""
+    return x.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+class _Normalise(torch.autograd.Function):
+    """Statistics by matrix products, then one pass over the map; the gradient likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        count = x[0, 0].numel()
+        mean = _sums(x) / count
+        variance = (_products(x, x) / count - mean.square()).clamp(min=0)
+        deviation = (variance + eps).sqrt()
+        scale = 1 / deviation if weight is None else weight / deviation
+        shift = -mean * scale if bias is None else bias - mean * scale
+        ctx.save_for_backward(x, weight, mean, deviation)
+        return torch.addcmul(_per_channel(shift), x, _per_channel(scale))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, deviation = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=torch.channels_last_3d)
+        count = x[0, 0].numel()
+        of_shift = _sums(gradient)
+        of_scale = (_products(gradient, x) - mean * of_shift) / deviation  # of the normalised map
+        # scale * (gradient - mean gradient - normalised map * its mean product with the gradient)
+        scale = 1 / deviation if weight is None else weight / deviation
+        of_x = -scale * of_scale / (count * deviation)
+        constant = -scale * of_shift / count - of_x * mean
+        result = torch.addcmul(_per_channel(constant), x, _per_channel(of_x))
+        result.addcmul_(gradient, _per_channel(scale))
+        if weight is None:
+            return result, None, None, None
+        return result, of_scale.sum(dim=0).to(weight.dtype), of_shift.sum(dim=0).to(weight.dtype), None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, C, d, h, w) with channels last -> (B, d, h w, C), a view."""
+    return x.permute(0, 2, 3, 4, 1).flatten(2, 3)
+
+
+def _sums(x: Tensor) -> Tensor:
+    """(B, C) float64 sums over voxels; slices are added up in float32."""
+    return _rows(x).sum(dim=2).sum(dim=1, dtype=torch.float64)
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """(B, C) float64 sums of x y over voxels.
+
+    The diagonal of a product of matrices, most of which is thrown away: at the memory's speed, where sums of products
+    by channel take three to five times as long.
+    """
+    a, b = _rows(x).flatten(0, 1), _rows(y).flatten(0, 1)  # (B d, h w, C)
+    diagonal = torch.bmm(a.transpose(1, 2), b).diagonal(dim1=1, dim2=2)
+    return diagonal.unflatten(0, (len(x), -1)).sum(dim=1, dtype=torch.float64)
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    """(B, C) -> (B, C, 1, 1, 1) float32, channels last."""
+    return values.float()[:, :, None, None, None]

@@ -1,0 +1,121 @@
+"""The convolutional half of Swin-UNETR: residual blocks, upsampling and the projection to the outputs.
+
+Names of submodules are MONAI's, so that state dicts agree. On a CPU, where maps have their channels last, the same
+numbers are computed along shorter ways; CUDA takes the plain ones.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ukbob_seg.networks.instance_norm import InstanceNorm, has_channels_last
+
+NEGATIVE_SLOPE = 0.01
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3x3 convolutions with InstanceNorm; the shortcut is a normalised 1x1x1 convolution where widths differ."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm_affine: bool) -> None:
+        super().__init__()
+        self.conv1 = named(nn.Conv3d(in_channels, out_channels, 3, padding=1, bias=False))
+        self.conv2 = named(nn.Conv3d(out_channels, out_channels, 3, padding=1, bias=False))
+        self.norm1 = InstanceNorm(out_channels, affine=norm_affine)
+        self.norm2 = InstanceNorm(out_channels, affine=norm_affine)
+        self.has_projection = in_channels != out_channels
+        if self.has_projection:
+            self.conv3 = named(nn.Conv3d(in_channels, out_channels, 1, bias=False))
+            self.norm3 = InstanceNorm(out_channels, affine=norm_affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, d, h, w) -> (B, out, d, h, w)."""
+        return self.after_convolutions(self.conv1(x), self.conv3(x) if self.has_projection else x)
+
+    def after_convolutions(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """The rest of the block, from the first convolution's result and the projected (or plain) input."""
+        shortcut = self.norm3(shortcut) if self.has_projection else shortcut
+        x = F.leaky_relu(self.norm1(x), NEGATIVE_SLOPE, inplace=True)
+        return F.leaky_relu(self.norm2(self.conv2(x)).add_(shortcut), NEGATIVE_SLOPE, inplace=True)
+
+
+class SkipBlock(nn.Module):
+    """A residual block on the way from encoder to decoder."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm_affine: bool) -> None:
+        super().__init__()
+        self.layer = ResidualBlock(in_channels, out_channels, norm_affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, d, h, w) -> (B, out, d, h, w)."""
+        return self.layer(x)
+
+
+class UpBlock(nn.Module):
+    """Double the resolution, append the skip connection, apply a residual block.
+
+    Upsampling and the convolution after it are both linear: at fine levels they are one transposed convolution, which
+    needs 64 products where the two need 216 and more, and no map of the upsampled or the appended channels.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, factor: int, norm_affine: bool) -> None:
+        super().__init__()
+        self.transp_conv = named(nn.ConvTranspose3d(in_channels, out_channels, factor, stride=factor, bias=False))
+        self.conv_block = ResidualBlock(2 * out_channels, out_channels, norm_affine)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """(B, in, d, h, w) and (B, out, 2d, 2h, 2w) -> (B, out, 2d, 2h, 2w)."""
+        if self._composing_pays(x):
+            return self.conv_block.after_convolutions(*self.composed(x, skip))
+        return self.conv_block(torch.cat((self.transp_conv(x), skip), dim=1))
+
+    def composed(self, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        """The block's first convolution and its projection, of the upsampled and appended map that is never made.
+
+        A point p of the result sees the upsampled point p + k - 1 through element k of the convolution (0 to 2), and
+        that is 2i + a for element a of the upsampling (0 or 1): so p = 2i + t - 1 with t = a - k + 2. Summed over the
+        channels between, elements with the same t are one element of a transposed convolution of 4 voxels, stride 2
+        and padding 1; it leaves out the same points as the zeros around the upsampled map do.
+        """
+        block, up = self.conv_block, self.transp_conv.conv.weight  # (in, out, 2, 2, 2)
+        of_up, of_skip = block.conv1.conv.weight.chunk(2, dim=1)
+        first = F.conv3d(skip, of_skip, padding=1)
+        first.add_(F.conv_transpose3d(x, F.conv3d(up, of_up, padding=2), stride=2, padding=1))
+        of_up, of_skip = block.conv3.conv.weight.chunk(2, dim=1)
+        shortcut = F.conv3d(skip, of_skip)
+        return first, shortcut.add_(F.conv_transpose3d(x, F.conv3d(up, of_up), stride=2))
+
+    def _composing_pays(self, x: Tensor) -> bool:
+        """Whether it saves more products than making the composed weights takes. Not tried on CUDA."""
+        into, out, *factor = self.transp_conv.conv.weight.shape
+        if x.is_cuda or factor != [2, 2, 2]:
+            return False
+        voxels = x.shape[0] * x.shape[2] * x.shape[3] * x.shape[4]
+        saved = voxels * (216 * out * out + 8 * into * out - 64 * into * out)
+        return saved > 27 * 8 * into * out * out
+
+
+def project(x: Tensor, convolution: nn.Conv3d) -> Tensor:
+    """A 1x1x1 convolution whose result has its voxels together, whatever the layout of its input.
+
+    Args:
+        x: (B, C, d, h, w).
+        convolution: C -> K, with a bias.
+
+    Returns:
+        (B, K, d, h, w), contiguous.
+    """
+    if x.is_cuda or not has_channels_last(x):
+        return convolution(x)
+    weight, bias = convolution.weight.flatten(1), convolution.bias
+    voxels = x.permute(0, 2, 3, 4, 1).flatten(1, 3)  # (B, N, C), a view
+    outputs = torch.baddbmm(bias[:, None], weight.expand(len(x), -1, -1), voxels.transpose(1, 2))
+    return outputs.view(len(x), len(weight), *x.shape[2:])
+
+
+def named(convolution: nn.Module) -> nn.Sequential:
+    """Wrap a convolution so that its parameters are called ``conv.*``, as in MONAI."""
+    return nn.Sequential(OrderedDict(conv=convolution))
