@@ -1,11 +1,11 @@
-"""What each transform does to a real case: one row of slices per transform, before and after, labels outlined.
+"""What each transform does to a real case: the slice in the middle, as it is and after each transform, labels outlined.
 
     python benchmarks/augmentation_pictures.py --image case_0000.nii.gz --labels case.nii.gz --output transforms.png
     python benchmarks/augmentation_pictures.py --image case_0000.nii.gz --set strong --draws 6 --output strong.png
 
 Without ``--set`` every transform of the set ``mri``, and the quarter turns of ``ukbob``, is shown alone and always
-applied, two to a line; with it whole sets are drawn as in training, with their probabilities. Several ``--image`` are
-channels; one is shown.
+applied; with it whole sets are drawn as in training, with their probabilities. Several ``--image`` are channels; one is
+shown.
 """
 
 from __future__ import annotations
@@ -71,26 +71,25 @@ def middle(image: np.ndarray, labels: np.ndarray, patch: tuple[int, int, int], r
     )
 
 
-def draw(rows: list[list[Panel]], axis: int, channel: int, path: Path) -> None:
+def draw(panels: list[Panel], columns: int, axis: int, channel: int, path: Path) -> None:
     """Save a grid of middle slices; grey values are those of the first panel."""
-    first = rows[0][0][1].image[0, channel]
+    first = panels[0][1].image[0, channel]
     low, high = np.quantile(first.numpy(), (0.002, 0.998))
-    widest = max(len(row) for row in rows)
     height, width = (n for a, n in enumerate(first.shape) if a != axis)
-    size = (2.4 * widest, (2.4 * height / width + 0.3) * len(rows))
-    figure, axes = plt.subplots(len(rows), widest, figsize=size, squeeze=False)
-    for line, row in zip(axes, rows, strict=True):
-        for place in line:
-            place.axis("off")
-        for place, (title, batch) in zip(line, row, strict=False):
-            index = batch.labels.shape[axis + 1] // 2
-            labels = batch.labels[0].select(axis, index).numpy()
-            place.imshow(batch.image[0, channel].select(axis, index), cmap="gray", vmin=low, vmax=high)
-            for value in np.unique(labels[labels > 0])[:40]:
-                place.contour(labels == value, levels=[0.5], colors=[plt.cm.tab20(int(value) % 20)], linewidths=0.6)
-            place.set_title(title, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    rows = -(-len(panels) // columns)
+    size = (2 * columns, (2 * height / width + 0.25) * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for place in axes.flat:
+        place.axis("off")
+    for place, (title, batch) in zip(axes.flat, panels, strict=False):
+        index = batch.labels.shape[axis + 1] // 2
+        labels = batch.labels[0].select(axis, index).numpy()
+        place.imshow(batch.image[0, channel].select(axis, index), cmap="gray", vmin=low, vmax=high, origin="lower")
+        for value in np.unique(labels[labels > 0])[:40]:
+            place.contour(labels == value, levels=[0.5], colors=[plt.cm.tab20(int(value) % 20)], linewidths=0.6)
+        place.set_title(title, fontsize=8, pad=2)
+    figure.tight_layout(pad=0.2)
+    figure.savefig(path, dpi=72)
     plt.close(figure)
 
 
@@ -100,7 +99,8 @@ def main() -> None:
     parser.add_argument("--labels", type=Path)
     parser.add_argument("--patch", type=int, nargs=3, default=(96, 96, 96), help="voxels (z, y, x), at most the case")
     parser.add_argument("--set", choices=("ukbob", "strong", "mri"), help="draw from whole sets")
-    parser.add_argument("--draws", type=int, default=4, help="pictures per row")
+    parser.add_argument("--draws", type=int, default=2, help="pictures of each transform, or of the set")
+    parser.add_argument("--columns", type=int, default=7)
     parser.add_argument("--axis", type=int, choices=(0, 1, 2), default=0, help="across which slices are cut")
     parser.add_argument("--channel", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
@@ -117,20 +117,21 @@ def main() -> None:
     before = middle(image, labels, patch, patch)
     surroundings = read_size(make_transforms("mri", setup), patch)  # as in training, also for a lone shear
 
-    def row(name: str, transforms: list[Transform]) -> list[Panel]:
+    def panels_of(name: str, transforms: list[Transform]) -> list[Panel]:
         spatial = isinstance(transforms[0], RandomSpatial)
         source = middle(image, labels, patch, surroundings if spatial else patch)
         seeds = range(options.seed, options.seed + options.draws)
-        panels = [augment(source, transforms, torch.Generator().manual_seed(seed)) for seed in seeds]
-        return [("as it is", before), *((name, panel) for panel in panels)]
+        return [(name, augment(source, transforms, torch.Generator().manual_seed(seed))) for seed in seeds]
 
+    panels: list[Panel] = [("as it is", before)]
     if options.set:
-        rows = [row(options.set, make_transforms(options.set, setup))]
+        panels += panels_of(options.set, make_transforms(options.set, setup))
     else:
         turns = [t for t in make_transforms("ukbob", setup) if isinstance(t, RandomRotate90)]
-        rows = [row(name, [one]) for t in [*make_transforms("mri", setup), *turns] for name, one in always(t)]
-        rows = [[panel for part in rows[i : i + 2] for panel in part] for i in range(0, len(rows), 2)]
-    draw(rows, options.axis, options.channel, options.output)
+        for transform in [*make_transforms("mri", setup), *turns]:
+            for name, one in always(transform):
+                panels += panels_of(name, [one])
+    draw(panels, options.columns, options.axis, options.channel, options.output)
     print(f"pictures -> {options.output}")
 
 

@@ -24,6 +24,7 @@ from ukbob_seg.training.augmentation import (
     RandomGamma,
     RandomGhosting,
     RandomGibbs,
+    RandomIntensityShift,
     RandomLowResolution,
     RandomNoise,
     augment,
@@ -314,3 +315,29 @@ def test_the_strong_set_is_nnunets():
     assert brightness.factor == contrast.factor == (0.75, 1.25)
     assert (low.scale, low.channel_probability) == ((0.5, 1), 0.5)
     assert (inverse.inverted, gamma.inverted, inverse.power, gamma.power) == (True, False, (0.7, 1.5), (0.7, 1.5))
+
+
+@pytest.mark.parametrize("name", ["ukbob", "strong", "mri"])
+@pytest.mark.parametrize("elements", [1, 2])
+def test_an_image_is_overwritten_only_where_it_may_be(name, elements, batch):
+    """The same numbers either way, and no other change to what was given."""
+    batch = Batch(batch.image[:elements], batch.labels[:elements], batch.previous[:elements])
+    transforms = make_transforms(name, AugmentationSetup(SIZE, (1.0, 1.0, 1.0), channels=3))
+    for transform in transforms:
+        transform.probability = 1.0  # those of RandomSpatial are in its settings
+    for seed in range(4):
+        before = [t.clone() for t in (batch.image, batch.labels, batch.previous)]
+        expected = augment(batch, transforms, _generator(seed))
+        assert all(torch.equal(a, b) for a, b in zip(before, (batch.image, *batch.label_maps()), strict=True))
+        owned = dataclasses.replace(batch, image=batch.image.clone(), owned=True)
+        found = augment(owned, transforms, _generator(seed))
+        assert expected.owned
+        assert torch.equal(found.image, expected.image)
+        assert all(torch.equal(a, b) for a, b in zip(before[1:], batch.label_maps(), strict=True))
+
+
+def test_what_may_be_overwritten_is(batch):
+    owned = dataclasses.replace(batch, owned=True)
+    shifted = augment(owned, [RandomIntensityShift(probability=1.0)], _generator())
+    assert shifted.image.data_ptr() == batch.image.data_ptr()
+    assert augment(batch, [RandomIntensityShift(probability=0.0)], _generator()) is batch

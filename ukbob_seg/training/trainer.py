@@ -204,10 +204,8 @@ def _batches(run: Run, state: TrainState) -> Iterator[tuple[int, Batch]]:
     first = (state.epoch * config.iterations_per_epoch + state.step) * config.accumulate
     last = config.epochs * config.iterations_per_epoch * config.accumulate
     for number, arrays in enumerate(make_loader(patches, first, last, workers, pin=on_gpu), start=first):
-        yield (
-            number,
-            Batch(**{name: array.to(run.options.device, non_blocking=True) for name, array in arrays.items()}),
-        )
+        on_device = {name: array.to(run.options.device, non_blocking=True) for name, array in arrays.items()}
+        yield number, Batch(**on_device, owned=True)
 
 
 def _run_epoch(run: Run, state: TrainState, batches: Iterator[tuple[int, Batch]], bar: tqdm) -> None:

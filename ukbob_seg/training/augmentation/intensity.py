@@ -5,7 +5,7 @@ Parameters with "nnU-Net" are what version 2 of it does (nnunetv2 2.8.1, batchge
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class RandomIntensityShift:
         if not bool(record.value.any()):
             return batch
         offset = record.value.to(batch.image).view(-1, 1, 1, 1, 1)
-        return replace(batch, image=batch.image + offset)
+        return batch.with_image(batch.writable_image().add_(offset))
 
 
 class RandomIntensityScale:
@@ -55,7 +55,7 @@ class RandomIntensityScale:
         if not bool(record.value.any()):
             return batch
         factor = 1 + record.value.to(batch.image).view(-1, 1, 1, 1, 1)
-        return replace(batch, image=batch.image * factor)
+        return batch.with_image(batch.writable_image().mul_(factor))
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class RandomBrightness:
         if not bool(record.chosen.any()):
             return batch
         factor = torch.where(record.chosen, record.value, 1.0)
-        return replace(batch, image=batch.image * factor.to(batch.image)[:, :, None, None, None])
+        return batch.with_image(batch.writable_image().mul_(factor.to(batch.image)[:, :, None, None, None]))
 
 
 class RandomContrast:
@@ -115,7 +115,7 @@ class RandomContrast:
             factor = float(record.value[element, index])
             return (channel * factor).add_(mean * (1 - factor)).clamp_(low, high)
 
-        return replace(batch, image=change_channels(batch.image, record.chosen, stretch))
+        return change_channels(batch, record.chosen, stretch)
 
 
 class RandomGamma:
@@ -154,7 +154,7 @@ class RandomGamma:
             gain = wanted / deviation.clamp_min(SMALLEST_RANGE) * (-1 if self.inverted else 1)
             return share.mul_(gain).add_(wanted_mean - mean * gain)
 
-        return replace(batch, image=change_channels(batch.image, record.chosen, bend))
+        return change_channels(batch, record.chosen, bend)
 
 
 @dataclass(frozen=True)
@@ -192,12 +192,12 @@ class RandomNoise:
         noisy = record.deviation.nonzero().flatten().tolist()
         if not noisy:
             return batch
-        image = batch.image.clone()
+        image = batch.writable_image()
         for element in noisy:
             source = torch.Generator(image.device).manual_seed(int(record.seed[element]))
             noise = torch.empty_like(image[element]).normal_(0, float(record.deviation[element]), generator=source)
             image[element] += noise
-        return replace(batch, image=image)
+        return batch.with_image(image)
 
 
 def _uniform(batch_size: int, width: float, probability: float, generator: torch.Generator) -> Tensor:

@@ -7,7 +7,7 @@ signal, the signal is taken from there. A patch stands for the whole field of vi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,13 +51,13 @@ class RandomBiasField:
         chosen = record.chosen.nonzero().flatten().tolist()
         if not chosen:
             return batch
-        image = batch.image.clone()
+        image = batch.writable_image()
         for element in chosen:
             nodes = record.log_field[element].to(image)
             splines = [spline_matrix(n, m) for n, m in zip(image.shape[2:], nodes.shape, strict=True)]
-            lowest = batch.image[element].amin(dim=(1, 2, 3), keepdim=True)
+            lowest = image[element].amin(dim=(1, 2, 3), keepdim=True)
             image[element].sub_(lowest).mul_(along_axes(nodes, splines).exp_()).add_(lowest)
-        return replace(batch, image=image)
+        return batch.with_image(image)
 
 
 @dataclass(frozen=True)
@@ -168,9 +168,7 @@ class RandomChannelDropout:
 
     def apply(self, batch: Batch, record: ChannelDropoutRecord) -> Batch:
         """Blank."""
-        return replace(
-            batch, image=change_channels(batch.image, record.dropped, lambda channel, *_: torch.zeros_like(channel))
-        )
+        return change_channels(batch, record.dropped, lambda channel, *_: torch.zeros_like(channel))
 
 
 def long_axes(patch_size: Sequence[int]) -> tuple[int, ...]:
@@ -200,7 +198,6 @@ def _each(
     """Change all channels of the chosen elements along their axes."""
     chosen = record.chosen[:, None].expand(batch.image.shape[:2])
     chosen_axes = record.axis.tolist()
-    image = change_channels(
-        batch.image, chosen, lambda channel, element, _: change(element, axes[chosen_axes[element]], channel)
+    return change_channels(
+        batch, chosen, lambda channel, element, _: change(element, axes[chosen_axes[element]], channel)
     )
-    return replace(batch, image=image)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class RandomBlur:
                 channel, [blur_matrix(n, s) if n > 1 else None for n, s in zip(channel.shape, sigma, strict=True)]
             )
 
-        return replace(batch, image=change_channels(batch.image, record.chosen, blur))
+        return change_channels(batch, record.chosen, blur)
 
 
 class RandomLowResolution:
@@ -100,4 +100,4 @@ class RandomLowResolution:
                 channel, [low_resolution_matrix(sizes[a], scale[a]) if a in self.axes else None for a in range(3)]
             )
 
-        return replace(batch, image=change_channels(batch.image, record.chosen, coarsen))
+        return change_channels(batch, record.chosen, coarsen)
