@@ -23,6 +23,7 @@ from ukbob_seg.training.augmentation import (
     read_size,
 )
 from ukbob_seg.training.config import TrainingConfig
+from ukbob_seg.training.prefetch import to_device
 from ukbob_seg.training.trainer import RunOptions, train
 
 pytestmark = [
@@ -139,6 +140,16 @@ def test_train_predict_and_adapt(make_dataset, tmp_path, network):
         adapted = predictor.predict_array(image, geometry)
     assert adapted.etta[0]["adapted_parameters"] > 0
     assert json.dumps(adapted.etta)
+
+
+def test_batches_reach_the_device_unchanged_while_others_are_used():
+    loader = [{"image": torch.full((2, 4, 96, 96, 96), float(n)).pin_memory()} for n in range(6)]
+    loader = [{**arrays, "labels": torch.full((2, 96, 96, 96), n).pin_memory()} for n, arrays in enumerate(loader)]
+    for n, batch in enumerate(to_device(loader, "cuda")):
+        for _ in range(3):  # memory of a freed batch must not be overwritten by the copy of the next
+            batch.image.mul_(2)
+        assert torch.equal(batch.image.cpu(), loader[n]["image"] * 8)
+        assert torch.equal(batch.labels.cpu(), loader[n]["labels"])
 
 
 def test_resume_on_the_device(make_dataset, tmp_path):

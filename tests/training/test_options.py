@@ -147,7 +147,7 @@ def test_checkpoints_from_before_these_options(roots):
     folder = _train(roots, config)
     straight = dataclasses.replace(config, epochs=5)
     content = torch.load(folder / "checkpoint_final.pt", weights_only=True)
-    for key in ("step", "loss_sum", "counted", "seconds", "bad_steps"):
+    for key in ("step", "loss_sum", "counted", "seconds", "data_seconds", "bad_steps"):
         del content[key]
     for key in ("accumulate", "ema", "early_stopping"):
         del content["config"][key]

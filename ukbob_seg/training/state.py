@@ -47,6 +47,7 @@ class TrainState:
     loss_sum: float | torch.Tensor = 0.0  # over the epoch's steps that counted
     counted: int = 0
     seconds: float = 0.0  # of the running epoch
+    waited: float = 0.0  # of these, until patches were there
     bad_steps: int = 0  # in a row, without a finite loss and gradient
     best_dice: float = -math.inf
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -74,6 +75,7 @@ class TrainState:
             "learning_rate": learning_rate(config, self.epoch * config.iterations_per_epoch),
             "train_loss": self.mean_loss(),
             "seconds": self.seconds,
+            "data_seconds": self.waited,
         }
         if score is not None:
             row["val_mean_dice"], row["val_dice"] = score.mean, list(score.per_class)
@@ -82,7 +84,7 @@ class TrainState:
             self.best_dice = score.mean
         self.history.append(row)
         self.epoch += 1
-        self.step, self.loss_sum, self.counted, self.seconds = 0, 0.0, 0, 0.0
+        self.step, self.loss_sum, self.counted, self.seconds, self.waited = 0, 0.0, 0, 0.0, 0.0
         return improved
 
 
@@ -172,7 +174,8 @@ def restore(state: TrainState, setup: TrainingSetup, config: TrainingConfig, pat
     state.optimizer.load_state_dict(content["optimizer_state"])
     state.history, state.best_dice = json.loads(content["history"]), content["best_dice"]
     state.loss_sum, state.counted = content.get("loss_sum", 0.0), content.get("counted", 0)
-    state.seconds, state.bad_steps = content.get("seconds", 0.0), content.get("bad_steps", 0)
+    state.seconds, state.waited = content.get("seconds", 0.0), content.get("data_seconds", 0.0)
+    state.bad_steps = content.get("bad_steps", 0)
     log.info("resuming at step %d of epoch %d", state.step, state.epoch)
 
 
@@ -229,6 +232,7 @@ def _training_state(state: TrainState, setup: TrainingSetup, config: TrainingCon
         "loss_sum": float(state.loss_sum),
         "counted": state.counted,
         "seconds": state.seconds,
+        "data_seconds": state.waited,
         "bad_steps": state.bad_steps,
         "best_dice": state.best_dice,
         "history": json.dumps(state.history),

@@ -32,6 +32,7 @@ from ukbob_seg.training.distributed import (
 )
 from ukbob_seg.training.ema import averaged
 from ukbob_seg.training.finetune import PretrainedOptions, read_weights
+from ukbob_seg.training.prefetch import to_device
 from ukbob_seg.training.progress import scalar_log
 from ukbob_seg.training.sampling import PatchDataset, PatchSettings, make_loader
 from ukbob_seg.training.schedules import learning_rate
@@ -203,9 +204,8 @@ def _batches(run: Run, state: TrainState) -> Iterator[tuple[int, Batch]]:
     workers = run.options.loader_workers if run.options.loader_workers is not None else (4 if on_gpu else 0)
     first = (state.epoch * config.iterations_per_epoch + state.step) * config.accumulate
     last = config.epochs * config.iterations_per_epoch * config.accumulate
-    for number, arrays in enumerate(make_loader(patches, first, last, workers, pin=on_gpu), start=first):
-        on_device = {name: array.to(run.options.device, non_blocking=True) for name, array in arrays.items()}
-        yield number, Batch(**on_device, owned=True)
+    loader = make_loader(patches, first, last, workers, pin=on_gpu)
+    yield from enumerate(to_device(loader, run.options.device), start=first)
 
 
 def _run_epoch(run: Run, state: TrainState, batches: Iterator[tuple[int, Batch]], bar: tqdm) -> None:
@@ -237,7 +237,9 @@ def _train_step(run: Run, state: TrainState, batches: Iterator[tuple[int, Batch]
     state.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=run.options.device)
     for part in range(config.accumulate):
+        asked = time.perf_counter()
         number, batch = next(batches)
+        state.waited += time.perf_counter() - asked
         seed = config.seed * 1_000_003 + number  # a resumed run draws what the uninterrupted one would have drawn
         torch.manual_seed(seed + 500_000_003 * rank())  # dropout draws from the global generator
         batch = augment(batch, run.transforms, torch.Generator().manual_seed(seed))
