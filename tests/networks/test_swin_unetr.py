@@ -42,7 +42,7 @@ def _outputs_and_gradients(network, image):
     """Output, and by name the gradients of the input and of all parameters, for a loss that tells voxels apart."""
     image = image.clone().requires_grad_()
     output = network(image)
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
     gradients = torch.autograd.grad((output * weights).sum(), [image, *network.parameters()])
     return output.detach(), dict(zip(["image", *dict(network.named_parameters())], gradients, strict=True))
 
@@ -62,30 +62,48 @@ def _as_before_the_fix(self, x):
     return self.reduction(self.norm(torch.cat(parts, -1)))
 
 
-@pytest.mark.parametrize(
-    ("shape", "options"),
-    [
-        # Windows of 7 divide no map; those of stage 3 are cut to 4 along two axes; stage 4 is smaller than a window.
-        ((1, 1, 64, 64, 128), {}),
-        ((1, 4, 32, 64, 64), {"in_channels": 4, "out_channels": 5, "feature_size": 24, "norm_affine": True}),
-        ((2, 2, 32, 32, 128), {"in_channels": 2, "out_channels": 2, "patch_merging": "legacy"}),
-        ((1, 1, 64, 64, 64), {"out_channels": 2, "window_size": 4}),  # divides the maps
-        ((1, 3, 96, 32, 64), {"in_channels": 3, "out_channels": 1, "depths": (1, 2, 3, 2), "num_heads": (2, 4, 6, 8),
-                              "mlp_ratio": 2.0, "qkv_bias": False}),
-    ],
-    ids=["several_windows", "affine", "legacy", "dividing", "depths"],
-)  # fmt: skip
-def test_output_and_gradients_equal_monai(shape, options, monkeypatch):
-    ours, reference = _pair(**options)
+# Windows of 7, 6 and 5 divide no map and are padded, or cut where a map is smaller; those of 4 divide the maps.
+CONFIGURATIONS = {
+    "default": ((1, 1, 32, 32, 96), {}),
+    "affine": ((1, 4, 32, 96, 32), {"in_channels": 4, "out_channels": 5, "feature_size": 24, "norm_affine": True,
+                                    "window_size": 5}),
+    "legacy": ((2, 2, 32, 64, 64), {"in_channels": 2, "out_channels": 2, "patch_merging": "legacy", "window_size": 6}),
+    "dividing": ((1, 1, 64, 64, 32), {"out_channels": 2, "window_size": 4}),
+    "depths": ((1, 3, 96, 32, 32), {"in_channels": 3, "out_channels": 1, "depths": (1, 2, 3, 2),
+                                    "num_heads": (2, 4, 6, 8), "mlp_ratio": 2.0, "qkv_bias": False, "window_size": 5}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_output_and_gradients_equal_monai(name, monkeypatch):
+    """In float32 the output; in float64 the gradients too.
+
+    Rounding puts a few activations on the other side of a leaky ReLU's kink, so that single gradients jump in float32.
+    """
+    shape, options = CONFIGURATIONS[name]
     if options.get("patch_merging") == "legacy":
         monkeypatch.setattr("monai.networks.nets.swin_unetr.PatchMerging.forward", _as_before_the_fix)
+    ours, reference = _pair(**options)
     image = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    expected, expected_gradients = _outputs_and_gradients(reference, image)
-    found, gradients = _outputs_and_gradients(ours, image)
-    _assert_close(found, expected, 1e-4, "output")
+    with torch.no_grad():
+        _assert_close(ours(image), reference(image), 1e-4, "output in float32")
+    expected, expected_gradients = _outputs_and_gradients(reference.double(), image.double())
+    found, gradients = _outputs_and_gradients(ours.double(), image.double())
+    _assert_close(found, expected, 1e-10, "output")
     assert gradients.keys() == expected_gradients.keys()
-    for name, gradient in gradients.items():
-        _assert_close(gradient, expected_gradients[name], 1e-3, name)
+    for key, gradient in gradients.items():
+        _assert_close(gradient, expected_gradients[key], 1e-8, key)
+
+
+def test_gradients_in_float32_equal_monais_but_for_kinks():
+    shape, options = CONFIGURATIONS["dividing"]
+    ours, reference = _pair(**options)
+    image = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    expected = _outputs_and_gradients(reference, image)[1]
+    found = _outputs_and_gradients(ours, image)[1]
+    errors = [(found[key] - value).abs().max() / value.abs().max() for key, value in expected.items()]
+    assert torch.stack(errors).median() <= 1e-3
+    assert max(errors) <= 0.2
 
 
 def test_legacy_merging_is_monais_of_before_the_fix():
@@ -177,7 +195,7 @@ def test_checkpointing_changes_nothing():
     plain, _ = _pair()
     saving = SwinUNETR(1, 3, feature_size=12, norm_affine=False, use_checkpoint=True)
     saving.load_state_dict(plain.state_dict())
-    image = torch.randn(1, 1, 32, 64, 64)
+    image = torch.randn(1, 1, 32, 32, 64)
     expected, expected_gradients = _outputs_and_gradients(plain, image)
     found, gradients = _outputs_and_gradients(saving, image)
     _assert_close(found, expected, 1e-5, "output")
