@@ -15,6 +15,7 @@ from ukbob_seg.inference import export
 from ukbob_seg.inference.etta import EttaConfig
 from ukbob_seg.inference.predict import find_jobs, predict
 from ukbob_seg.inference.predictor import PredictionSettings, Predictor
+from ukbob_seg.networks import compiled
 from ukbob_seg.preprocessing.normalization import ChannelNormalization
 from ukbob_seg.preprocessing.plans import ConfigurationPlan, NetworkPlan, Plans
 from ukbob_seg.preprocessing.storage import open_array
@@ -147,6 +148,18 @@ def test_settings_do_not_change_a_perfect_network(settings):
     result = _predictor(settings).predict_array(image, Geometry((22, 31, 27), (1.0, 1.0, 1.0)))
     assert np.array_equal(result.labels, _truth(image))
     assert bool(result.etta) == (settings.etta is not None)
+
+
+@pytest.mark.parametrize("etta", [None, EttaConfig(steps=2)])
+def test_compiled_networks_predict_the_same(monkeypatch, caplog, etta):
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    image = _blobs((22, 31, 27))
+    with _predictor(PredictionSettings(etta=etta, compile=True)) as predictor:
+        for _ in range(2):  # ETTA changes the weights in place, and back
+            result = predictor.predict_array(image, Geometry((22, 31, 27), (1.0, 1.0, 1.0)))
+            assert np.array_equal(result.labels, _truth(image))
+    assert not any("could not be compiled" in record.getMessage() for record in caplog.records)
 
 
 def test_regions_are_written_in_order():

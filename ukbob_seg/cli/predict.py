@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         tta=arguments.tta,
         etta=etta if arguments.etta else None,
         window_batch=arguments.window_batch,
+        compile=arguments.compile,
     )
     folder = arguments.model or model_folder(
         roots.results, arguments.dataset, arguments.configuration, arguments.network
@@ -78,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--window-batch", type=int, default=1, metavar="N", help="windows per forward pass (default: 1)"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the network, for many cases; as it is where that fails"
     )
     parser.add_argument(
         "--save-probabilities", action="store_true", help="also write CASE_probabilities.b2nd (float16)"

@@ -104,6 +104,7 @@ def _prepare(arguments: argparse.Namespace) -> _Run:
         pretrained_dataset=arguments.pretrained_dataset,
         pretrained_merging=arguments.pretrained_merging,
         tensorboard=arguments.tensorboard,
+        compile=arguments.compile,
         stop_on_signals=True,
     )
     folds = options_per_fold(arguments.dataset, arguments.fold, roots, options, arguments.configuration, network)
@@ -190,6 +191,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--no-filter", action="store_true", help="ignore the flags of ukbob_filter")
     run.add_argument("--no-validation", action="store_true", help="do not predict the validation cases at the end")
     run.add_argument("--tensorboard", action="store_true", help="write curves for TensorBoard as well")
+    run.add_argument(
+        "--compile", action="store_true",
+        help="torch.compile the network: a slow first step for faster ones; as it is where that fails",
+    )  # fmt: skip
     run.add_argument("--loader-workers", type=int, metavar="N", help="processes that read patches (CPU: 0, GPU: 4)")
     run.add_argument("--threads", type=int, metavar="N", help="CPU threads for the network (default: all)")
     _add_recipe(parser)

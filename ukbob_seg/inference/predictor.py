@@ -21,6 +21,7 @@ from ukbob_seg.inference.etta import EttaConfig, OutputMeaning, adapted
 from ukbob_seg.inference.export import decide, decide_resampled, save_probabilities, to_file_values
 from ukbob_seg.inference.passes import AveragedPasses, Mirroring
 from ukbob_seg.inference.sliding_window import WindowSettings, predict_logits, segment
+from ukbob_seg.networks.compiled import maybe_compiled
 from ukbob_seg.preprocessing.preprocessor import CaseProperties, preprocess_image, preprocess_labels
 from ukbob_seg.training.checkpoint import NAMES, ModelDescription, load_network
 from ukbob_seg.training.setup import label_swap, output_swap
@@ -38,12 +39,15 @@ class PredictionSettings:
         tta: average over flips along the axes that training mirrored.
         etta: adapt to each case, or None.
         window_batch: windows per forward pass.
+        compile: call the networks through ``torch.compile``; as they are, with a warning, where that fails. ETTA adapts
+            the networks as they are.
     """
 
     step: float = 0.5
     tta: bool = False
     etta: EttaConfig | None = None
     window_batch: int = 1
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.step <= 1:
@@ -103,6 +107,7 @@ class Predictor:
         self.plans = description.parsed_plans()
         self.configuration = self.plans.configuration(description.configuration)
         self._networks = list(networks)
+        self._called = [maybe_compiled(network, self.settings.compile) for network in self._networks]
         network_plan = self.configuration.network(description.network)
         self._windows = WindowSettings(
             network_plan.patch_size, self.settings.step, self.settings.window_batch, self.configuration.slice_axis
@@ -229,6 +234,7 @@ class Predictor:
     def close(self) -> None:
         """Let go of the networks and their memory."""
         self._networks.clear()
+        self._called.clear()
         if self._previous_stage is not None:
             self._previous_stage.close()
         if self.device.startswith("cuda"):
@@ -249,7 +255,7 @@ class Predictor:
                 stack.enter_context(adapted(network, image, self._windows, meaning, self.settings.etta)).to_json()
                 for network in (self._networks if self.settings.etta is not None else [])
             ]
-            yield self._networks, records
+            yield self._called, records
 
     def _decide(
         self,

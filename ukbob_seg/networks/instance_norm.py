@@ -19,7 +19,7 @@ class InstanceNorm(nn.InstanceNorm3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, d, h, w) -> the same shape and layout."""
-        if x.is_cuda or x.dtype != torch.float32 or not has_channels_last(x):
+        if x.is_cuda or x.dtype not in (torch.float32, torch.float64) or not has_channels_last(x):
             return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
         return _Normalise.apply(x, self.weight, self.bias, self.eps)
 
@@ -41,7 +41,7 @@ class _Normalise(torch.autograd.Function):
         scale = 1 / deviation if weight is None else weight / deviation
         shift = -mean * scale if bias is None else bias - mean * scale
         ctx.save_for_backward(x, weight, mean, deviation)
-        return torch.addcmul(_per_channel(shift), x, _per_channel(scale))
+        return torch.addcmul(_per_channel(shift, x), x, _per_channel(scale, x))
 
     @staticmethod
     @once_differentiable
@@ -55,8 +55,8 @@ class _Normalise(torch.autograd.Function):
         scale = 1 / deviation if weight is None else weight / deviation
         of_x = -scale * of_scale / (count * deviation)
         constant = -scale * of_shift / count - of_x * mean
-        result = torch.addcmul(_per_channel(constant), x, _per_channel(of_x))
-        result.addcmul_(gradient, _per_channel(scale))
+        result = torch.addcmul(_per_channel(constant, x), x, _per_channel(of_x, x))
+        result.addcmul_(gradient, _per_channel(scale, x))
         if weight is None:
             return result, None, None, None
         return result, of_scale.sum(dim=0).to(weight.dtype), of_shift.sum(dim=0).to(weight.dtype), None
@@ -83,6 +83,6 @@ def _products(x: Tensor, y: Tensor) -> Tensor:
     return diagonal.unflatten(0, (len(x), -1)).sum(dim=1, dtype=torch.float64)
 
 
-def _per_channel(values: Tensor) -> Tensor:
-    """(B, C) -> (B, C, 1, 1, 1) float32, channels last."""
-    return values.float()[:, :, None, None, None]
+def _per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """(B, C) -> (B, C, 1, 1, 1) of the map's type."""
+    return values.to(like.dtype)[:, :, None, None, None]

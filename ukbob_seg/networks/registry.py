@@ -67,9 +67,10 @@ def _build_plain(name: str, in_channels: int, out_channels: int, arguments: Mapp
 
 def set_deep_supervision(network: nn.Module, enabled: bool) -> None:
     """Switch the extra coarse outputs of a network that has them; others are left as they are."""
-    decoder = getattr(unwrapped(network), "decoder", None)
-    if decoder is not None and hasattr(decoder, "deep_supervision"):
-        decoder.deep_supervision = enabled
+    inner: Any = unwrapped(network)
+    for part in (inner, getattr(inner, "decoder", inner)):  # Swin-UNETR has the switch itself, nnU-Net's in the decoder
+        if isinstance(getattr(part, "deep_supervision", None), bool):
+            part.deep_supervision = enabled
 
 
 def _swin_unetr(in_channels: int, out_channels: int, arguments: Mapping[str, Any]) -> nn.Module:

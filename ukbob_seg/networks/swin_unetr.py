@@ -37,6 +37,8 @@ class SwinUNETR(nn.Module):
         use_checkpoint: recompute the transformer blocks in the backward pass to save memory.
         norm_affine: learn weight and bias of the InstanceNorms.
         patch_merging: ``distinct`` (MONAI after #8285), or ``legacy`` for checkpoints trained before.
+        deep_supervision: while training, also return logits of the next three decoder maps; the attribute of this name
+            switches that off and on again, for networks built with it.
 
     Raises:
         ConfigError: feature_size is no multiple of 12, depths or heads do not fit, or patch_merging is unknown.
@@ -57,6 +59,7 @@ class SwinUNETR(nn.Module):
         use_checkpoint: bool = False,
         norm_affine: bool = True,
         patch_merging: str = "distinct",
+        deep_supervision: bool = False,
     ) -> None:
         super().__init__()
         if feature_size % 12 or feature_size < 12:
@@ -85,9 +88,15 @@ class SwinUNETR(nn.Module):
         self.decoder2 = UpBlock(2 * f, f, 2, affine)
         self.decoder1 = UpBlock(f, f, patch_size, affine)
         self.out = nn.Sequential(OrderedDict(conv=named(nn.Conv3d(f, out_channels, 1))))
+        self.deep_supervision = deep_supervision
+        # Last, so that the other weights are drawn as without; when off it is empty, and the names are MONAI's.
+        widths = (f, 2 * f, 4 * f) if deep_supervision else ()
+        self.coarse_outs = nn.ModuleList([nn.Conv3d(width, out_channels, 1) for width in widths])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(B, in_channels, D, H, W) -> (B, out_channels, D, H, W) logits.
+
+        In training mode with deep supervision a list of four, finest first: also at 1/patch, 1/(2 patch), 1/(4 patch).
 
         Raises:
             ConfigError: an edge is not divisible, or the bottleneck would be a single voxel, which has no statistics.
@@ -100,7 +109,10 @@ class SwinUNETR(nn.Module):
         x3 = self.decoder4(x4, self.encoder4(stage2))
         x2 = self.decoder3(x3, self.encoder3(stage1))
         x1 = self.decoder2(x2, self.encoder2(tokens))
-        return project(self.decoder1(x1, self.encoder1(x)), self.out.conv.conv)
+        logits = project(self.decoder1(x1, self.encoder1(x)), self.out.conv.conv)
+        if not (self.deep_supervision and self.training and self.coarse_outs):
+            return logits
+        return [logits, *(project(x, out) for x, out in zip((x1, x2, x3), self.coarse_outs, strict=True))]
 
     def _check(self, whole: tuple[int, ...]) -> None:
         if len(whole) != 5 or whole[1] != self.in_channels:

@@ -42,7 +42,6 @@ def fit_window(size: Triple, window: Triple, shift: Triple) -> tuple[Triple, Tri
     return (z, y, x), (dz, dy, dx)
 
 
-@functools.lru_cache(maxsize=64)
 def shift_mask(window: Triple, shift: Triple, last: tuple[bool, bool, bool], device: torch.device) -> Tensor | None:
     """Additive mask (tokens, tokens) of windows that hold voxels from both ends of the map; None where none do.
 
@@ -56,6 +55,11 @@ def shift_mask(window: Triple, shift: Triple, last: tuple[bool, bool, bool], dev
     """
     if not any(s > 0 and end for s, end in zip(shift, last, strict=True)):
         return None
+    make = _shift_mask if torch.compiler.is_compiling() else _stored_mask  # no cache inside a compiled graph
+    return make(window, shift, last, device)
+
+
+def _shift_mask(window: Triple, shift: Triple, last: tuple[bool, bool, bool], device: torch.device) -> Tensor:
     region = torch.zeros(window, dtype=torch.long)
     for axis in range(3):
         if shift[axis] and last[axis]:
@@ -66,6 +70,9 @@ def shift_mask(window: Triple, shift: Triple, last: tuple[bool, bool, bool], dev
     flat = region.flatten()
     apart = flat[:, None] != flat[None, :]
     return torch.zeros(apart.shape, device=device).masked_fill(apart.to(device), OUT_OF_REGION)
+
+
+_stored_mask = functools.lru_cache(maxsize=64)(_shift_mask)
 
 
 class _BiasedAttention(torch.autograd.Function):

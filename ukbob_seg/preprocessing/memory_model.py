@@ -54,6 +54,8 @@ def swin_unetr_memory_gb(
 ) -> float:
     """Peak memory of a Swin-UNETR training step, GiB.
 
+    Without deep supervision, which no plan has unless edited; its outputs take a seventh of what the logits take.
+
     Args:
         patch: voxels (z, y, x).
         batch: patches per step.

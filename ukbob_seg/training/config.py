@@ -116,7 +116,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run is carried out; none of this changes the result on one kind of device.
+    """How a run is carried out; none of this changes the result on one kind of device (``compile``: but for rounding).
 
     Attributes:
         device: ``cpu``, ``cuda``, ``cuda:1``, ...
@@ -127,6 +127,7 @@ class RunOptions:
         pretrained_dataset: its dataset.json, where it does not hold one itself.
         pretrained_merging: how a Swin network of others merged patches, ``legacy`` or ``distinct``.
         tensorboard: write curves for TensorBoard as well.
+        compile: call the network through ``torch.compile``; as it is, with a warning, where that fails.
         stop_on_signals: on SIGTERM or SIGUSR1 finish the step, write a checkpoint and raise ``StoppedError``.
         quiet: no progress bar.
     """
@@ -139,6 +140,7 @@ class RunOptions:
     pretrained_dataset: Path | None = None
     pretrained_merging: str | None = None
     tensorboard: bool = False
+    compile: bool = False
     stop_on_signals: bool = False
     quiet: bool = False
 

@@ -14,8 +14,10 @@ from tqdm import tqdm
 
 from ukbob_seg.dataset.paths import Roots
 from ukbob_seg.errors import StoppedError, UkbobError
+from ukbob_seg.networks.compiled import maybe_compiled
 from ukbob_seg.networks.pretrained import Pretrained
 from ukbob_seg.training.augmentation import Batch, Transform, augment, read_size
+from ukbob_seg.training.checkpoint import ModelDescription
 from ukbob_seg.training.config import RunOptions, TrainingConfig
 from ukbob_seg.training.distributed import (
     PartOfBatch,
@@ -53,7 +55,7 @@ __all__ = ["RunOptions", "train"]
 log = logging.getLogger(__name__)
 
 MAX_BAD_STEPS = 20  # in a row, before training gives up
-ALL_USED = ("swin_unetr",)  # networks whose every parameter has a gradient in every step
+ALL_USED = ("swin_unetr",)  # networks whose every parameter has a gradient in every step, without coarse outputs
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Run:
         config: recipe.
         setup: data, plans and folders.
         options: device and so on.
-        model: the network to take gradients through; with several processes it averages them.
+        network: the state's network, compiled where that was asked for.
+        model: what to take gradients through: the network; with several processes it averages them.
         transforms: augmentation of this process's part of a batch.
         loss: of the outputs and the labels.
         stop: whether a signal asked for the end.
@@ -74,6 +77,7 @@ class Run:
     config: TrainingConfig
     setup: TrainingSetup
     options: RunOptions
+    network: nn.Module
     model: nn.Module
     transforms: list[Transform]
     loss: Callable[..., torch.Tensor]
@@ -164,7 +168,8 @@ def _make_run(
     size = read_size(transforms, setup.network.patch_size)
     if world_size() > 1:
         transforms = [PartOfBatch(transform) for transform in transforms]
-    model = spread(state.network, options.device, all_used=setup.description.network in ALL_USED)
+    network = maybe_compiled(state.network, options.compile)
+    model = spread(network, options.device, all_used=all_used(setup.description))
     log.info(
         "%s fold %s: %d training and %d validation cases, %s, patch %s, batch %d%s, epochs %d..%d on %s",
         setup.spec.name, setup.description.fold, len(setup.train), len(setup.val), setup.description.network,
@@ -172,7 +177,12 @@ def _make_run(
         f" x {config.accumulate}" if config.accumulate > 1 else "", state.epoch, config.epochs - 1,
         options.device if world_size() == 1 else f"{world_size()} processes",
     )  # fmt: skip
-    return Run(config, setup, options, model, transforms, make_loss(setup), stop, size)
+    return Run(config, setup, options, network, model, transforms, make_loss(setup), stop, size)
+
+
+def all_used(description: ModelDescription) -> bool:
+    """Whether every parameter of a network has a gradient in every step; the coarsest output of several has none."""
+    return description.network in ALL_USED and not description.arguments.get("deep_supervision", False)
 
 
 def _progress_bar(run: Run, state: TrainState) -> tqdm:
@@ -285,7 +295,7 @@ def _validate(run: Run, state: TrainState) -> ValidationScore | None:
     same_everywhere(state.weights().values())
     with averaged(state.network, state.average):
         score = validate(
-            state.network, setup.arrays, setup.val, setup.spec.labels, windows, run.options.device, setup.previous,
+            run.network, setup.arrays, setup.val, setup.spec.labels, windows, run.options.device, setup.previous,
             stop=lambda: run.stop.signal is not None,
         )  # fmt: skip
     if score is None:
