@@ -6,18 +6,18 @@
 Both have the same weights, and their outputs are compared before anything is timed. Each round runs one after the
 other, the order changing from round to round; printed are the medians and their ratio. With ``--train`` a step is
 forward, backward and AdamW. Peak memory: on CUDA what was allocated; on a CPU the resident set of a process of its own,
-for each network, that runs twice.
+for each network, that runs twice (Linux).
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from monai.networks.nets import SwinUNETR as MonaiSwinUNETR
@@ -75,7 +75,9 @@ def alone(name: str, options: argparse.Namespace) -> None:
     run = make_run(build(name, options), image, options.train)
     for _ in range(2):
         run()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    # Not ru_maxrss, which a process inherits from the one that started it.
+    status = Path("/proc/self/status").read_text()
+    print(int(status.split("VmHWM:")[1].split()[0]) / 2**20)
 
 
 def peak_of_a_process(name: str) -> float:
@@ -120,7 +122,6 @@ def main() -> None:
                 times[name].append(taken)
                 peaks[name].append(peak)
     if device.type != "cuda":
-        runs.clear()
         peaks = {name: [peak_of_a_process(name)] for name in peaks}
     for name, taken_s in times.items():
         print(f"{name:6s} {statistics.median(taken_s):8.3f} s  {max(peaks[name]):6.2f} GiB")
