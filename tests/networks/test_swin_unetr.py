@@ -62,13 +62,13 @@ def _as_before_the_fix(self, x):
     return self.reduction(self.norm(torch.cat(parts, -1)))
 
 
-# Windows of 7, 6 and 5 divide no map and are padded, or cut where a map is smaller; those of 4 divide the maps.
+# Windows of 7, 5 and 3 divide no map and are padded, or cut where a map is smaller; those of 4 divide the maps.
 CONFIGURATIONS = {
-    "default": ((1, 1, 32, 32, 96), {}),
-    "affine": ((1, 4, 32, 96, 32), {"in_channels": 4, "out_channels": 5, "feature_size": 24, "norm_affine": True,
+    "default": ((1, 1, 32, 32, 64), {}),
+    "affine": ((1, 4, 32, 64, 32), {"in_channels": 4, "out_channels": 5, "feature_size": 24, "norm_affine": True,
                                     "window_size": 5}),
-    "legacy": ((2, 2, 32, 64, 64), {"in_channels": 2, "out_channels": 2, "patch_merging": "legacy", "window_size": 6}),
-    "dividing": ((1, 1, 64, 64, 32), {"out_channels": 2, "window_size": 4}),
+    "legacy": ((2, 2, 32, 32, 64), {"in_channels": 2, "out_channels": 2, "patch_merging": "legacy", "window_size": 3}),
+    "dividing": ((1, 1, 32, 64, 64), {"out_channels": 2, "window_size": 4}),
     "depths": ((1, 3, 96, 32, 32), {"in_channels": 3, "out_channels": 1, "depths": (1, 2, 3, 2),
                                     "num_heads": (2, 4, 6, 8), "mlp_ratio": 2.0, "qkv_bias": False, "window_size": 5}),
 }  # fmt: skip

@@ -75,6 +75,36 @@ def _shift_mask(window: Triple, shift: Triple, last: tuple[bool, bool, bool], de
 _stored_mask = functools.lru_cache(maxsize=64)(_shift_mask)
 
 
+# An operator of its own, since a compiler would write out the loop, some hundred times for a large patch.
+@torch.library.custom_op("ukbob_seg::attention_gradients", mutates_args=())
+def _attention_gradients(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, output: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and bias of ``_BiasedAttention``, a few windows at a time."""
+    scale = query.shape[-1] ** -0.5
+    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    grad_bias = torch.zeros_like(bias)
+    along = (gradient * output).sum(-1, keepdim=True)  # equals sum_j p_ij (dL/dp)_ij
+    step = max(1, BACKWARD_SCORES // bias.numel())
+    for start in range(0, len(query), step):
+        part = slice(start, start + step)
+        q, k, v, g = query[part], key[part], value[part], gradient[part]
+        weights = torch.matmul(q * scale, k.transpose(-2, -1)).add_(bias).softmax(-1)
+        grads[2][part] = torch.matmul(weights.transpose(-2, -1), g)
+        scores = torch.matmul(g, v.transpose(-2, -1)).sub_(along[part]).mul_(weights)
+        grad_bias += scores.sum(0)
+        grads[0][part] = torch.matmul(scores, k).mul_(scale)
+        grads[1][part] = torch.matmul(scores.transpose(-2, -1), q).mul_(scale)
+    return *grads, grad_bias
+
+
+@_attention_gradients.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, output: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), torch.empty_like(bias)
+
+
 class _BiasedAttention(torch.autograd.Function):
     """Attention with a learned additive bias that stores no attention matrix: the backward pass recomputes it.
 
@@ -92,23 +122,9 @@ class _BiasedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of the four inputs, a few windows at a time."""
-        query, key, value, bias, output = ctx.saved_tensors
-        scale = query.shape[-1] ** -0.5
-        grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        grad_bias = torch.zeros_like(bias)
-        along = (gradient * output).sum(-1, keepdim=True)  # equals sum_j p_ij (dL/dp)_ij
-        step = max(1, BACKWARD_SCORES // bias.numel())
-        for start in range(0, len(query), step):
-            part = slice(start, start + step)
-            q, k, v, g = query[part], key[part], value[part], gradient[part]
-            weights = torch.matmul(q * scale, k.transpose(-2, -1)).add_(bias).softmax(-1)
-            grads[2][part] = torch.matmul(weights.transpose(-2, -1), g)
-            scores = torch.matmul(g, v.transpose(-2, -1)).sub_(along[part]).mul_(weights)
-            grad_bias += scores.sum(0)
-            grads[0][part] = torch.matmul(scores, k).mul_(scale)
-            grads[1][part] = torch.matmul(scores.transpose(-2, -1), q).mul_(scale)
-        return *grads, grad_bias
+        """Gradients of the four inputs."""
+        query_gradient, key_gradient, value_gradient, bias_gradient = _attention_gradients(*ctx.saved_tensors, gradient)
+        return query_gradient, key_gradient, value_gradient, bias_gradient
 
 
 def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
