@@ -7,6 +7,7 @@ numbers are computed along shorter ways; CUDA takes the plain ones.
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,17 +81,17 @@ class UpBlock(nn.Module):
         channels between, elements with the same t are one element of a transposed convolution of 4 voxels, stride 2
         and padding 1; it leaves out the same points as the zeros around the upsampled map do.
         """
-        block, up = self.conv_block, self.transp_conv.conv.weight  # (in, out, 2, 2, 2)
-        of_up, of_skip = block.conv1.conv.weight.chunk(2, dim=1)
+        block, up = self.conv_block, _weight(self.transp_conv)  # (in, out, 2, 2, 2)
+        of_up, of_skip = _weight(block.conv1).chunk(2, dim=1)
         first = F.conv3d(skip, of_skip, padding=1)
         first.add_(F.conv_transpose3d(x, F.conv3d(up, of_up, padding=2), stride=2, padding=1))
-        of_up, of_skip = block.conv3.conv.weight.chunk(2, dim=1)
+        of_up, of_skip = _weight(block.conv3).chunk(2, dim=1)
         shortcut = F.conv3d(skip, of_skip)
         return first, shortcut.add_(F.conv_transpose3d(x, F.conv3d(up, of_up), stride=2))
 
     def _composing_pays(self, x: Tensor) -> bool:
         """Whether it saves more products than making the composed weights takes. Not tried on CUDA."""
-        into, out, *factor = self.transp_conv.conv.weight.shape
+        into, out, *factor = _weight(self.transp_conv).shape
         if x.is_cuda or factor != [2, 2, 2]:
             return False
         voxels = x.shape[0] * x.shape[2] * x.shape[3] * x.shape[4]
@@ -111,9 +112,16 @@ def project(x: Tensor, convolution: nn.Conv3d) -> Tensor:
     if x.is_cuda or not has_channels_last(x):
         return convolution(x)
     weight, bias = convolution.weight.flatten(1), convolution.bias
+    assert bias is not None
     voxels = x.permute(0, 2, 3, 4, 1).flatten(1, 3)  # (B, N, C), a view
     outputs = torch.baddbmm(bias[:, None], weight.expand(len(x), -1, -1), voxels.transpose(1, 2))
     return outputs.view(len(x), len(weight), *x.shape[2:])
+
+
+def _weight(part: nn.Module) -> Tensor:
+    """That of a convolution in the wrapping of ``named``."""
+    wrapping: Any = part
+    return wrapping.conv.weight
 
 
 def named(convolution: nn.Module) -> nn.Sequential:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,10 +110,12 @@ class SwinUNETR(nn.Module):
         x3 = self.decoder4(x4, self.encoder4(stage2))
         x2 = self.decoder3(x3, self.encoder3(stage1))
         x1 = self.decoder2(x2, self.encoder2(tokens))
-        logits = project(self.decoder1(x1, self.encoder1(x)), self.out.conv.conv)
+        out: Any = self.out
+        logits = project(self.decoder1(x1, self.encoder1(x)), out.conv.conv)
         if not (self.deep_supervision and self.training and self.coarse_outs):
             return logits
-        return [logits, *(project(x, out) for x, out in zip((x1, x2, x3), self.coarse_outs, strict=True))]
+        coarse: Any = self.coarse_outs
+        return [logits, *(project(x, head) for x, head in zip((x1, x2, x3), coarse, strict=True))]
 
     def _check(self, whole: tuple[int, ...]) -> None:
         if len(whole) != 5 or whole[1] != self.in_channels:

@@ -115,9 +115,9 @@ def train(
         StoppedError: a signal came, and ``options.stop_on_signals``; a resumed run continues exactly.
     """
     options = options or RunOptions()
-    given = PretrainedOptions(options.pretrained, options.pretrained_dataset, options.pretrained_merging)
 
     def ready() -> tuple[TrainingSetup, TrainingConfig, Pretrained | None]:
+        given = PretrainedOptions(options.pretrained, options.pretrained_dataset, options.pretrained_merging)
         name = network or default_network(dataset, roots, configuration)
         recipe = config or choose_config(dataset, roots, name, options.pretrained is not None)
         found = prepare(dataset, str(fold), roots, recipe, configuration, name, use_filter)

@@ -42,6 +42,10 @@ class Batch:
         """The image, or a copy of it where it is not owned."""
         return self.image if self.owned else self.image.clone()
 
+    def moved(self, image: Tensor, maps: Sequence[Tensor]) -> Batch:
+        """Another image, which is nobody else's, and other label maps in the order of ``label_maps``."""
+        return Batch(image, maps[0], maps[1] if len(maps) > 1 else None, owned=True)
+
     def with_image(self, image: Tensor) -> Batch:
         """The same with another image, which is nobody else's."""
         return replace(self, image=image, owned=True)

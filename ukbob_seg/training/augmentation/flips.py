@@ -55,7 +55,7 @@ class RandomFlip:
             [self._flip_labels(x, dims) if dims else x for x, dims in zip(labels, flips, strict=True)]
             for labels in batch.label_maps()
         ]
-        return Batch(stack(image), *[stack(labels) for labels in maps], owned=True)
+        return batch.moved(stack(image), [stack(labels) for labels in maps])
 
     def _flip_labels(self, labels: Tensor, dims: list[int]) -> Tensor:
         flipped = labels.flip(dims)
@@ -100,4 +100,4 @@ class RandomRotate90:
                 image[element] = torch.rot90(batch.image[element], turns, (a + 1, b + 1))
                 for labels, before in zip(maps, batch.label_maps(), strict=True):
                     labels[element] = torch.rot90(before[element], turns, (a, b))
-        return Batch(image, *maps, owned=True)
+        return batch.moved(image, maps)

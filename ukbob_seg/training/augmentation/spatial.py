@@ -164,7 +164,7 @@ class RandomSpatial:
             for labels, before in zip(maps, batch.label_maps(), strict=True):
                 # float32 holds every label up to 2^24.
                 labels[element] = _sample(before[element][None].float(), grid, "nearest")[0].to(labels.dtype)
-        return Batch(image, *maps, owned=True)
+        return batch.moved(image, maps)
 
     def _grid(
         self, record: SpatialRecord, element: int, outer: Sequence[int], starts: Sequence[int], like: Tensor
