@@ -7,7 +7,8 @@ nnU-Net's default set against ``strong``, both on the same larger patches; MONAI
 paper's set against ``ukbob``. All run one patch in turn, each with its own random draws of the same probabilities, so
 that only the means over many patches (some hundreds) can be compared. nnU-Net may live in another environment: it runs
 in a process of its own, which reads the same patches and reports the time that its transforms took. Copies of the
-input, which its transforms overwrite, and its choice of a convolution for blurring are not counted.
+input, which its transforms and ours may overwrite (MONAI's make their own), and its choice of a convolution for
+blurring are not counted.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +100,10 @@ def ours(name: str, patches: list[tuple[np.ndarray, np.ndarray]], patch: Size) -
     ]
 
     def run(seed: int) -> float:
+        given = batches[seed % len(batches)]
+        given = replace(given, image=given.image.clone(), owned=True)  # as training hands them over
         start = time.perf_counter()
-        augment(batches[seed % len(batches)], transforms, torch.Generator().manual_seed(seed))
+        augment(given, transforms, torch.Generator().manual_seed(seed))
         return time.perf_counter() - start
 
     return run
