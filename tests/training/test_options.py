@@ -45,7 +45,7 @@ def _step(config, batches, network=None, loss=F.cross_entropy):
     torch.manual_seed(0)
     network = network or torch.nn.Sequential(torch.nn.Conv3d(1, 4, 3), torch.nn.InstanceNorm3d(4), torch.nn.Flatten(2))
     state = TrainState(network, torch.optim.SGD(network.parameters(), lr=1.0))
-    run = trainer.Run(config, None, RunOptions(), network, [], loss, StopRequest())
+    run = trainer.Run(config, None, RunOptions(), network, network, [], loss, StopRequest())
     trainer._train_step(run, state, iter(enumerate(batches)))
     return network, state
 
