@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """``function(*inputs)``, of which only the inputs are kept for the backward pass.
 
-    What lies between is computed again there, up to the last value that is needed: a convolution or linear layer at the
-    end of the function is not repeated, because its gradient needs its input only. So the function should end with one
-    and be cheap before it. CUDA keeps everything: nothing of this was measured there.
+    What lies between is computed again there, up to the last value that a gradient needs: a convolution or linear layer
+    at the end of the function is not repeated, because its gradient needs its input only. So what stands before the end
+    should be cheap. CUDA keeps everything: nothing of this was measured there.
 
     Args:
         function: without random draws and side effects.
