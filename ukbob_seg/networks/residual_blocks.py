@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ukbob_seg.networks.instance_norm import InstanceNorm, has_channels_last
+from ukbob_seg.networks.recompute import recomputed
 
 NEGATIVE_SLOPE = 0.01
 
@@ -34,13 +35,16 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, d, h, w) -> (B, out, d, h, w)."""
-        return self.after_convolutions(self.conv1(x), self.conv3(x) if self.has_projection else x)
+        shortcut = recomputed(lambda x: self.norm3(self.conv3(x)), x) if self.has_projection else x
+        return self.after_first(self.conv1(x), shortcut)
 
-    def after_convolutions(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """The rest of the block, from the first convolution's result and the projected (or plain) input."""
-        shortcut = self.norm3(shortcut) if self.has_projection else shortcut
-        x = F.leaky_relu(self.norm1(x), NEGATIVE_SLOPE, inplace=True)
-        return F.leaky_relu(self.norm2(self.conv2(x)).add_(shortcut), NEGATIVE_SLOPE, inplace=True)
+    def after_first(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """The rest of the block, from the first convolution's result and the normalised (or plain) shortcut."""
+        x = recomputed(self._activated_and_convolved, x)
+        return F.leaky_relu(self.norm2(x).add_(shortcut), NEGATIVE_SLOPE, inplace=True)
+
+    def _activated_and_convolved(self, x: Tensor) -> Tensor:
+        return self.conv2(F.leaky_relu(self.norm1(x), NEGATIVE_SLOPE, inplace=True))
 
 
 class SkipBlock(nn.Module):
@@ -69,25 +73,29 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """(B, in, d, h, w) and (B, out, 2d, 2h, 2w) -> (B, out, 2d, 2h, 2w)."""
-        if self._composing_pays(x):
-            return self.conv_block.after_convolutions(*self.composed(x, skip))
-        return self.conv_block(torch.cat((self.transp_conv(x), skip), dim=1))
+        if not self._composing_pays(x):
+            return self.conv_block(torch.cat((self.transp_conv(x), skip), dim=1))
+        block = self.conv_block
+        shortcut = recomputed(lambda x, skip: block.norm3(self.composed_projection(x, skip)), x, skip)
+        return block.after_first(self.composed_first(x, skip), shortcut)
 
-    def composed(self, x: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-        """The block's first convolution and its projection, of the upsampled and appended map that is never made.
+    def composed_first(self, x: Tensor, skip: Tensor) -> Tensor:
+        """The block's first convolution, of the upsampled and appended map that is never made.
 
         A point p of the result sees the upsampled point p + k - 1 through element k of the convolution (0 to 2), and
         that is 2i + a for element a of the upsampling (0 or 1): so p = 2i + t - 1 with t = a - k + 2. Summed over the
         channels between, elements with the same t are one element of a transposed convolution of 4 voxels, stride 2
         and padding 1; it leaves out the same points as the zeros around the upsampled map do.
         """
-        block, up = self.conv_block, _weight(self.transp_conv)  # (in, out, 2, 2, 2)
-        of_up, of_skip = _weight(block.conv1).chunk(2, dim=1)
-        first = F.conv3d(skip, of_skip, padding=1)
-        first.add_(F.conv_transpose3d(x, F.conv3d(up, of_up, padding=2), stride=2, padding=1))
-        of_up, of_skip = _weight(block.conv3).chunk(2, dim=1)
-        shortcut = F.conv3d(skip, of_skip)
-        return first, shortcut.add_(F.conv_transpose3d(x, F.conv3d(up, of_up), stride=2))
+        of_up, of_skip = _weight(self.conv_block.conv1).chunk(2, dim=1)
+        weight = F.conv3d(_weight(self.transp_conv), of_up, padding=2)  # (in, out, 4, 4, 4)
+        return F.conv3d(skip, of_skip, padding=1).add_(F.conv_transpose3d(x, weight, stride=2, padding=1))
+
+    def composed_projection(self, x: Tensor, skip: Tensor) -> Tensor:
+        """The block's projection of the same map: a transposed convolution of 2 voxels, as the upsampling is."""
+        of_up, of_skip = _weight(self.conv_block.conv3).chunk(2, dim=1)
+        weight = F.conv3d(_weight(self.transp_conv), of_up)  # (in, out, 2, 2, 2)
+        return F.conv3d(skip, of_skip).add_(F.conv_transpose3d(x, weight, stride=2))
 
     def _composing_pays(self, x: Tensor) -> bool:
         """Whether it saves more products than making the composed weights takes. Not tried on CUDA."""

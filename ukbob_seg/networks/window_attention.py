@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from ukbob_seg.networks.recompute import recomputed
+
 Triple = tuple[int, int, int]
 OUT_OF_REGION = -100.0  # added to the attention between voxels that the cyclic shift made neighbours
 BACKWARD_SCORES = 2_000_000  # attention scores recomputed at a time, so that they stay in the processor's cache
@@ -267,7 +269,7 @@ class SwinBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, H, W, C) -> same shape."""
         x = x + self.drop_path(self._attend(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return x + self.drop_path(recomputed(lambda x: self.mlp(self.norm2(x)), x))
 
     def _attend(self, x: Tensor) -> Tensor:
         _, d, h, w, _ = x.shape
