@@ -77,11 +77,25 @@ def test_only_allowed_axes_are_flipped():
     assert flipped.any(dim=0).tolist() == [False, True, False]
 
 
-def test_rotations_equal_numpy(batch):
-    record = Rotate90Record(torch.tensor([1, 3]), torch.tensor([0, 0]))
-    result = RandomRotate90([(1, 2)]).apply(batch, record)
-    assert np.array_equal(result.labels[0].numpy(), np.rot90(batch.labels[0].numpy(), 1, (1, 2)))
-    assert np.array_equal(result.image[1, 0].numpy(), np.rot90(batch.image[1, 0].numpy(), 3, (1, 2)))
+@pytest.mark.parametrize("owned", [True, False])
+@pytest.mark.parametrize("plane", [(0, 1), (0, 2), (1, 2)])
+def test_rotations_equal_numpy(plane, owned):
+    shape = [5, 5, 5]
+    shape[3 - sum(plane)] = 4
+    labels = torch.randint(0, 99, (4, *shape), generator=_generator())
+    image = torch.rand(4, 2, *shape, generator=_generator())
+    batch = Batch(image.clone(), labels.clone(), previous=labels + 1, owned=owned)
+    turns = [1, 0, 3, 2]
+    result = RandomRotate90([(9, 9), plane]).apply(batch, Rotate90Record(torch.tensor(turns), torch.ones(4).long()))
+    for element, n in enumerate(turns):
+        expected = np.rot90(labels[element].numpy(), n, plane)
+        assert np.array_equal(result.labels[element].numpy(), expected)
+        assert np.array_equal(result.previous[element].numpy(), expected + 1)
+        for channel in range(2):
+            expected = np.rot90(image[element, channel].numpy(), n, plane)
+            assert np.array_equal(result.image[element, channel].numpy(), expected)
+    assert torch.equal(batch.labels, labels)
+    assert torch.equal(batch.image, image) is not owned
 
 
 def test_image_and_labels_stay_together(batch):

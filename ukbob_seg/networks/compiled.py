@@ -36,6 +36,11 @@ class CompiledNetwork(nn.Module):
         except Exception as error:  # old Pythons, builds without it, unknown backends: each raises something else
             self._give_up(error)
 
+    @property
+    def fell_back(self) -> bool:
+        """Whether compiling failed, so that calls run the network as it is."""
+        return self._call is None
+
     def forward(self, image: Tensor) -> Any:
         """What the network returns."""
         if self._call is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ukbob_seg.training.augmentation.batch import Batch, stack
+from ukbob_seg.training.augmentation.batch import Batch, change_channels, stack
 
 
 @dataclass(frozen=True)
@@ -38,24 +38,25 @@ class RandomFlip:
         swap: Tensor | None = None,
     ) -> None:
         self.axes, self.probability = tuple(axes), probability
+        self._allowed = torch.tensor([axis in self.axes for axis in range(3)])
         self.left_right_axis, self.swap = left_right_axis, swap
 
     def sample(self, batch_size: int, generator: torch.Generator) -> FlipRecord:
         """Draw which axes of which elements are flipped."""
-        allowed = torch.tensor([axis in self.axes for axis in range(3)])
-        return FlipRecord((torch.rand(batch_size, 3, generator=generator) < self.probability) & allowed)
+        return FlipRecord((torch.rand(batch_size, 3, generator=generator) < self.probability) & self._allowed)
 
     def apply(self, batch: Batch, record: FlipRecord) -> Batch:
         """Flip the elements that were drawn."""
         if not bool(record.flipped.any()):
             return batch
         flips = [[axis for axis in range(3) if drawn[axis]] for drawn in record.flipped.tolist()]
-        image = [x.flip([axis + 1 for axis in dims]) if dims else x for x, dims in zip(batch.image, flips, strict=True)]
+        chosen = record.flipped.any(dim=1, keepdim=True).expand(*batch.image.shape[:2])
+        changed = change_channels(batch, chosen, lambda channel, element, _: channel.flip(flips[element]))
         maps = [
             [self._flip_labels(x, dims) if dims else x for x, dims in zip(labels, flips, strict=True)]
             for labels in batch.label_maps()
         ]
-        return batch.moved(stack(image), [stack(labels) for labels in maps])
+        return changed.moved(changed.image, [stack(labels) for labels in maps])
 
     def _flip_labels(self, labels: Tensor, dims: list[int]) -> Tensor:
         flipped = labels.flip(dims)
@@ -93,11 +94,28 @@ class RandomRotate90:
         """Rotate the elements that were drawn; nothing happens without a plane to rotate in."""
         if not self.planes or not bool(record.turns.any()):
             return batch
-        image, maps = batch.image.clone(), [labels.clone() for labels in batch.label_maps()]
-        for element, (turns, plane) in enumerate(zip(record.turns.tolist(), record.plane.tolist(), strict=True)):
-            if turns:
-                a, b = self.planes[plane]
-                image[element] = torch.rot90(batch.image[element], turns, (a + 1, b + 1))
-                for labels, before in zip(maps, batch.label_maps(), strict=True):
-                    labels[element] = torch.rot90(before[element], turns, (a, b))
-        return batch.moved(image, maps)
+        turns, planes = record.turns.tolist(), [self.planes[plane] for plane in record.plane.tolist()]
+
+        def turn(x: Tensor, element: int, _: int = 0) -> Tensor:
+            return _turned(x, turns[element], planes[element])
+
+        chosen = (record.turns > 0).unsqueeze(1).expand(*batch.image.shape[:2])
+        changed = change_channels(batch, chosen, turn)
+        maps = [
+            [turn(x, element).contiguous() if turns[element] else x for element, x in enumerate(labels)]
+            for labels in batch.label_maps()
+        ]
+        return changed.moved(changed.image, [stack(labels) for labels in maps])
+
+
+def _turned(x: Tensor, turns: int, plane: tuple[int, int]) -> Tensor:
+    """``torch.rot90`` of (z, y, x), in half the time where z and x change places.
+
+    PyTorch transposes matrices block by block, but walks through other maps row by row, which misses the cache at every
+    voxel. So (z, y * x) is transposed first, and then whole rows are moved.
+    """
+    if plane != (0, 2) or turns == 2:
+        return torch.rot90(x, turns, plane)
+    _, height, width = x.shape
+    transposed = x.reshape(len(x), -1).t().contiguous().view(height, width, len(x)).transpose(0, 1)
+    return transposed.flip(0 if turns == 1 else 2)
