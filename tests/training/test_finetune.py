@@ -9,12 +9,13 @@ import torch
 
 from ukbob_seg.dataset.paths import Roots
 from ukbob_seg.errors import CheckpointError, ConfigError
+from ukbob_seg.networks.pretrained import read_pretrained
 from ukbob_seg.networks.window_attention import MERGING_ORDERS
 from ukbob_seg.preprocessing.pipeline import plan_and_preprocess
 from ukbob_seg.preprocessing.planner import PlanOptions
 from ukbob_seg.training.checkpoint import load_network, read_checkpoint
 from ukbob_seg.training.config import TrainingConfig
-from ukbob_seg.training.finetune import PretrainedOptions, read_weights
+from ukbob_seg.training.finetune import PretrainedOptions, preprocessing_differences, read_weights
 from ukbob_seg.training.setup import prepare
 from ukbob_seg.training.trainer import RunOptions, train
 
@@ -136,6 +137,32 @@ def test_the_record_tells_what_was_taken(roots, tmp_path, caplog):
     assert any("2 output weights keep 2 of 3 classes (fresh: first)" in record.message for record in caplog.records)
     again = dataclasses.replace(QUIET, overwrite=True)
     assert (train(7, 0, roots, CONFIG, again, network=TINY) / "pretrained.json").exists() is False
+
+
+def test_other_voxels_and_intensities_are_warned_of(roots, tmp_path):
+    setup = _setup(roots)
+
+    def differences(change):
+        model = json.loads(json.dumps(setup.description.to_json()))
+        change(model["plans"])
+        torch.save({"model": model, "network_weights": {"a": torch.ones(1)}}, tmp_path / "theirs.pt")
+        return preprocessing_differences(read_pretrained(tmp_path / "theirs.pt"), setup)
+
+    spacing = setup.description.plans["configurations"]["3d_fullres"]["spacing_mm"]
+    assert differences(lambda plans: None) == []
+    assert differences(lambda plans: _edit(plans, spacing_mm=[1.05 * s for s in spacing])) == []
+    (line,) = differences(lambda plans: _edit(plans, spacing_mm=[spacing[0] / 2, *spacing[1:]]))
+    assert line.startswith(f"the pretrained network saw voxels of {spacing[0] / 2:.3g} x {spacing[1]:.3g} x ")
+    (line,) = differences(lambda plans: plans["normalization"][0].update(scheme="no_norm"))
+    assert line.startswith("channel 0 was normalised by no_norm where the weights were trained, by zscore in this run")
+    with pytest.raises(CheckpointError, match=r"theirs.pt is damaged: .*spacing_mm"):
+        differences(lambda plans: _edit(plans, spacing_mm=[0, 1, 1]))
+    torch.save({"a": torch.ones(1)}, tmp_path / "others.pt")
+    assert preprocessing_differences(read_pretrained(tmp_path / "others.pt"), setup) == []
+
+
+def _edit(plans, **changes):
+    plans["configurations"]["3d_fullres"].update(changes)
 
 
 def test_a_refused_import_changes_nothing(roots, tmp_path):

@@ -81,6 +81,8 @@ class Pretrained:
         interface: what the ends of the network mean; None where nothing says it.
         network: registry name; None for a checkpoint of others.
         arguments: of the network; empty for a checkpoint of others.
+        plans: plans.json that its images were preprocessed by; empty for a checkpoint of others.
+        configuration: of these plans.
     """
 
     source: str
@@ -88,6 +90,8 @@ class Pretrained:
     interface: Interface | None = None
     network: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    plans: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    configuration: str = ""
 
     def renamed(self, wanted: Set[str]) -> dict[str, Tensor]:
         """The weights under the prefix that makes most names those of a network."""
@@ -125,10 +129,11 @@ def interpret(content: Mapping[str, Any], source: str, dataset: Path | None = No
     if not weights:
         raise CheckpointError(f"{source} holds no weights (found: {_listing(content)})")
     model = content.get("model")
-    network, arguments, interface = None, {}, None
+    network, arguments, plans, configuration, interface = None, {}, {}, "", None
     if isinstance(model, Mapping) and {"network", "arguments", "head", "dataset"} <= set(model):
         try:
             network, arguments = str(model["network"]), dict(model["arguments"])
+            plans, configuration = dict(model.get("plans", {})), str(model.get("configuration", ""))
             spec = DatasetSpec.from_json(model["dataset"], "dataset of the checkpoint")
             interface = Interface.of(spec, model["head"], int(arguments.get("previous_labels", 0)))
         except (UkbobError, TypeError, ValueError) as error:
@@ -138,7 +143,7 @@ def interpret(content: Mapping[str, Any], source: str, dataset: Path | None = No
         spec = DatasetSpec.from_json(read_json(file, "dataset description"), str(file))
         head = interface.head if interface else None
         interface = Interface.of(spec, head, int(arguments.get("previous_labels", 0)))
-    return Pretrained(source, weights, interface, network, arguments)
+    return Pretrained(source, weights, interface, network, arguments, plans, configuration)
 
 
 def plain_name(name: str) -> str:

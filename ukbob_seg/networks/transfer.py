@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,7 +70,8 @@ class TransferReport:
         for what, names in (("fresh", self.fresh), ("not fitting", list(self.not_fitting)),
                             ("of the checkpoint unused", self.unused)):  # fmt: skip
             parts.append(f"{len(names)} {what}" + (f" ({_few(names)})" if names else ""))
-        return f"pretrained weights {self.source}: {'; '.join(parts)}; {self.share:.1%} of the network come from them"
+        share = math.floor(1000 * self.share) / 10  # 100.0 only where nothing is fresh
+        return f"pretrained weights {self.source}: {'; '.join(parts)}; {share}% of the network's values are theirs"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: the counts first, then every name."""

@@ -9,18 +9,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ukbob_seg.errors import ConfigError
+from ukbob_seg.errors import CheckpointError, ConfigError
 from ukbob_seg.files import read_json, write_json
 from ukbob_seg.networks.pretrained import Interface, Pretrained, read_pretrained
 from ukbob_seg.networks.registry import build_network
 from ukbob_seg.networks.transfer import TransferReport, transfer
 from ukbob_seg.networks.window_attention import MERGING_ORDERS
+from ukbob_seg.preprocessing.normalization import ChannelNormalization
+from ukbob_seg.preprocessing.plans import Plans
 from ukbob_seg.training.setup import TrainingSetup
 
 log = logging.getLogger(__name__)
 
 RECORD = "pretrained.json"
 DEFAULT_MERGING = "distinct"
+LARGEST_SPACING_RATIO = 1.1  # between two trainings, without a warning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +86,52 @@ def start_from(network: nn.Module, setup: TrainingSetup, pretrained: Pretrained)
             return build_network(description.network, channels, classes, description.arguments)
 
     report = transfer(network, pretrained, Interface.of(spec, description.head, previous), build_larger)
+    report.warnings += preprocessing_differences(pretrained, setup)
     log.info("%s", report.summary())
     for warning in report.warnings:
         log.warning("%s", warning)
     return report
+
+
+def preprocessing_differences(pretrained: Pretrained, setup: TrainingSetup) -> list[str]:
+    """How the images that the weights were trained with were made otherwise than those of the run; a line each.
+
+    Voxel sizes count from a tenth on. Channels are compared by position; intensity statistics belong to each dataset.
+    Empty for checkpoints of others, which do not say.
+
+    Raises:
+        CheckpointError: damaged plans.
+    """
+    if not pretrained.plans:
+        return []
+    ours = Plans.from_json(setup.description.plans, "plans of the run")
+    try:
+        theirs = Plans.from_json(pretrained.plans, f"plans in {pretrained.source}")
+        there = theirs.configuration(pretrained.configuration)
+    except (ConfigError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{pretrained.source} is damaged: {error}") from error
+    here, found = ours.configuration(setup.description.configuration), []
+    ratios = [a / b for a, b in zip(here.spacing_mm, there.spacing_mm, strict=True)]
+    if max(*ratios, *(1 / ratio for ratio in ratios)) > LARGEST_SPACING_RATIO:
+        found.append(
+            f"the pretrained network saw voxels of {_mm(there.spacing_mm)}, this run has {_mm(here.spacing_mm)}: "
+            "organs have another size in voxels (spacing_mm in plans.json, then ukbob_preprocess)"
+        )
+    for channel, (a, b) in enumerate(zip(ours.normalization, theirs.normalization, strict=False)):
+        if (a.scheme, a.mask_nonzero) != (b.scheme, b.mask_nonzero):
+            found.append(
+                f"channel {channel} was normalised by {_scheme(b)} where the weights were trained, by {_scheme(a)} in "
+                "this run: intensities have another range (normalization in plans.json, then ukbob_preprocess)"
+            )
+    return found
+
+
+def _mm(spacing_mm: tuple[float, float, float]) -> str:
+    return " x ".join(f"{s:.3g}" for s in spacing_mm) + " mm (z, y, x)"
+
+
+def _scheme(normalization: ChannelNormalization) -> str:
+    return normalization.scheme + (" inside the nonzero mask" if normalization.mask_nonzero else "")
 
 
 def write_record(setup: TrainingSetup, report: TransferReport | None) -> None:

@@ -232,7 +232,8 @@ def _run_epoch(run: Run, state: TrainState, batches: Iterator[tuple[int, Batch]]
         state.step += 1
         state.seconds += time.perf_counter() - started
         bar.update()
-    bar.set_postfix_str(f"loss {state.mean_loss():.3f}, best Dice {max(state.best_dice, 0):.3f}")
+    best = f"best Dice {state.best_dice:.3f}" if state.best_dice >= 0 else "not validated yet"
+    bar.set_postfix_str(f"loss {state.mean_loss():.3f}, {best}")
 
 
 def _train_step(run: Run, state: TrainState, batches: Iterator[tuple[int, Batch]]) -> None:
