@@ -14,6 +14,7 @@ from ukbob_seg.networks.swin_unetr import SwinUNETR
 from ukbob_seg.preprocessing import resampling, resampling_torch
 from ukbob_seg.preprocessing.pipeline import plan_and_preprocess
 from ukbob_seg.preprocessing.planner import PlanOptions
+from ukbob_seg.preprocessing.resampling_taps import PlaneRange
 from ukbob_seg.training.augmentation import (
     AugmentationSetup,
     Batch,
@@ -67,8 +68,8 @@ def test_decisions_on_the_device_equal_the_cpu(rng, old, new, axis, classes):
         assert np.array_equal(indices, resampling.logits_to_indices(logits, new, axis))
         regions = resampling_torch.logits_to_regions(given, new, axis).cpu().numpy()
         assert np.array_equal(regions, resampling.logits_to_regions(logits, new, axis))
-    planes = resampling_torch.resample_logits_planes(source, new, 0, 1, axis).cpu().numpy()
-    assert np.array_equal(planes, resampling.resample_logits_planes(logits, new, 0, 1, axis))
+    planes = resampling_torch.resample_logits_planes(source, new, PlaneRange(0, 1), axis).cpu().numpy()
+    assert np.array_equal(planes, resampling.resample_logits_planes(logits, new, PlaneRange(0, 1), axis))
 
 
 @pytest.mark.parametrize(("old", "new"), SHAPES)

@@ -19,6 +19,7 @@ from ukbob_seg.preprocessing.resampling import (
     resample_labels,
     resample_logits_planes,
 )
+from ukbob_seg.preprocessing.resampling_taps import PlaneRange
 
 SHAPES = [
     ((9, 11, 13), (14, 17, 20)),  # up
@@ -101,7 +102,7 @@ def test_a_constant_stays_constant(old, new, order, axis):
     logits[1] = 2
     assert (logits_to_indices(logits, new, axis) == 1).all()
     assert (logits_to_regions(logits, new, axis) == 2).all()
-    planes = resample_logits_planes(logits, new, 0, new[0], axis)
+    planes = resample_logits_planes(logits, new, PlaneRange(0, new[0]), axis)
     assert np.abs(planes - np.array([0, 2, 0]).reshape(3, 1, 1, 1)).max() < 1e-6
 
 
@@ -277,11 +278,13 @@ def test_logits_equal_zoom_then_argmax(rng, old, new):
     expected = np.where((zoomed > 0).any(0), 6 - (zoomed > 0)[::-1].argmax(0), 0)
     clear = np.abs(zoomed).min(axis=0) > 1e-5
     assert np.array_equal(regions[clear], expected[clear])
-    planes = resample_logits_planes(logits, new, 0, new[0])
+    planes = resample_logits_planes(logits, new, PlaneRange(0, new[0]))
     assert np.abs(planes - zoomed).max() < 1e-5
-    assert np.array_equal(resample_logits_planes(logits, new, new[0] // 2, new[0]), planes[:, new[0] // 2 :])
+    assert np.array_equal(
+        resample_logits_planes(logits, new, PlaneRange(new[0] // 2, new[0])), planes[:, new[0] // 2 :]
+    )
     assert np.array_equal(planes.argmax(axis=0), result)  # the very numbers that were compared
-    assert resample_logits_planes(logits, new, 1, 1).shape == (6, 0, *new[1:])
+    assert resample_logits_planes(logits, new, PlaneRange(1, 1)).shape == (6, 0, *new[1:])
 
 
 def test_logits_in_any_type_and_memory_order(rng):
@@ -290,7 +293,11 @@ def test_logits_in_any_type_and_memory_order(rng):
     logits = half.astype(np.float32)
     shape = (33, 40, 41)
     assert 5 * np.prod(shape) > SMALL
-    for function in (logits_to_indices, logits_to_regions, lambda a, s: resample_logits_planes(a, s, 3, 30)):
+    for function in (
+        logits_to_indices,
+        logits_to_regions,
+        lambda a, s: resample_logits_planes(a, s, PlaneRange(3, 30)),
+    ):
         expected = function(logits, shape)
         for other in (half, logits.astype(np.float64), np.asfortranarray(logits), np.repeat(logits, 2, 3)[..., ::2]):
             assert np.array_equal(function(other, shape), expected)
@@ -347,7 +354,8 @@ def test_worker_processes_give_the_same(rng):
     (lambda: resample_image(np.zeros((1, 2, 3, 4)), (2, 3, 5), coarse_axis=-1), "must be 0, 1, 2 or None, got -1"),
     (lambda: resample_labels(np.zeros((3, 4), np.uint8), (2, 3, 4)), "three axes"),
     (lambda: logits_to_indices(np.zeros((0, 3, 4, 5), np.float32), (2, 3, 4)), "at least one class"),
-    (lambda: resample_logits_planes(np.zeros((1, 3, 4, 5)), (2, 3, 4), 0, 3), "planes 0 to 3 are not within the 2"),
+    (lambda: resample_logits_planes(np.zeros((1, 3, 4, 5)), (2, 3, 4), PlaneRange(0, 3)),
+     "planes 0 to 3 are not within the 2"),
 ])  # fmt: skip
 def test_impossible_requests(call, message):
     with pytest.raises(ValueError, match=message):

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ukbob_seg.preprocessing import resampling, resampling_torch
+from ukbob_seg.preprocessing.resampling_taps import PlaneRange
 
 SHAPES = [
     ((9, 11, 13), (14, 17, 20)),  # up
@@ -93,8 +94,8 @@ def _compare_decisions(logits, new, axis=None):
         assert np.array_equal(result, expected)
         assert np.array_equal(getattr(resampling_torch, name)(strided(source), new, axis).numpy(), expected)
     for start, stop in ((0, new[0]), (new[0] // 2, new[0]), (0, 0)):
-        expected = resampling.resample_logits_planes(logits, new, start, stop, axis)
-        result = resampling_torch.resample_logits_planes(source, new, start, stop, axis)
+        expected = resampling.resample_logits_planes(logits, new, PlaneRange(start, stop), axis)
+        result = resampling_torch.resample_logits_planes(source, new, PlaneRange(start, stop), axis)
         assert result.dtype == torch.float32
         assert np.array_equal(result.numpy(), expected)
 
@@ -176,7 +177,8 @@ def test_an_unchanged_image_is_a_copy(rng):
     (lambda: resampling_torch.resample_image(torch.zeros(1, 2, 3, 4), (2, 3, 5), order=6), "0 to 5, got 6"),
     (lambda: resampling_torch.resample_labels(torch.zeros(2, 3, 4), (2, 3, 5)), "whole numbers"),
     (lambda: resampling_torch.logits_to_indices(torch.zeros(0, 3, 4, 5), (2, 3, 4)), "at least one class"),
-    (lambda: resampling_torch.resample_logits_planes(torch.zeros(1, 3, 4, 5), (2, 3, 4), 0, 3), "planes 0 to 3"),
+    (lambda: resampling_torch.resample_logits_planes(torch.zeros(1, 3, 4, 5), (2, 3, 4), PlaneRange(0, 3)),
+     "planes 0 to 3"),
 ])  # fmt: skip
 def test_impossible_requests(call, message):
     with pytest.raises(ValueError, match=message):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TypeGuard
 
 import numpy as np
@@ -10,47 +9,69 @@ import torch
 from torch import Tensor
 
 from ukbob_seg.dataset.labels import LabelScheme
+from ukbob_seg.inference.sliding_window import Slab
 from ukbob_seg.preprocessing import resampling, resampling_torch
 from ukbob_seg.preprocessing.preprocessor import CaseProperties
-from ukbob_seg.preprocessing.storage import save_array
+from ukbob_seg.preprocessing.resampling_taps import PlaneRange, linear_taps
+from ukbob_seg.preprocessing.storage import PlaneWriter
 
 PLANES_AT_ONCE = 8
+PROBABILITY = np.dtype(np.float16)
 Logits = np.ndarray | Tensor
 
 
-def decide(logits: Tensor, has_regions: bool) -> Tensor:
-    """Decision of each voxel: the most probable class, or 1 + the last region with a positive logit (0: none).
+class RowStream:
+    """Tells which planes at the file's resolution can be made of the rows that have come; holds what later ones need.
 
     Args:
-        logits: (K, z, y, x).
-        has_regions: whether outputs overlap.
-
-    Returns:
-        (z, y, x) integer.
+        properties: of the case.
     """
-    if not has_regions:
-        return logits.argmax(dim=0)
-    order = torch.arange(1, logits.shape[0] + 1, device=logits.device).view(-1, 1, 1, 1)
-    return ((logits > 0) * order).amax(dim=0)
+
+    def __init__(self, properties: CaseProperties) -> None:
+        self._rows = properties.shape[0]
+        taps = linear_taps(self._rows, box_shape(properties)[0], nearest=properties.coarse_axis == 0)
+        self._low, self._high = taps.low, taps.high
+        self._held: Tensor | None = None
+        self._first = self._done = 0
+
+    def push(self, slab: Slab) -> tuple[Tensor, PlaneRange]:
+        """Take the next rows.
+
+        Args:
+            slab: that begins where the last one ended.
+
+        Returns:
+            Rows (K, n, y, x), and the planes that they suffice for and that were not made before; perhaps none.
+        """
+        rows = slab.logits if self._held is None else torch.cat([self._held, slab.logits], dim=1)
+        stop = int(np.searchsorted(self._high, slab.z_stop))  # planes both of whose neighbours have come
+        planes = PlaneRange(self._done, stop, self._first, self._rows)
+        needed = min(int(self._low[stop]), slab.z_stop) if stop < len(self._low) else slab.z_stop
+        self._held, self._first, self._done = rows[:, needed - self._first :].clone(), needed, stop
+        return rows, planes
 
 
-def decide_resampled(logits: Logits, properties: CaseProperties, has_regions: bool) -> np.ndarray:
+def decide_resampled(
+    logits: Logits, properties: CaseProperties, has_regions: bool, planes: PlaneRange | None = None
+) -> np.ndarray:
     """Decision at the file's resolution from logits at the network's, interpolated linearly on the device they are on.
 
     Args:
         logits: (K, z, y, x) float32.
         properties: of the case.
         has_regions: whether outputs overlap.
+        planes: which to decide, where ``logits`` are some rows; None for all from all.
 
     Returns:
-        (Z, Y, X) of the kept box, uint8 or uint16, as ``decide``; the same on every device for the same logits.
+        (planes, Y, X) of the kept box, uint8 or uint16: the most probable class, or 1 + the last region with a positive
+        logit (0: none); the same on every device for the same logits.
     """
-    shape, axis = _box_shape(properties), properties.coarse_axis
+    shape, axis = box_shape(properties), properties.coarse_axis
     if _on_device(logits):
         on_device = resampling_torch.logits_to_regions if has_regions else resampling_torch.logits_to_indices
-        return on_device(logits, shape, coarse_axis=axis).cpu().numpy()
+        return on_device(logits, shape, axis, planes).cpu().numpy()
     on_host = resampling.logits_to_regions if has_regions else resampling.logits_to_indices
-    return on_host(np.asarray(logits), shape, coarse_axis=axis)
+    return on_host(np.asarray(logits), shape, axis, planes)
 
 
 def to_file_values(decision: np.ndarray, properties: CaseProperties, scheme: LabelScheme) -> np.ndarray:
@@ -69,45 +90,70 @@ def to_file_values(decision: np.ndarray, properties: CaseProperties, scheme: Lab
     return values
 
 
-def save_probabilities(path: Path, logits: Logits, properties: CaseProperties, head: str, exclusive: bool) -> None:
-    """Write class probabilities at the file's geometry as Blosc2 float16, (K, Z, Y, X).
+class ProbabilityStream:
+    """Writes class probabilities at the file's geometry, (K, Z, Y, X), as their planes come.
 
-    Logits are interpolated some planes at a time, then turned into probabilities. Outside the kept box background
-    has probability 1 (``exclusive`` classes), or every region 0.
+    Logits are interpolated, then turned into probabilities. Outside the kept box background has probability 1
+    (``exclusive`` classes), or every region 0.
 
     Args:
-        path: ``.b2nd`` file.
-        logits: (K, z, y, x) float32 at the network's resolution, on any device.
+        writer: of an array (K, Z, Y, X).
         properties: of the case.
         head: ``softmax`` or ``sigmoid``.
         exclusive: whether output 0 is background.
     """
-    shape = _box_shape(properties)
-    result = np.zeros((len(logits), *properties.geometry.shape), dtype=np.float16)
-    if exclusive:
-        result[0] = 1
-    inside = result[(slice(None), *properties.box)]
-    for start in range(0, shape[0], PLANES_AT_ONCE):
-        stop = min(start + PLANES_AT_ONCE, shape[0])
-        planes = _planes(logits, shape, start, stop, properties.coarse_axis)
-        probabilities = planes.softmax(dim=0) if head == "softmax" else planes.sigmoid()
-        inside[:, start:stop] = probabilities.half().cpu().numpy()
-    save_array(path, result, (64, 64, 64))
+
+    def __init__(self, writer: PlaneWriter, properties: CaseProperties, head: str, exclusive: bool) -> None:
+        self._writer, self._properties, self._head, self._exclusive = writer, properties, head, exclusive
+        self._started = False
+
+    def push(self, logits: Logits, planes: PlaneRange | None = None) -> None:
+        """Add planes.
+
+        Args:
+            logits: (K, z, y, x) float32 at the network's resolution, on any device: some rows, or all.
+            planes: which planes to make of them; None for all.
+        """
+        outputs, planes = len(logits), planes or PlaneRange(0, box_shape(self._properties)[0])
+        if not self._started:
+            self._empty(outputs, self._properties.box_start[0])
+            self._started = True
+        _, y, x = self._properties.box
+        for start in range(planes.start, planes.stop, PLANES_AT_ONCE):
+            part = planes._replace(start=start, stop=min(start + PLANES_AT_ONCE, planes.stop))
+            values = self._planes(logits, part)
+            values = values.softmax(dim=0) if self._head == "softmax" else values.sigmoid()
+            whole = self._background(outputs, part.stop - part.start)
+            whole[:, :, y, x] = values.half().cpu().numpy()
+            self._writer.append(whole)
+        if planes.stop == box_shape(self._properties)[0]:
+            self._empty(outputs, self._properties.geometry.shape[0] - self._properties.box_stop[0])
+
+    def _planes(self, logits: Logits, planes: PlaneRange) -> Tensor:
+        """Interpolated logits (K, planes, Y, X) float32, where ``logits`` are."""
+        shape, axis = box_shape(self._properties), self._properties.coarse_axis
+        if _on_device(logits):
+            return resampling_torch.resample_logits_planes(logits, shape, planes, axis)
+        return torch.from_numpy(resampling.resample_logits_planes(np.asarray(logits), shape, planes, axis))
+
+    def _background(self, outputs: int, planes: int) -> np.ndarray:
+        values = np.zeros((outputs, planes, *self._properties.geometry.shape[1:]), dtype=PROBABILITY)
+        if self._exclusive:
+            values[0] = 1
+        return values
+
+    def _empty(self, outputs: int, planes: int) -> None:
+        """Planes outside of the box."""
+        for start in range(0, planes, PLANES_AT_ONCE):
+            self._writer.append(self._background(outputs, min(PLANES_AT_ONCE, planes - start)))
 
 
-def _planes(logits: Logits, shape: tuple[int, int, int], start: int, stop: int, coarse_axis: int | None) -> Tensor:
-    """Interpolated logits of some output planes, (K, stop - start, Y, X) float32, where ``logits`` are."""
-    if _on_device(logits):
-        return resampling_torch.resample_logits_planes(logits, shape, start, stop, coarse_axis=coarse_axis)
-    planes = resampling.resample_logits_planes(np.asarray(logits), shape, start, stop, coarse_axis=coarse_axis)
-    return torch.from_numpy(planes)
+def box_shape(properties: CaseProperties) -> tuple[int, int, int]:
+    """Voxels (z, y, x) of the kept box at the file's resolution."""
+    z, y, x = (b - a for a, b in zip(properties.box_start, properties.box_stop, strict=True))
+    return z, y, x
 
 
 def _on_device(logits: Logits) -> TypeGuard[Tensor]:
     """Whether the compiled loops, which are faster than torch on a CPU, cannot reach the logits."""
     return isinstance(logits, Tensor) and logits.device.type != "cpu"
-
-
-def _box_shape(properties: CaseProperties) -> tuple[int, int, int]:
-    z, y, x = (b - a for a, b in zip(properties.box_start, properties.box_stop, strict=True))
-    return z, y, x

@@ -18,11 +18,19 @@ from ukbob_seg.dataset.image_io import Geometry, read_image, write_labels
 from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError
 from ukbob_seg.files import write_json
 from ukbob_seg.inference.etta import EttaConfig, OutputMeaning, adapted
-from ukbob_seg.inference.export import decide, decide_resampled, save_probabilities, to_file_values
+from ukbob_seg.inference.export import (
+    PROBABILITY,
+    ProbabilityStream,
+    RowStream,
+    box_shape,
+    decide_resampled,
+    to_file_values,
+)
 from ukbob_seg.inference.passes import AveragedPasses, Mirroring
-from ukbob_seg.inference.sliding_window import WindowSettings, predict_logits, segment
+from ukbob_seg.inference.sliding_window import WindowSettings, iterate_slabs
 from ukbob_seg.networks.compiled import maybe_compiled
 from ukbob_seg.preprocessing.preprocessor import CaseProperties, preprocess_image, preprocess_labels
+from ukbob_seg.preprocessing.storage import plane_writer
 from ukbob_seg.training.checkpoint import NAMES, ModelDescription, load_network
 from ukbob_seg.training.setup import label_swap, output_swap
 
@@ -265,17 +273,23 @@ class Predictor:
         probabilities: Path | None,
         progress: Progress | None,
     ) -> np.ndarray:
-        """Decision for the kept box at the file's resolution."""
-        regions = self.spec.labels.has_regions
-        box = tuple(b - a for a, b in zip(properties.box_start, properties.box_stop, strict=True))
-        if properties.shape == box and probabilities is None:
-            # Nothing to interpolate: decide slab by slab and never hold all classes.
-            return segment(passes, image, self._windows, lambda logits: decide(logits, regions), progress).numpy()
-        # On the device they stay there: only the decision comes back.
-        logits = predict_logits(passes, image, self._windows, progress)
-        if probabilities is not None:
-            save_probabilities(probabilities, logits, properties, self.description.head, exclusive=not regions)
-        return decide_resampled(logits, properties, regions)
+        """Decision for the kept box at the file's resolution; all classes are held for a few rows only."""
+        regions, box = self.spec.labels.has_regions, box_shape(properties)
+        result: np.ndarray = np.empty(box, dtype=np.uint16)
+        rows = RowStream(properties)
+        with ExitStack() as stack:
+            stream = None
+            if probabilities is not None:
+                shape = (self.spec.labels.num_outputs, *properties.geometry.shape)
+                writer = stack.enter_context(plane_writer(probabilities, shape, PROBABILITY))
+                stream = ProbabilityStream(writer, properties, self.description.head, exclusive=not regions)
+            for slab in iterate_slabs(passes, image, self._windows, progress):
+                logits, planes = rows.push(slab)
+                # On the device they stay there: only the decision comes back.
+                result[planes.start : planes.stop] = decide_resampled(logits, properties, regions, planes)
+                if stream is not None:
+                    stream.push(logits, planes)
+        return result
 
 
 def find_folds(folder: Path, checkpoint: str) -> dict[str, Path]:

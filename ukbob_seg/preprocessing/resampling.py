@@ -6,7 +6,7 @@ Large arrays are shared between as many threads as numba is allowed (NUMBA_NUM_T
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
@@ -15,10 +15,13 @@ import numpy as np
 from ukbob_seg.preprocessing import resampling_kernels as kernels
 from ukbob_seg.preprocessing.resampling_taps import (
     ImageOptions,
+    LinearTaps,
+    PlaneRange,
     Shape,
     SplineTaps,
     checked_shape,
     image_taps,
+    plane_taps,
     voting_taps,
 )
 
@@ -91,80 +94,82 @@ def resample_labels(labels: np.ndarray, new_shape: Shape, nearest_axis: int | No
     return result
 
 
-def logits_to_indices(logits: np.ndarray, new_shape: Shape, coarse_axis: int | None = None) -> np.ndarray:
+def logits_to_indices(
+    logits: np.ndarray, new_shape: Shape, coarse_axis: int | None = None, planes: PlaneRange | None = None
+) -> np.ndarray:
     """Interpolate class logits linearly and take the most probable class, one plane and one class at a time.
 
     Args:
         logits: (K, Z, Y, X) floating point, any memory order.
-        new_shape: voxels (z, y, x) wanted.
+        new_shape: voxels (z, y, x) of the whole new volume.
         coarse_axis: axis along which only the nearest voxel counts.
+        planes: which new planes to make, where ``logits`` are some rows of the volume; None for all from all.
 
     Returns:
-        ``new_shape`` class indices, uint8 (uint16 past 256 classes); equal logits go to the lower class.
+        (planes, Y', X') class indices, uint8 (uint16 past 256 classes); equal logits go to the lower class.
 
     Raises:
-        ValueError: not four axes, no class, or a shape or axis that cannot be.
+        ValueError: not four axes, no class, or planes, a shape or an axis that cannot be.
     """
     kind = np.uint8 if len(logits) <= 256 else np.uint16
-    return _decide(kernels.best_class, logits, new_shape, coarse_axis, kind)
+    return _decide(kernels.best_class, logits, new_shape, coarse_axis, kind, planes)
 
 
-def logits_to_regions(logits: np.ndarray, new_shape: Shape, coarse_axis: int | None = None) -> np.ndarray:
+def logits_to_regions(
+    logits: np.ndarray, new_shape: Shape, coarse_axis: int | None = None, planes: PlaneRange | None = None
+) -> np.ndarray:
     """Interpolate region logits linearly and take the last region with a positive one.
 
     Args:
         logits: (R, Z, Y, X) floating point, any memory order.
-        new_shape: voxels (z, y, x) wanted.
+        new_shape: voxels (z, y, x) of the whole new volume.
         coarse_axis: axis along which only the nearest voxel counts.
+        planes: which new planes to make, where ``logits`` are some rows of the volume; None for all from all.
 
     Returns:
-        ``new_shape``: 0 where no region is positive, else 1 + the index of the last positive region; uint8 (uint16
+        (planes, Y', X'): 0 where no region is positive, else 1 + the index of the last positive region; uint8 (uint16
         past 255 regions).
 
     Raises:
-        ValueError: not four axes, no region, or a shape or axis that cannot be.
+        ValueError: not four axes, no region, or planes, a shape or an axis that cannot be.
     """
     kind = np.uint8 if len(logits) < 256 else np.uint16
-    return _decide(kernels.last_positive, logits, new_shape, coarse_axis, kind)
+    return _decide(kernels.last_positive, logits, new_shape, coarse_axis, kind, planes)
 
 
 def resample_logits_planes(
-    logits: np.ndarray, new_shape: Shape, z_start: int, z_stop: int, coarse_axis: int | None = None
+    logits: np.ndarray, new_shape: Shape, planes: PlaneRange, coarse_axis: int | None = None
 ) -> np.ndarray:
     """The interpolated logits of some planes, bit for bit those that ``logits_to_indices`` compares.
 
     Args:
         logits: (K, Z, Y, X) floating point, any memory order.
         new_shape: voxels (z, y, x) of the whole resampled volume.
-        z_start: first output plane wanted.
-        z_stop: one past the last.
+        planes: which of them, and which rows ``logits`` are.
         coarse_axis: axis along which only the nearest voxel counts.
 
     Returns:
-        (K, z_stop - z_start, Y', X') float32.
+        (K, planes, Y', X') float32.
 
     Raises:
         ValueError: planes outside the volume, not four axes, no class, or a shape or axis that cannot be.
     """
-    shape = checked_shape(logits.shape[1:], new_shape, coarse_axis)
-    if not 0 <= z_start <= z_stop <= shape[0]:
-        raise ValueError(f"planes {z_start} to {z_stop} are not within the {shape[0]} of the volume")
-    result = np.empty((len(logits), z_stop - z_start, *shape[1:]), dtype=np.float32)
-    z, y, x = _float_taps(logits.shape[1:], shape, coarse_axis)
+    z, y, x = _float_taps(plane_taps(logits.shape[1:], new_shape, coarse_axis, planes))
+    result = np.empty((len(logits), *(len(low) for low, _, _ in (z, y, x))), dtype=np.float32)
 
     def work(start: int, stop: int) -> None:
-        source, z_part = _planes_needed(logits, z, start + z_start, stop + z_start)
+        source, z_part = _planes_needed(logits, z, start, stop)
         kernels.interpolate_planes(source, z_part, y, x, result[:, start:stop], 0, stop - start)
 
-    _share(work, z_stop - z_start, result.size, PLANES_AT_ONCE)
+    _share(work, result.shape[1], result.size, PLANES_AT_ONCE)
     return result
 
 
 FloatTaps = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def _float_taps(old_shape: Shape, shape: Shape, nearest_axis: int | None) -> list[FloatTaps]:
-    return [(taps.low, taps.high, taps.weight) for taps in voting_taps(old_shape, shape, nearest_axis)]
+def _float_taps(axes: Sequence[LinearTaps]) -> list[FloatTaps]:
+    return [(taps.low, taps.high, taps.weight) for taps in axes]
 
 
 def _spline_axis(array: np.ndarray, taps: SplineTaps, axis: int) -> np.ndarray:
@@ -185,20 +190,24 @@ def _spline_axis(array: np.ndarray, taps: SplineTaps, axis: int) -> np.ndarray:
 
 
 def _decide(
-    kernel: Callable[..., None], logits: np.ndarray, new_shape: Shape, coarse_axis: int | None, kind: type
+    kernel: Callable[..., None],
+    logits: np.ndarray,
+    new_shape: Shape,
+    coarse_axis: int | None,
+    kind: type,
+    planes: PlaneRange | None,
 ) -> np.ndarray:
     """Run a kernel that turns logits into one decision per voxel, a few planes at a time."""
-    shape = checked_shape(logits.shape[1:], new_shape, coarse_axis)
+    z, y, x = _float_taps(plane_taps(logits.shape[1:], new_shape, coarse_axis, planes))
     if not len(logits):
         raise ValueError("logits need at least one class")
-    result: np.ndarray = np.empty(shape, dtype=kind)
-    z, y, x = _float_taps(logits.shape[1:], shape, coarse_axis)
+    result: np.ndarray = np.empty([len(low) for low, _, _ in (z, y, x)], dtype=kind)
 
     def work(start: int, stop: int) -> None:
         source, z_part = _planes_needed(logits, z, start, stop)
         kernel(source, z_part, y, x, result[start:stop], 0, stop - start)
 
-    _share(work, shape[0], result.size * len(logits), PLANES_AT_ONCE)
+    _share(work, len(result), result.size * len(logits), PLANES_AT_ONCE)
     return result
 
 

@@ -38,6 +38,27 @@ class LinearTaps(NamedTuple):
         """(new,) float32 weight of the upper neighbour."""
         return (self.part / self.whole).astype(np.float32)
 
+    def part_of(self, start: int, stop: int, first: int = 0) -> LinearTaps:
+        """Of some new voxels; neighbours are counted from the old voxel ``first``."""
+        low, high, part = (values[start:stop] for values in (self.low, self.high, self.part))
+        return LinearTaps(low - first, high - first, part, self.whole)
+
+
+class PlaneRange(NamedTuple):
+    """Some planes of a resampled volume, to be made from some rows of the old one.
+
+    Attributes:
+        start: first new plane wanted.
+        stop: one past the last.
+        first_row: old plane that the rows at hand begin with.
+        rows: old planes of the whole volume; None where all are at hand.
+    """
+
+    start: int
+    stop: int
+    first_row: int = 0
+    rows: int | None = None
+
 
 @functools.lru_cache(maxsize=64)
 def linear_taps(old: int, new: int, nearest: bool = False) -> LinearTaps:
@@ -143,6 +164,37 @@ def image_taps(old_shape: Shape, new_shape: Shape, options: ImageOptions) -> lis
 def voting_taps(old_shape: Shape, shape: Shape, nearest_axis: int | None) -> list[LinearTaps]:
     """Two neighbours along each axis, for labels and logits."""
     return [linear_taps(old_shape[axis], shape[axis], axis == nearest_axis) for axis in range(3)]
+
+
+def plane_taps(
+    held: Shape, new_shape: Shape, nearest_axis: int | None, planes: PlaneRange | None = None
+) -> list[LinearTaps]:
+    """The same for some new planes, counted within the old voxels at hand.
+
+    Args:
+        held: voxels (z, y, x) at hand.
+        new_shape: of the whole new volume.
+        nearest_axis: axis along which only the nearest voxel counts.
+        planes: which new planes, and which old ones are at hand; None for all.
+
+    Raises:
+        ValueError: planes outside the volume, rows that are not at hand, or a shape or axis that cannot be.
+    """
+    old_shape = held if planes is None or planes.rows is None else (planes.rows, *held[1:])
+    shape = checked_shape(old_shape, new_shape, nearest_axis)
+    z, y, x = voting_taps(old_shape, shape, nearest_axis)
+    if planes is None:
+        return [z, y, x]
+    if not 0 <= planes.start <= planes.stop <= shape[0]:
+        raise ValueError(f"planes {planes.start} to {planes.stop} are not within the {shape[0]} of the volume")
+    z = z.part_of(planes.start, planes.stop, planes.first_row)
+    if len(z.low) and (z.low[0] < 0 or z.high[-1] >= held[0]):
+        first, last = z.low[0] + planes.first_row, z.high[-1] + planes.first_row
+        raise ValueError(
+            f"planes {planes.start} to {planes.stop} need rows {first} to {last}, at hand are {planes.first_row} to "
+            f"{planes.first_row + held[0] - 1}"
+        )
+    return [z, y, x]
 
 
 def checked_shape(old_shape: Shape, new_shape: Shape, axis: int | None) -> tuple[int, int, int]:

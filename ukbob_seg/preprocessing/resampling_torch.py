@@ -18,10 +18,12 @@ from torch import Tensor
 from ukbob_seg.preprocessing.resampling_taps import (
     ImageOptions,
     LinearTaps,
+    PlaneRange,
     Shape,
     SplineTaps,
     checked_shape,
     image_taps,
+    plane_taps,
     voting_taps,
 )
 
@@ -89,70 +91,72 @@ def resample_labels(labels: Tensor, new_shape: Shape, nearest_axis: int | None =
     return result
 
 
-def logits_to_indices(logits: Tensor, new_shape: Shape, coarse_axis: int | None = None) -> Tensor:
+def logits_to_indices(
+    logits: Tensor, new_shape: Shape, coarse_axis: int | None = None, planes: PlaneRange | None = None
+) -> Tensor:
     """Interpolate class logits linearly and take the most probable class; as ``resampling.logits_to_indices``.
 
     Args:
         logits: (K, Z, Y, X) floating point, any device and strides.
-        new_shape: voxels (z, y, x) wanted.
+        new_shape: voxels (z, y, x) of the whole new volume.
         coarse_axis: axis along which only the nearest voxel counts.
+        planes: which new planes to make, where ``logits`` are some rows of the volume; None for all from all.
 
     Returns:
-        ``new_shape`` class indices on the same device, uint8 (uint16 past 256 classes); equal logits go to the lower
+        (planes, Y', X') class indices on the same device, uint8 (uint16 past 256 classes); equal logits go to the lower
         class.
 
     Raises:
-        ValueError: not four axes, no class, or a shape or axis that cannot be.
+        ValueError: not four axes, no class, or planes, a shape or an axis that cannot be.
     """
     kind = torch.uint8 if len(logits) <= 256 else torch.uint16
-    return _decide(_best_class, logits, new_shape, coarse_axis, kind)
+    return _decide(_best_class, logits, new_shape, coarse_axis, kind, planes)
 
 
-def logits_to_regions(logits: Tensor, new_shape: Shape, coarse_axis: int | None = None) -> Tensor:
+def logits_to_regions(
+    logits: Tensor, new_shape: Shape, coarse_axis: int | None = None, planes: PlaneRange | None = None
+) -> Tensor:
     """Interpolate region logits linearly and take the last region with a positive one.
 
     Args:
         logits: (R, Z, Y, X) floating point, any device and strides.
-        new_shape: voxels (z, y, x) wanted.
+        new_shape: voxels (z, y, x) of the whole new volume.
         coarse_axis: axis along which only the nearest voxel counts.
+        planes: which new planes to make, where ``logits`` are some rows of the volume; None for all from all.
 
     Returns:
-        ``new_shape`` on the same device: 0 where no region is positive, else 1 + the index of the last positive
+        (planes, Y', X') on the same device: 0 where no region is positive, else 1 + the index of the last positive
         region; uint8 (uint16 past 255 regions).
 
     Raises:
-        ValueError: not four axes, no region, or a shape or axis that cannot be.
+        ValueError: not four axes, no region, or planes, a shape or an axis that cannot be.
     """
     kind = torch.uint8 if len(logits) < 256 else torch.uint16
-    return _decide(_last_positive, logits, new_shape, coarse_axis, kind)
+    return _decide(_last_positive, logits, new_shape, coarse_axis, kind, planes)
 
 
 @torch.no_grad()
 def resample_logits_planes(
-    logits: Tensor, new_shape: Shape, z_start: int, z_stop: int, coarse_axis: int | None = None
+    logits: Tensor, new_shape: Shape, planes: PlaneRange, coarse_axis: int | None = None
 ) -> Tensor:
     """The interpolated logits of some planes, the very numbers that ``logits_to_indices`` compares.
 
     Args:
         logits: (K, Z, Y, X) floating point, any device and strides.
         new_shape: voxels (z, y, x) of the whole resampled volume.
-        z_start: first output plane wanted.
-        z_stop: one past the last.
+        planes: which of them, and which rows ``logits`` are.
         coarse_axis: axis along which only the nearest voxel counts.
 
     Returns:
-        (K, z_stop - z_start, Y', X') float32 on the same device.
+        (K, planes, Y', X') float32 on the same device.
 
     Raises:
         ValueError: planes outside the volume, not four axes, no class, or a shape or axis that cannot be.
     """
-    shape = checked_shape(logits.shape[1:], new_shape, coarse_axis)
-    if not 0 <= z_start <= z_stop <= shape[0]:
-        raise ValueError(f"planes {z_start} to {z_stop} are not within the {shape[0]} of the volume")
-    result = torch.empty((len(logits), z_stop - z_start, *shape[1:]), device=logits.device)
-    z, y, x = _mixtures(logits, shape, coarse_axis)
+    z, y, x = _mixtures(logits, new_shape, coarse_axis, planes)
+    result = torch.empty((len(logits), *(len(axis.low) for axis in (z, y, x))), device=logits.device)
     for start, stop in _slabs(result.shape[1:], SLAB_VOXELS):
-        slab = z.part_of(z_start + start, z_start + stop)
+        slab = z.part_of(start, stop)
         for channel, values in zip(logits, result, strict=True):
             values[start:stop] = _interpolated(channel, slab, y, x)
     return result
@@ -276,8 +280,8 @@ def _winner(values: Tensor, votes: Tensor, nearest: Tensor) -> Tensor:
     return best
 
 
-def _mixtures(logits: Tensor, shape: Shape, coarse_axis: int | None) -> list[_Mixture]:
-    return [_Mixture.of(taps, logits.device) for taps in voting_taps(logits.shape[1:], shape, coarse_axis)]
+def _mixtures(logits: Tensor, shape: Shape, coarse_axis: int | None, planes: PlaneRange | None) -> list[_Mixture]:
+    return [_Mixture.of(taps, logits.device) for taps in plane_taps(logits.shape[1:], shape, coarse_axis, planes)]
 
 
 @torch.no_grad()
@@ -287,14 +291,14 @@ def _decide(
     new_shape: Shape,
     coarse_axis: int | None,
     kind: torch.dtype,
+    planes: PlaneRange | None,
 ) -> Tensor:
     """One decision per voxel, slab by slab."""
-    shape = checked_shape(logits.shape[1:], new_shape, coarse_axis)
+    z, y, x = _mixtures(logits, new_shape, coarse_axis, planes)
     if not len(logits):
         raise ValueError("logits need at least one class")
-    result = torch.empty(shape, dtype=kind, device=logits.device)
-    z, y, x = _mixtures(logits, shape, coarse_axis)
-    for start, stop in _slabs(shape, SLAB_VOXELS):
+    result = torch.empty([len(axis.low) for axis in (z, y, x)], dtype=kind, device=logits.device)
+    for start, stop in _slabs(result.shape, SLAB_VOXELS):
         result[start:stop] = function(logits, z.part_of(start, stop), y, x)
     return result
 

@@ -7,7 +7,8 @@ tested when the chunk is first read.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ except ImportError:
     from zlib import crc32
 
 BLOCK_BYTES = 1 << 17  # what is decompressed at a time; fits the second-level cache
+STREAMED_CHUNK = (16, 128, 128)  # (z, y, x) of arrays that are written plane by plane
 SMALL_BYTES = 1 << 24  # arrays that are made in memory, every way, and written at once
 GOOD_RATIO = 0.6  # what is compressed so well needs no other try
 HEADER_BYTES = 32  # of a Blosc2 chunk; the last one tells what a chunk without data stands for
@@ -94,6 +96,71 @@ def _stored_bytes(stored: Any) -> int:
 def _add_checksums(stored: Any) -> None:
     sums = [_chunk_sum(stored, n) for n in range(stored.schunk.nchunks)]
     stored.schunk.vlmeta[CHECKSUMS] = {"layout": _layout(stored), "crc32": sums}
+
+
+@contextmanager
+def plane_writer(path: Path, shape: tuple[int, int, int, int], dtype: np.dtype[Any]) -> Iterator[PlaneWriter]:
+    """Write a (C, Z, Y, X) array whose planes come in order, atomically; at most one row of chunks is in memory.
+
+    Args:
+        path: ``.b2nd`` file; folders are made.
+        shape: of the whole array.
+        dtype: of its values.
+
+    Raises:
+        UkbobError: the file cannot be written.
+        ValueError: planes are missing at the end.
+    """
+    chunks = (1, *(min(edge, n) for edge, n in zip(STREAMED_CHUNK, shape[1:], strict=True)))
+    blocks = (1, *choose_block(chunks[1:], dtype.itemsize))
+    compression = _choices(dtype)[-1] | {"nthreads": thread_count()}
+    with atomic_path(Path(path)) as temporary:
+        layout = {"chunks": chunks, "blocks": blocks, "contiguous": True, "urlpath": str(temporary)}
+        try:
+            stored = blosc2.empty(shape, dtype=dtype, cparams=compression, dparams={"nthreads": 1}, **layout)
+            writer = PlaneWriter(stored, chunks[1])
+            yield writer
+            writer.finish()
+            _add_checksums(stored)
+            StoredArray(temporary)
+        except (RuntimeError, DatasetError) as error:  # Blosc2 does not say why
+            raise OSError("writing failed, most likely because the disk is full") from error
+
+
+class PlaneWriter:
+    """Appends planes to a Blosc2 array, a row of chunks at a time, so that none is compressed twice."""
+
+    def __init__(self, stored: Any, depth: int) -> None:
+        self._stored = stored
+        channels, _, y, x = stored.shape
+        self._waiting = np.empty((channels, depth, y, x), dtype=stored.dtype)
+        self._written = self._count = 0
+
+    def append(self, planes: np.ndarray) -> None:
+        """Add (C, n, Y, X); values are converted to the array's type."""
+        start = 0
+        while start < planes.shape[1]:
+            taken = min(planes.shape[1] - start, self._waiting.shape[1] - self._count)
+            self._waiting[:, self._count : self._count + taken] = planes[:, start : start + taken]
+            self._count, start = self._count + taken, start + taken
+            if self._count == self._waiting.shape[1]:
+                self._flush()
+
+    def finish(self) -> None:
+        """Write what waits.
+
+        Raises:
+            ValueError: not all planes have come.
+        """
+        self._flush()
+        if self._written != self._stored.shape[1]:
+            raise ValueError(f"{self._written} of {self._stored.shape[1]} planes were written")
+
+    def _flush(self) -> None:
+        if self._count:
+            stop = self._written + self._count
+            self._stored[:, self._written : stop] = np.ascontiguousarray(self._waiting[:, : self._count])
+            self._written, self._count = stop, 0
 
 
 def open_array(path: Path) -> StoredArray:
