@@ -68,25 +68,18 @@ CONFIGURATIONS = {
     "affine": ((1, 4, 32, 64, 32), {"in_channels": 4, "out_channels": 5, "feature_size": 24, "norm_affine": True,
                                     "window_size": 5}),
     "legacy": ((2, 2, 32, 32, 64), {"in_channels": 2, "out_channels": 2, "patch_merging": "legacy", "window_size": 3}),
-    "dividing": ((1, 1, 32, 64, 64), {"out_channels": 2, "window_size": 4}),
+    "dividing": ((1, 1, 32, 32, 64), {"out_channels": 2, "window_size": 4}),
     "depths": ((1, 3, 96, 32, 32), {"in_channels": 3, "out_channels": 1, "depths": (1, 2, 3, 2),
                                     "num_heads": (2, 4, 6, 8), "mlp_ratio": 2.0, "qkv_bias": False, "window_size": 5}),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_output_and_gradients_equal_monai(name, monkeypatch):
-    """In float32 the output; in float64 the gradients too.
-
-    Rounding puts a few activations on the other side of a leaky ReLU's kink, so that single gradients jump in float32.
-    """
+@pytest.mark.parametrize("name", ["default", "affine", "depths"])
+def test_output_and_gradients_equal_monai_in_float64(name):
+    """Rounding puts a few activations on the other side of a leaky ReLU's kink: in float32 single gradients jump."""
     shape, options = CONFIGURATIONS[name]
-    if options.get("patch_merging") == "legacy":
-        monkeypatch.setattr("monai.networks.nets.swin_unetr.PatchMerging.forward", _as_before_the_fix)
     ours, reference = _pair(**options)
     image = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        _assert_close(ours(image), reference(image), 1e-4, "output in float32")
     expected, expected_gradients = _outputs_and_gradients(reference.double(), image.double())
     found, gradients = _outputs_and_gradients(ours.double(), image.double())
     _assert_close(found, expected, 1e-10, "output")
@@ -101,13 +94,16 @@ def _smooth(x, slope=0.01, inplace=False):
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_gradients_in_float32_equal_monais_where_nothing_has_a_kink(name, monkeypatch):
+def test_output_equals_monais_and_gradients_where_nothing_has_a_kink(name, monkeypatch):
+    """In float32; the output with leaky ReLUs too."""
     shape, options = CONFIGURATIONS[name]
-    monkeypatch.setattr(nn.functional, "leaky_relu", _smooth)  # MONAI's layers call it too
     if options.get("patch_merging") == "legacy":
         monkeypatch.setattr("monai.networks.nets.swin_unetr.PatchMerging.forward", _as_before_the_fix)
     ours, reference = _pair(**options)
     image = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        _assert_close(ours(image), reference(image), 1e-4, "output")
+    monkeypatch.setattr(nn.functional, "leaky_relu", _smooth)  # MONAI's layers call it too
     expected, expected_gradients = _outputs_and_gradients(reference, image)
     found, gradients = _outputs_and_gradients(ours, image)
     _assert_close(found, expected, 1e-4, "output")
@@ -174,12 +170,12 @@ def test_affine_norms_have_monais_names():
     assert len(ours.state_dict()) == 159 + 52
 
 
-@pytest.mark.parametrize("scores", [1, 150, 10**6])  # one window at a time, some, all
+@pytest.mark.parametrize("scores", [1, 70, 10**6])  # one window at a time, some, all
 def test_attention_that_stores_nothing_has_the_exact_gradient(scores, monkeypatch):
     monkeypatch.setattr("ukbob_seg.networks.window_attention.BACKWARD_SCORES", scores)
     torch.manual_seed(0)
-    qkv = [torch.randn(5, 2, 6, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    bias = torch.randn(2, 6, 6, dtype=torch.float64, requires_grad=True)
+    qkv = [torch.randn(5, 2, 4, 2, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    bias = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(_BiasedAttention.apply, (*qkv, bias))
 
 

@@ -10,13 +10,13 @@ from ukbob_seg.preprocessing.memory_model import CONV, GIB, plain_conv_unet_memo
 
 # (patch, batch, feature size, channels, outputs), GiB: benchmarks/memory_model.py
 SWIN_CPU = [
-    (((32, 32, 64), 1, 24, 1, 3), 1.21),
-    (((32, 64, 32), 2, 24, 1, 3), 1.58),
-    (((32, 64, 32), 2, 24, 1, 3), 1.93),  # 600 steps of ukbob_train
-    (((64, 64, 64), 1, 12, 1, 3), 1.61),
-    (((64, 64, 64), 1, 48, 4, 73), 3.08),
-    (((96, 96, 96), 1, 24, 4, 73), 4.03),
-    (((96, 96, 96), 1, 48, 1, 14), 5.90),
+    (((32, 32, 64), 1, 24, 1, 3), 1.10),
+    (((32, 64, 32), 7, 24, 1, 3), 2.12),
+    (((64, 64, 64), 1, 12, 1, 3), 1.41),
+    (((64, 64, 64), 1, 48, 4, 73), 2.40),
+    (((96, 96, 96), 1, 12, 1, 3), 2.06),
+    (((96, 96, 96), 1, 24, 4, 73), 3.14),
+    (((96, 96, 96), 1, 48, 1, 14), 3.96),
 ]
 SWIN_CUDA = [
     (((64, 64, 64), 1, 12, 1, 3), 1.84),
@@ -33,7 +33,7 @@ BLOCKS = (1, 3, 4, 6, 6)
 
 @pytest.mark.parametrize(("sizes", "measured"), SWIN_CPU)
 def test_swin_near_the_peak_of_a_process_on_the_cpu(sizes, measured):
-    assert 0.94 <= swin_unetr_memory_gb(*sizes, device="cpu") / measured <= 1.4
+    assert 0.95 <= swin_unetr_memory_gb(*sizes, device="cpu") / measured <= 1.45
 
 
 @pytest.mark.parametrize(("sizes", "measured"), SWIN_CUDA)

@@ -34,8 +34,8 @@ class Constants:
 
 
 SWIN_VALUES = 24.0  # kept per input voxel and unit of feature size, half of them at full resolution
-# On the CPU a whole ukbob_train: its process grows a little for hundreds of steps.
-SWIN_CPU = Constants(base_gb=1.3, per_value=1.0, per_output=4.0)
+# On the CPU a whole ukbob_train: its process grows a little for hundreds of steps. It computes cheap maps twice.
+SWIN_CPU = Constants(base_gb=1.25, per_value=0.7, per_output=4.0)
 # bfloat16, but more copies. Attention with fewer than 16 channels per head (feature sizes below 48) is not fused on
 # CUDA and keeps its matrices; on the CPU they are recomputed.
 SWIN_CUDA = Constants(base_gb=0.6, per_value=40 / SWIN_VALUES, per_output=7.0)
