@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ukbob_seg.dataset.image_io import Geometry
+from ukbob_seg.errors import UkbobError
 from ukbob_seg.inference.export import PROBABILITY, ProbabilityStream, RowStream, box_shape, decide_resampled
 from ukbob_seg.inference.passes import AveragedPasses, Mirroring
 from ukbob_seg.inference.sliding_window import Slab, WindowSettings, gaussian_weights, iterate_slabs
@@ -70,6 +71,28 @@ def test_an_interrupted_stream_leaves_no_file(tmp_path):
         plane_writer(tmp_path / "p.b2nd", (1, 3, 4, 4), PROBABILITY) as writer,
     ):
         writer.append(np.zeros((1, 1, 4, 4)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_the_network_is_not_taken_for_one_of_the_disk(tmp_path):
+    with (
+        pytest.raises(RuntimeError, match="out of memory"),
+        plane_writer(tmp_path / "p.b2nd", (1, 3, 4, 4), PROBABILITY),
+    ):
+        raise RuntimeError("out of memory")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_said_while_planes_come(tmp_path, monkeypatch):
+    def full(self, key, value):
+        raise RuntimeError("blosc2 failed")
+
+    monkeypatch.setattr("blosc2.NDArray.__setitem__", full)
+    with (
+        pytest.raises(UkbobError, match=r"cannot write .*p.b2nd: .*disk is full"),
+        plane_writer(tmp_path / "p.b2nd", (1, 3, 4, 4), PROBABILITY) as writer,
+    ):
+        writer.append(np.zeros((1, 3, 4, 4)))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -76,11 +76,18 @@ def _write_large(path: Path, array: np.ndarray, layout: dict[str, Any]) -> None:
         array[tuple(slice((n - c) // 2, (n - c) // 2 + c) for n, c in zip(array.shape, layout["chunks"], strict=True))]
     )
     choice = min(_choices(array.dtype), key=lambda choice: _stored_bytes(_compress(middle, choice, **layout)))
-    try:
+    with _failures_of_writing():
         stored = _compress(array, choice | {"nthreads": thread_count()}, **layout, urlpath=str(path))
         _add_checksums(stored)  # of what is in the file now
         StoredArray(path)
-    except (RuntimeError, DatasetError) as error:  # Blosc2 does not say why
+
+
+@contextmanager
+def _failures_of_writing() -> Iterator[None]:
+    """Blosc2 does not say why it failed."""
+    try:
+        yield
+    except (RuntimeError, DatasetError) as error:
         raise OSError("writing failed, most likely because the disk is full") from error
 
 
@@ -116,15 +123,14 @@ def plane_writer(path: Path, shape: tuple[int, int, int, int], dtype: np.dtype[A
     compression = _choices(dtype)[-1] | {"nthreads": thread_count()}
     with atomic_path(Path(path)) as temporary:
         layout = {"chunks": chunks, "blocks": blocks, "contiguous": True, "urlpath": str(temporary)}
-        try:
+        with _failures_of_writing():
             stored = blosc2.empty(shape, dtype=dtype, cparams=compression, dparams={"nthreads": 1}, **layout)
-            writer = PlaneWriter(stored, chunks[1])
-            yield writer
-            writer.finish()
+        writer = PlaneWriter(stored, chunks[1])
+        yield writer  # errors of whoever makes the planes are their own
+        writer.finish()
+        with _failures_of_writing():
             _add_checksums(stored)
             StoredArray(temporary)
-        except (RuntimeError, DatasetError) as error:  # Blosc2 does not say why
-            raise OSError("writing failed, most likely because the disk is full") from error
 
 
 class PlaneWriter:
@@ -159,7 +165,8 @@ class PlaneWriter:
     def _flush(self) -> None:
         if self._count:
             stop = self._written + self._count
-            self._stored[:, self._written : stop] = np.ascontiguousarray(self._waiting[:, : self._count])
+            with _failures_of_writing():
+                self._stored[:, self._written : stop] = np.ascontiguousarray(self._waiting[:, : self._count])
             self._written, self._count = stop, 0
 
 
