@@ -7,8 +7,8 @@ import torch
 from ukbob_seg.dataset.labels import LabelScheme
 from ukbob_seg.training.augmentation import Batch, FlipRecord, RandomFlip
 from ukbob_seg.training.flags import FlagCodes, with_flag_codes
+from ukbob_seg.training.left_right import label_swap
 from ukbob_seg.training.losses import SoftmaxDiceLoss
-from ukbob_seg.training.setup import label_swap
 
 SCHEME = LabelScheme.from_json({"background": 0, "kidney_left": 3, "liver": 5, "kidney_right": 9}, None)  # 1, 2, 3
 SWAP = label_swap(SCHEME)

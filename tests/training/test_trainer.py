@@ -25,7 +25,7 @@ from ukbob_seg.preprocessing.storage import open_array, save_array
 from ukbob_seg.training.checkpoint import read_checkpoint
 from ukbob_seg.training.config import TrainingConfig
 from ukbob_seg.training.sampling import TrainingCase
-from ukbob_seg.training.setup import choose_config, label_swap, output_swap, prepare
+from ukbob_seg.training.setup import choose_config, prepare
 from ukbob_seg.training.trainer import RunOptions, train
 from ukbob_seg.training.validation import validate
 
@@ -306,16 +306,6 @@ def test_a_loss_that_stays_nan_stops_with_a_sentence(roots):
         roots.results / "Dataset007_Blobs/3d_fullres__tests_tiny.Tiny/fold_0/checkpoint_latest.pt"
     )
     assert all(torch.isfinite(value).all() for value in content["network_weights"].values())
-
-
-def test_left_right_tables():
-
-    scheme = LabelScheme.from_json({"background": 0, "kidney_left": 3, "liver": 5, "kidney_right": 9}, None)
-    table = label_swap(scheme)
-    assert table[[0, 1, 2, 3, 255]].tolist() == [0, 3, 2, 1, 255]
-    assert output_swap(scheme) == (0, 3, 2, 1)
-    assert output_swap(LabelScheme.from_json({"background": 0, "liver": 5}, None)) is None
-    assert np.array_equal(table[table], np.arange(256))
 
 
 def test_arrays_of_other_plans_are_refused(roots):

@@ -32,7 +32,7 @@ from ukbob_seg.networks.compiled import maybe_compiled
 from ukbob_seg.preprocessing.preprocessor import CaseProperties, preprocess_image, preprocess_labels
 from ukbob_seg.preprocessing.storage import plane_writer
 from ukbob_seg.training.checkpoint import NAMES, ModelDescription, load_network
-from ukbob_seg.training.setup import label_swap, output_swap
+from ukbob_seg.training.left_right import label_swap, output_swap
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]

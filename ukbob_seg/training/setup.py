@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ukbob_seg.dataset.labels import LabelScheme, left_right_pairs
+from ukbob_seg.dataset.labels import LabelScheme
 from ukbob_seg.dataset.paths import Roots, find_dataset
 from ukbob_seg.dataset.spec import DatasetSpec
 from ukbob_seg.errors import ConfigError, DatasetError
@@ -28,6 +27,7 @@ from ukbob_seg.training.cascade import previous_stage_maps
 from ukbob_seg.training.checkpoint import ModelDescription
 from ukbob_seg.training.config import TrainingConfig, recipe
 from ukbob_seg.training.flags import FlagCodes, with_flag_codes
+from ukbob_seg.training.left_right import label_swap, safe_mirror_axes
 from ukbob_seg.training.losses import SigmoidDiceLoss, SoftmaxDiceLoss, with_deep_supervision
 from ukbob_seg.training.sampling import TrainingCase
 from ukbob_seg.training.splits import Split, choose_split, load_groups, load_or_make_splits, take_subset
@@ -129,7 +129,7 @@ def prepare(
         configuration=configuration,
         fold=fold,
         head=head,
-        mirror_axes=_safe_mirror_axes(
+        mirror_axes=safe_mirror_axes(
             # A patch of one slice looks the same flipped across it, but its labels would be exchanged.
             [a for a in config.mirror_axes if config.augmentation != "none" and a != plan.slice_axis],
             spec.labels,
@@ -230,43 +230,6 @@ def _with_codes(
     return tuple(
         TrainingCase(case.name, codes.lookup(flagged[case.name])) if flagged[case.name] else case for case in cases
     ), codes
-
-
-def _safe_mirror_axes(axes: Sequence[int], scheme: LabelScheme, left_right_axis: int | None) -> tuple[int, ...]:
-    """Axes that may be flipped; none when there are left/right labels but no telling which axis swaps them."""
-    if left_right_pairs(scheme.names) and left_right_axis is None and axes:
-        log.warning("labels name left and right, but the cases' orientations differ: no flips in training")
-        return ()
-    return tuple(axes)
-
-
-def label_swap(scheme: LabelScheme) -> Tensor | None:
-    """Table that exchanges left and right label indices, or None without such labels.
-
-    Regions are swapped through their member values, when each pair of regions has as many members on both sides.
-    """
-    pairs = left_right_pairs(scheme.names)
-    if not pairs:
-        return None
-    index_of = {value: k for k, value in enumerate(scheme.values, start=1)}
-    table = np.arange(int(np.iinfo(scheme.dtype).max) + 1)
-    for left, right in pairs:
-        one, other = scheme.members[left], scheme.members[right]
-        if len(one) == len(other):
-            for a, b in zip(one, other, strict=True):
-                table[index_of[a]], table[index_of[b]] = index_of[b], index_of[a]
-    return torch.from_numpy(table)
-
-
-def output_swap(scheme: LabelScheme) -> tuple[int, ...] | None:
-    """Order of network outputs that exchanges left and right, or None without such labels."""
-    pairs = left_right_pairs(scheme.output_names)
-    if not pairs:
-        return None
-    order = list(range(scheme.num_outputs))
-    for left, right in pairs:
-        order[left], order[right] = right, left
-    return tuple(order)
 
 
 def make_loss(setup: TrainingSetup) -> Callable[[Tensor | Sequence[Tensor], Tensor], Tensor]:

@@ -75,8 +75,7 @@ def _papers(setup: AugmentationSetup) -> list[Transform]:
         for a, b in ((0, 1), (0, 2), (1, 2))
         if setup.patch_size[a] == setup.patch_size[b]
         and max(setup.spacing_mm[a], setup.spacing_mm[b]) < 1.1 * min(setup.spacing_mm[a], setup.spacing_mm[b])
-        # Turning the left-right axis into another one would need a swap of labels that does not exist.
-        and (setup.swap is None or setup.left_right_axis not in (a, b))
+        and not _turns_sides(setup, a, b)
     ]
     return [
         RandomFlip(setup.mirror_axes, 0.5, setup.left_right_axis, setup.swap),
@@ -84,6 +83,14 @@ def _papers(setup: AugmentationSetup) -> list[Transform]:
         RandomIntensityScale(),
         RandomIntensityShift(),
     ]
+
+
+def _turns_sides(setup: AugmentationSetup, a: int, b: int) -> bool:
+    """Whether a turn in the plane of two axes may move labels to the other side, which no exchange of labels follows.
+
+    Half a turn is two flips, one of them of the left-right axis; where that axis is not known, it may be any.
+    """
+    return setup.swap is not None and setup.left_right_axis in (a, b, None)
 
 
 def _strong(setup: AugmentationSetup) -> list[Transform]:
