@@ -11,6 +11,7 @@ from ukbob_seg.training.losses import (
     SoftmaxDiceLoss,
     merge_with_background,
     shrink_labels,
+    unite_with_background,
     with_deep_supervision,
 )
 
@@ -178,26 +179,52 @@ def test_the_marginal_loss_does_not_choose_between_background_and_the_flagged_or
     torch.testing.assert_close(SoftmaxDiceLoss(255)(other, labels, merged), value.detach())
 
 
-def test_sigmoid_loss_leaves_flagged_outputs_out():
+def test_marginal_sigmoid_loss_by_hand():
+    """Flagged organ 2 and background are one output, 1 - (1 - p_0)(1 - p_2), in the first element only."""
     logits = torch.tensor([[[0.5, -1.0], [1.0, 0.2], [2.0, 0.3]], [[0.1, 0.4], [0.0, 3.0], [1.0, -2.0]]])
-    logits = logits[..., None, None].requires_grad_()
-    labels = torch.tensor([[0, 2], [2, 1]])[..., None, None]
+    labels = torch.tensor([[0, 2], [2, 1]])
     merged = torch.tensor([[False, False, True], [False, False, False]])
-    value = SigmoidDiceLoss(torch.eye(3, dtype=torch.bool), 255, skip_background=True)(logits, labels, merged)
-    (gradient,) = torch.autograd.grad(value, logits)
-    assert (gradient[0, 2] == 0).all()  # the flagged organ
-    assert gradient[0, 0].flatten().ne(0).tolist() == [True, False]  # background is not taught on its voxels
-    assert (gradient[0, 1] != 0).all()
-    assert (gradient[1] != 0).all()
-    p, flat = logits.detach().sigmoid()[..., 0, 0], F.logsigmoid
-    z = logits.detach()[..., 0, 0]
-    cross_entropy = -(
-        flat(z[0, 0, 0]) + flat(-z[0, 1]).sum() + flat(-z[1, 0]).sum()
-        + flat(-z[1, 1, 0]) + flat(z[1, 1, 1]) + flat(z[1, 2, 0]) + flat(-z[1, 2, 1])
-    ) / 9  # fmt: skip
+    loss = SigmoidDiceLoss(torch.eye(3, dtype=torch.bool), 255, skip_background=True)
+    value = loss(logits[..., None, None], labels[..., None, None], merged)
+    p, log_p, log_q = logits.sigmoid(), F.logsigmoid(logits), F.logsigmoid(-logits)
+    united = 1 - (1 - p[0, 0]) * (1 - p[0, 2])
+    first = united.log().sum() + log_q[0, 1].sum()  # both voxels are "background or organ 2", neither is organ 1
+    second = log_q[1, 0].sum() + log_q[1, 1, 0] + log_p[1, 1, 1] + log_p[1, 2, 0] + log_q[1, 2, 1]
     dice1 = (2 * p[1, 1, 1] + 1e-5) / (p[:, 1].sum() + 1 + 1e-5)
     dice2 = (2 * p[1, 2, 0] + 1e-5) / (p[1, 2].sum() + 1 + 1e-5)
-    torch.testing.assert_close(value.detach(), cross_entropy + 1 - (dice1 + dice2) / 2)
+    torch.testing.assert_close(value, -(first + second) / 10 + 1 - (dice1 + dice2) / 2)
+
+
+def test_the_sigmoid_marginal_loss_does_not_teach_background_where_a_flagged_organ_may_be(batch):
+    """Where background is labelled and the organ already predicted, nothing is left to learn; elsewhere both are no."""
+    logits, labels = (x.detach() for x in batch)
+    merged = torch.zeros(2, 5, dtype=torch.bool)
+    merged[0, 3] = True
+    unknown, known = (labels[0] == 0) | (labels[0] == 3), (labels[0] == 1) | (labels[0] == 2)
+    logits[0, 0], logits[0, 3] = -2.0, torch.where(unknown, 30.0, -1.0)
+    logits.requires_grad_()
+    loss = SigmoidDiceLoss(torch.eye(5, dtype=torch.bool), 9, skip_background=True)
+    (gradient,) = torch.autograd.grad(loss(logits, labels, merged), logits)
+    assert gradient[0, 0][unknown].abs().max() < 1e-6
+    assert (torch.autograd.grad(loss(logits, labels), logits)[0][0, 0][labels[0] == 0] < 0).all()  # the plain loss does
+    assert (gradient[0, 0][known] > 0).all()
+    assert (gradient[0, 3][known] > 0).all()  # the flagged organ may not grow into trusted ones
+    assert (gradient[1] != 0)[:, labels[1] != 9].all()
+
+
+def test_united_outputs_have_the_probability_of_any(batch):
+    logits, _ = batch
+    found = unite_with_background(logits, MERGED).sigmoid().double()
+    q = (-logits.double()).sigmoid()
+    none = torch.where(MERGED[:, :, None, None, None], q, 1.0).prod(dim=1) * q[:, 0]
+    torch.testing.assert_close(found[:, 0], 1 - none)
+    torch.testing.assert_close(found[:, 1:], logits[:, 1:].sigmoid().double())
+    for scale in (1e4, 80.0):
+        extreme = (logits * scale).detach().requires_grad_()
+        unite_with_background(extreme, MERGED).sigmoid().log1p().sum().backward()
+        assert torch.isfinite(extreme.grad).all()
+    small = torch.full((1, 5, 1, 1, 1), -60.0)
+    assert unite_with_background(small, MERGED[:1])[0, 0].item() == pytest.approx(-60 + math.log(3), abs=1e-4)
 
 
 def test_regions_with_a_flagged_member_are_left_out(batch):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ukbob_seg.training.sampling import choose_start, read_patch
+from ukbob_seg.training.sampling import centred_patches, choose_start, read_patch
 
 
 @given(
@@ -87,6 +87,32 @@ def test_the_foreground_share_of_a_batch(preprocessed):
     assert batch["image"].dtype == torch.float32
     assert (batch["labels"][:, 8, 8, 8] > 0).any()
     assert all((labels > 0).any() for labels in batch["labels"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.33, 0.5, 1.0])
+def test_the_share_is_kept_at_every_batch_size(batch_size, share):
+    counts = [centred_patches(step, batch_size, share) for step in range(3000)]
+    nnunets = sum(not position < round(batch_size * (1 - share)) for position in range(batch_size))
+    assert min(counts) >= nnunets
+    assert max(counts) <= batch_size
+    mean = sum(counts) / len(counts) / batch_size
+    assert mean >= share - 1e-3
+    if nnunets <= batch_size * share:
+        assert mean == pytest.approx(share, abs=1e-3)
+    else:
+        assert set(counts) == {nnunets}  # such as one of two at 0.33
+
+
+def test_single_patches_are_centred_as_often_as_asked(preprocessed):
+    """A batch of one takes part in the share; half of 0.33 was none."""
+    centred = []
+    dataset = _dataset(preprocessed, batch_size=1, fraction=0.33)
+    plain = _dataset(preprocessed, batch_size=1, fraction=0.0)
+    for step in range(30):
+        centred.append(not torch.equal(dataset[step]["image"], plain[step]["image"]))
+    assert sum(centred) == 9
+    assert [step for step in range(30) if centred[step]] == [3, 6, 9, 12, 15, 18, 21, 24, 27]
 
 
 def test_more_may_be_read_around_the_same_patches(preprocessed):

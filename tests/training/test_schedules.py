@@ -26,6 +26,19 @@ def test_cosine_restarts_equal_torch():
     assert _rates(config) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("epochs", "warmup", "cycles"), [(3000, 0, 15), (500, 0, 2), (500, 50, 2), (150, 0, 1), (290, 0, 1), (310, 0, 2)]
+)
+def test_cosine_restarts_end_with_a_whole_cycle(epochs, warmup, cycles):
+    """Also where 200 epochs do not divide the run: it must not end at half the peak."""
+    config = TrainingConfig(epochs=epochs, warmup_epochs=warmup, iterations_per_epoch=1)
+    rates = _rates(config)[warmup:]
+    assert rates[-1] < 1e-3 * config.learning_rate
+    restarts = [step for step in range(1, len(rates)) if rates[step] > rates[step - 1]]
+    assert restarts == pytest.approx([(epochs - warmup) * n / cycles for n in range(1, cycles)], abs=1)
+    assert all(rates[step] > 0.999 * config.learning_rate for step in (0, *restarts))
+
+
 def test_poly_is_nnunets():
     config = TrainingConfig(epochs=10, iterations_per_epoch=2, schedule="poly", learning_rate=1e-2)
     expected = [1e-2 * (1 - epoch / 10) ** 0.9 for epoch in range(10) for _ in range(2)]

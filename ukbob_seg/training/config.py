@@ -29,9 +29,9 @@ class TrainingConfig:
         weight_decay: of the optimizer.
         schedule: shape of the learning rate over the run.
         warmup_epochs: linear rise at the start.
-        restart_epochs: length of a cosine cycle.
+        restart_epochs: about the length of a cosine cycle; a run has a whole number of them.
         gradient_clip: largest norm of the gradient, 0 for none.
-        foreground_fraction: share of each batch whose patch is centred on a labelled voxel.
+        foreground_fraction: share of the patches that are centred on a labelled voxel, at least.
         augmentation: ``ukbob`` (the paper's set), ``strong`` (nnU-Net's), ``mri`` (more, for MR images) or ``none``.
         mirror_axes: axes (0 = z, 1 = y, 2 = x) that augmentation flips, and that test-time flips may use.
         validation_every: epochs between validations.

@@ -85,8 +85,9 @@ class SigmoidDiceLoss:
         Args:
             logits: (B, R, z, y, x), any float dtype; computed in float32.
             labels: (B, z, y, x) integer indices, or ``ignore_index``.
-            merged: (B, K + 1) bool, label indices that say nothing in that element: outputs that they belong to are
-                left out there, and so is the output of background on their voxels. None for none.
+            merged: (B, K + 1) bool, label indices that say nothing in that element, never 0: outputs that they belong
+                to are left out there. With an output of background, that output is replaced by the probability of
+                "background or one of them", which voxels labelled either should have. None for none.
 
         Returns:
             Scalar; 0 (with zero gradient) when every voxel is ignored.
@@ -94,13 +95,14 @@ class SigmoidDiceLoss:
         valid = (labels != self.ignore_index).unsqueeze(1)
         indices = torch.where(valid[:, 0], labels, torch.zeros_like(labels)).long()
         left_out = None
+        logits = logits.float()
         if merged is not None:
             left_out = (merged.float() @ self.table.to(labels.device).float().T) > 0  # (B, R)
             valid = valid & ~left_out.view(*left_out.shape, 1, 1, 1)  # (B, R, z, y, x)
             if self.skip_background:
-                valid[:, 0] &= ~_is_merged(indices, merged)
+                indices = torch.where(_is_merged(indices, merged), torch.zeros_like(indices), indices)
+                logits = unite_with_background(logits, left_out)
         target = self.table.to(labels.device)[:, indices].transpose(0, 1)  # (B, R, z, y, x)
-        logits = logits.float()
         binary = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
         p = logits.sigmoid() * valid
         axes = (0, 2, 3, 4)
@@ -135,6 +137,29 @@ def merge_with_background(logits: Tensor, merged: Tensor) -> Tensor:
             together = torch.cat([logits[element, :1], logits[element, channels]])
             result[element, 0] = together.logsumexp(dim=0)
             result[element, channels] = -torch.inf
+    return result
+
+
+def unite_with_background(logits: Tensor, merged: Tensor) -> Tensor:
+    """Logits of independent outputs, of which number 0 now says "background or one of the merged outputs".
+
+    Its probability is p = 1 - (1 - p_0) prod (1 - p_c), so that with S the sum of softplus(logits), log(1 - p) = -S and
+    the new logit is log(exp(S) - 1).
+
+    Args:
+        logits: (B, R, z, y, x); output 0 stands for background.
+        merged: (B, R) bool, without output 0.
+
+    Returns:
+        (B, R, z, y, x); merged outputs are as they were.
+    """
+    result = logits.clone()
+    for element, row in enumerate(merged):
+        channels = row.nonzero().squeeze(1)
+        if len(channels):
+            outputs = torch.cat([logits[element, :1], logits[element, channels]])
+            total = F.softplus(outputs).sum(dim=0).clamp(min=torch.finfo(logits.dtype).tiny)
+            result[element, 0] = total + torch.log(-torch.expm1(-total))
     return result
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,11 +16,11 @@ Arrays = dict[str, Tensor]
 class Copier(Protocol):
     """Copies to a device in two steps."""
 
-    def begin(self, arrays: Arrays) -> Arrays:
-        """Start copying; returns at once."""
+    def begin(self, arrays: Arrays) -> Any:
+        """Start copying; returns at once, with what ``finish`` needs."""
 
-    def finish(self, arrays: Arrays) -> Arrays:
-        """Let what follows on the device wait for a copy that was begun."""
+    def finish(self, begun: Any) -> Arrays:
+        """Let what follows on the device wait for a copy that was begun, and for no later one."""
 
 
 class SideStream:
@@ -30,15 +30,21 @@ class SideStream:
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream(self._device)
 
-    def begin(self, arrays: Arrays) -> Arrays:
-        """Queue the copies."""
+    def begin(self, arrays: Arrays) -> tuple[Arrays, torch.cuda.Event]:
+        """Queue the copies, and a mark behind them."""
         with torch.cuda.stream(self._stream):
-            return {name: array.to(self._device, non_blocking=True) for name, array in arrays.items()}
+            copies = {name: array.to(self._device, non_blocking=True) for name, array in arrays.items()}
+            return copies, self._stream.record_event()
 
-    def finish(self, arrays: Arrays) -> Arrays:
-        """Order them before the current stream, and tell the allocator that this stream uses their memory."""
+    def finish(self, begun: tuple[Arrays, torch.cuda.Event]) -> Arrays:
+        """Order them before the current stream, and tell the allocator that this stream uses their memory.
+
+        Not ``wait_stream``: by now the next batch's copies are queued on the side stream, and they must run beside this
+        batch's step.
+        """
+        arrays, copied = begun
         current = torch.cuda.current_stream(self._device)
-        current.wait_stream(self._stream)
+        current.wait_event(copied)
         for array in arrays.values():
             array.record_stream(current)
         return arrays

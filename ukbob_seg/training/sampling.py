@@ -42,7 +42,7 @@ class PatchSettings:
     Attributes:
         patch_size: voxels (z, y, x) that the network sees; decides where patches lie.
         batch_size: patches per step, of all processes together.
-        foreground_fraction: share of a batch that is centred on a labelled voxel.
+        foreground_fraction: share of the patches that are centred on a labelled voxel (``centred_patches``).
         ignore_index: label that is no foreground.
         seed: decides everything.
         rank: of the process, which reads its part of each batch only.
@@ -91,8 +91,7 @@ class PatchDataset(Dataset):
         chosen = np.random.default_rng([settings.seed, 0, step]).integers(0, len(self._cases), settings.batch_size)
         each = settings.batch_size // settings.ranks
         mine = range(settings.rank * each, (settings.rank + 1) * each)
-        # The last ones of a batch are centred on foreground, so that every batch has some (nnU-Net's rule).
-        free = round(settings.batch_size * (1 - settings.foreground_fraction))
+        free = settings.batch_size - centred_patches(step, settings.batch_size, settings.foreground_fraction)
         # Each patch has a generator of its own, so that it is the same whichever process reads which others.
         patches = [
             self._patch(
@@ -138,6 +137,22 @@ class PatchDataset(Dataset):
                 self._open.popitem(last=False)
         self._open.move_to_end(case.name)
         return self._open[case.name]
+
+
+def centred_patches(step: int, batch_size: int, share: float) -> int:
+    """How many patches of a batch, its last ones, are centred on a labelled voxel.
+
+    At least nnU-Net's number, which rounds for each batch: one of two at its share of 0.33, so that every batch has
+    foreground; but none of one. And at least the share over many batches, so that small batches get it, too.
+
+    Args:
+        step: number of the batch.
+        batch_size: patches in it.
+        share: in [0, 1].
+    """
+    rounded = batch_size - round(batch_size * (1 - share))
+    due = math.floor((step + 1) * batch_size * share) - math.floor(step * batch_size * share)
+    return max(rounded, due)
 
 
 def choose_start(

@@ -25,8 +25,13 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
 
 
 def _cosine_restarts(config: TrainingConfig, epoch: float) -> float:
-    """Cosine from 1 to 0 again and again (Loshchilov and Hutter, SGDR); a shorter run gets one whole cycle."""
-    length = min(config.restart_epochs, config.epochs - config.warmup_epochs)
+    """Cosine from 1 to 0 again and again (Loshchilov and Hutter, SGDR).
+
+    Cycles have about ``restart_epochs``, stretched or shortened so that the run ends with a whole one: 500 epochs are
+    two of 250, and the paper's 3000 epochs fifteen of exactly 200.
+    """
+    total = config.epochs - config.warmup_epochs
+    length = total / max(1, round(total / config.restart_epochs))
     return 0.5 * (1 + math.cos(math.pi * (epoch % length) / length))
 
 
