@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from ukbob_seg.cli.common import command
 from ukbob_seg.dataset.spec import summarise_problems
-from ukbob_seg.errors import DatasetError, listing
+from ukbob_seg.errors import DatasetError, is_out_of_memory, listing
 from ukbob_seg.filtering.measure import refuse_failures
 
 
@@ -40,3 +42,39 @@ def test_cases_that_cannot_be_measured(failing: int, cases: int, start: str, end
     assert str(caught.value).startswith(start)
     assert end in str(caught.value)
     refuse_failures({}, cases)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (MemoryError("Unable to allocate 3 GiB for an array"), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+            True,
+        ),
+        (RuntimeError("expected scalar type Float"), False),
+    ],
+)
+def test_too_little_memory_is_one_sentence_and_other_errors_keep_their_traceback(error, expected, capsys):
+    @command
+    def run(argv):
+        try:
+            raise error
+        except type(error) as cause:
+            raise RuntimeError("backend failed\nmany lines") from cause
+
+    if not expected:
+        with pytest.raises(RuntimeError, match="backend failed"):
+            run([])
+        return
+    assert run([]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory (backend failed); plan again with a smaller --memory-gb")
+    assert len(said.splitlines()) == 1
+
+
+def test_torchs_own_allocator_is_recognised():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)

@@ -25,6 +25,19 @@ class StoppedError(UkbobError):
     """A signal asked the program to stop, and it did so in good order. Commands exit with code 143."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or one that it was raised from, says that a GPU's or the machine's memory did not suffice."""
+    seen: BaseException | None = error
+    while seen is not None:
+        # By name: torch has had this class in two places, and is not imported here.
+        if isinstance(seen, MemoryError) or type(seen).__name__ == "OutOfMemoryError":
+            return True
+        if isinstance(seen, RuntimeError) and "can't allocate memory" in str(seen):  # torch's allocator on CPUs
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
 def listing(names: Sequence[str], most: int = 10, total: int | None = None) -> str:
     """``a, b and 5 more``: the first of many names for a message, and how many it leaves out.
 

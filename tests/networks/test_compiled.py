@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ukbob_seg.errors import ConfigError
+from ukbob_seg.errors import ConfigError, is_out_of_memory
 from ukbob_seg.networks import compiled
 from ukbob_seg.networks.compiled import CompiledNetwork, maybe_compiled
 from ukbob_seg.networks.swin_unetr import SwinUNETR
@@ -135,6 +135,20 @@ def test_where_compiling_fails_the_network_runs_with_one_warning(backend, caplog
     (message,) = _warnings(caplog)
     assert message.startswith("the network could not be compiled and runs as it is, with the same results (")
     assert "\n" not in message
+
+
+def _runs_out_of_memory(graph, inputs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_too_little_memory_is_not_the_compilers_fault(caplog):
+    """The network as it is would need no less; saying that it cannot be compiled would hide the cause."""
+    called = CompiledNetwork(_small().eval(), _runs_out_of_memory)
+    with torch.no_grad(), pytest.raises(Exception, match="Tried to allocate") as caught:
+        called(torch.randn(1, 1, 4, 4, 4))
+    assert is_out_of_memory(caught.value)
+    assert not called.fell_back
+    assert _warnings(caplog) == []
 
 
 def test_a_wrong_input_is_not_the_compilers_fault(caplog):

@@ -96,9 +96,12 @@ def test_sigterm_stops_all_processes_after_the_same_step(roots, tmp_path):
     assert len(stopped) == 1, err
     content = read_checkpoint(folder / "checkpoint_latest.pt")[1]
     assert (content["epoch"], content["step"]) == (1, int(stopped[0]))
+    # torchrun's own code says nothing: a job script looks for this file.
+    assert (folder / "stopped.txt").read_text().startswith(f"stopped by SIGTERM after step {stopped[0]} of 40")
     done = _run(roots, tmp_path / "r", *slow, "--resume")
     assert done.returncode == 0, done.stderr
     assert len((folder / "progress.csv").read_text().splitlines()) == 3
+    assert not (folder / "stopped.txt").exists()
 
 
 def test_a_refusal_is_one_sentence_of_all_processes(roots, tmp_path):

@@ -64,6 +64,7 @@ def test_a_signal_within_an_epoch_and_resume_give_the_same_bits(roots, tmp_path)
         assert last.startswith(f"stopped by {name} after step "), err
         assert last.endswith(f"of {STEPS} in epoch {epoch}; run the same command with --resume to go on")
         assert "Traceback" not in err
+        assert latest.with_name("stopped.txt").read_text() == f"{last}\n"
         content = read_checkpoint(latest)[1]
         assert content["epoch"] == epoch
         assert 0 < content["step"] < STEPS
@@ -72,6 +73,7 @@ def test_a_signal_within_an_epoch_and_resume_give_the_same_bits(roots, tmp_path)
         _command(roots, tmp_path / "stopped", "--resume"), env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    assert not latest.with_name("stopped.txt").exists()
     found, whole = (read_checkpoint(tmp_path / n / FOLD / "checkpoint_final.pt")[1] for n in ("stopped", "whole"))
     for weights in ("network_weights", "training_weights"):
         assert all(torch.equal(found[weights][key], whole[weights][key]) for key in whole[weights])

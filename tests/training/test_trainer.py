@@ -138,6 +138,8 @@ def test_resuming_is_refused_where_it_cannot_be_exact(roots):
     resume = dataclasses.replace(QUIET, resume=True)
     with pytest.raises(CheckpointError, match="nothing to resume"):
         _train(roots, options=resume)
+    with pytest.raises(ConfigError, match="--resume goes on with the run that --overwrite would delete"):
+        _train(roots, options=dataclasses.replace(resume, overwrite=True))
     folder = _train(roots)
     with pytest.raises(ConfigError, match="already holds a training run"):
         _train(roots)
@@ -297,10 +299,11 @@ def test_a_loss_that_stays_nan_stops_with_a_sentence(roots):
     from ukbob_seg.errors import UkbobError
 
     config = dataclasses.replace(CONFIG, iterations_per_epoch=60, learning_rate=1e30, gradient_clip=0.0)
-    with pytest.raises(UkbobError, match="loss or gradient were not finite for 20 steps in a row"):
+    with pytest.raises(UkbobError, match="loss or gradient were not finite for 20 steps in a row") as caught:
         _train(roots, config)
+    assert "checkpoint" not in str(caught.value)  # there is none yet
     short = dataclasses.replace(config, epochs=30, iterations_per_epoch=4, validation_every=30)
-    with pytest.raises(UkbobError, match=r"not finite for 20 steps in a row \(epoch [4-9]\)"):  # over several epochs
+    with pytest.raises(UkbobError, match=r"not finite for 20 steps in a row \(epoch [4-9]\); .* is from before"):
         _train(roots, short, dataclasses.replace(QUIET, overwrite=True))
     _, content = read_checkpoint(
         roots.results / "Dataset007_Blobs/3d_fullres__tests_tiny.Tiny/fold_0/checkpoint_latest.pt"

@@ -13,11 +13,15 @@ from typing import NoReturn
 
 from ukbob_seg import __version__
 from ukbob_seg.dataset.paths import Roots
-from ukbob_seg.errors import ConfigError, StoppedError, UkbobError
+from ukbob_seg.errors import ConfigError, StoppedError, UkbobError, is_out_of_memory
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
+MORE_MEMORY = (
+    "plan again with a smaller --memory-gb, lower --workers or --window-batch where they were given, or end what else "
+    "uses this memory"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -131,6 +135,11 @@ def command(function: Callable[[list[str] | None], None]) -> Callable[[list[str]
         except UkbobError as error:
             _say(str(error) and f"error: {error}")
             return EXIT_BAD_INPUT
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            _say(f"error: out of memory ({_first_line(error)}); {MORE_MEMORY}")
+            return EXIT_BAD_INPUT
         except KeyboardInterrupt:
             if is_first_process():
                 _say("interrupted; what was finished is kept, run the same command again to go on")
@@ -138,6 +147,10 @@ def command(function: Callable[[list[str] | None], None]) -> Callable[[list[str]
         return 0
 
     return main
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _say(message: str) -> None:

@@ -114,9 +114,9 @@ def _prepare(arguments: argparse.Namespace) -> _Run:
 def _validate(folder: Path, fold: str, run: _Run, device: str) -> None:
     from ukbob_seg.cli.evaluate import print_summary
     from ukbob_seg.evaluation.validate_fold import validate_fold
-    from ukbob_seg.training.stopping import stopped_at_once
+    from ukbob_seg.training.stopping import stop_noted, stopped_at_once
 
-    with stopped_at_once(f"in the final validation of fold {fold}, when training was done"):
+    with stop_noted(folder), stopped_at_once(f"in the final validation of fold {fold}, when training was done"):
         summary = validate_fold(folder.parent, fold, run.roots, device, max_cases=run.config.validation_cases)
     if is_first_process():
         print_summary(summary)
@@ -195,7 +195,9 @@ def _parser() -> argparse.ArgumentParser:
         "--compile", action="store_true",
         help="torch.compile the network: a slow first step for faster ones; as it is where that fails",
     )  # fmt: skip
-    run.add_argument("--loader-workers", type=int, metavar="N", help="processes that read patches (CPU: 0, GPU: 4)")
+    run.add_argument(
+        "--loader-workers", type=int, metavar="N", help="processes that read patches (CPU: 0, GPU: 4 or all processors)"
+    )
     run.add_argument("--threads", type=int, metavar="N", help="CPU threads for the network (default: all)")
     _add_recipe(parser)
     add_roots(parser, "raw", "preprocessed", "results")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ukbob_seg.errors import UkbobError
+from ukbob_seg.errors import UkbobError, is_out_of_memory
 
 log = logging.getLogger(__name__)
 BACKEND = "inductor"
@@ -52,6 +52,8 @@ class CompiledNetwork(nn.Module):
         except UkbobError:
             raise
         except Exception as error:  # compilers raise anything
+            if is_out_of_memory(error):  # the network as it is needs no less
+                raise
             outputs = self.network(image)  # raises its own error where the input is at fault
             self._give_up(error)
             return outputs

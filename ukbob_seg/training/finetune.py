@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from ukbob_seg.errors import CheckpointError, ConfigError
+from ukbob_seg.errors import ConfigError
 from ukbob_seg.files import read_json, write_json
 from ukbob_seg.networks.pretrained import Interface, Pretrained, read_pretrained
 from ukbob_seg.networks.registry import build_network
@@ -61,9 +62,7 @@ def read_weights(
         CheckpointError, DatasetError: unusable files.
     """
     if resume:
-        path = setup.folder / RECORD
-        record = read_json(path, "record of the pretrained weights") if path.is_file() else {}
-        known = record.get("patch_merging") if isinstance(record, dict) else None
+        known = _record(setup.folder).get("patch_merging")
         if known is not None and options.merging not in (None, known):
             raise ConfigError(
                 f"cannot resume {setup.folder}: it was started with --pretrained-merging {known}, not {options.merging}"
@@ -73,6 +72,38 @@ def read_weights(
         return setup, None
     pretrained = read_pretrained(options.weights, options.dataset)
     return _with_merging(setup, _merging(setup, pretrained, options.merging)), pretrained
+
+
+def check_same_source(folder: Path, weights: Path | None) -> None:
+    """Refuse to resume a run with other weights than those that it was started from; its own are in its checkpoint.
+
+    Args:
+        folder: of the fold.
+        weights: what the command names now, None for nothing, which is always right.
+
+    Raises:
+        ConfigError: says what the run was started from.
+    """
+    if weights is None:
+        return
+    source = _record(folder).get("source")
+    if source is None:
+        raise ConfigError(
+            f"cannot resume {folder} with --pretrained: it was started without; drop the option, or start afresh with "
+            "--overwrite"
+        )
+    if Path(str(source)).resolve() != weights.resolve():
+        raise ConfigError(
+            f"cannot resume {folder} with --pretrained {weights}: it was started from {source}; drop the option, or "
+            "start afresh with --overwrite"
+        )
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """What ``write_record`` left, empty for a run that started from fresh weights."""
+    path = folder / RECORD
+    content = read_json(path, "record of the pretrained weights") if path.is_file() else {}
+    return content if isinstance(content, dict) else {}
 
 
 def start_from(network: nn.Module, setup: TrainingSetup, pretrained: Pretrained) -> TransferReport:
@@ -97,10 +128,8 @@ def preprocessing_differences(pretrained: Pretrained, setup: TrainingSetup) -> l
     """How the images that the weights were trained with were made otherwise than those of the run; a line each.
 
     Voxel sizes count from a tenth on. Channels are compared by position; intensity statistics belong to each dataset.
-    Empty for checkpoints of others, which do not say.
-
-    Raises:
-        CheckpointError: damaged plans.
+    Empty for checkpoints of others, which do not say. Plans that cannot be read, such as those of a later version, are
+    a line too: the weights are good without.
     """
     if not pretrained.plans:
         return []
@@ -109,7 +138,10 @@ def preprocessing_differences(pretrained: Pretrained, setup: TrainingSetup) -> l
         theirs = Plans.from_json(pretrained.plans, f"plans in {pretrained.source}")
         there = theirs.configuration(pretrained.configuration)
     except (ConfigError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{pretrained.source} is damaged: {error}") from error
+        return [
+            "voxel size and normalization of the pretrained network are not compared with the run's, because its "
+            f"plans cannot be read ({error})"
+        ]
     here, found = ours.configuration(setup.description.configuration), []
     ratios = [a / b for a, b in zip(here.spacing_mm, there.spacing_mm, strict=True)]
     if max(*ratios, *(1 / ratio for ratio in ratios)) > LARGEST_SPACING_RATIO:

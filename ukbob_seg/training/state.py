@@ -23,7 +23,7 @@ from ukbob_seg.training.checkpoint import NAMES, load_into, read_checkpoint, sav
 from ukbob_seg.training.config import RunOptions, TrainingConfig
 from ukbob_seg.training.distributed import is_first
 from ukbob_seg.training.ema import WeightAverage
-from ukbob_seg.training.finetune import start_from, write_record
+from ukbob_seg.training.finetune import check_same_source, start_from, write_record
 from ukbob_seg.training.progress import write_csv, write_plot
 from ukbob_seg.training.schedules import learning_rate
 from ukbob_seg.training.setup import TrainingSetup, make_optimizer
@@ -99,6 +99,8 @@ def check_start(folder: Path, options: RunOptions) -> None:
     Raises:
         CheckpointError, ConfigError: says what to do instead.
     """
+    if options.resume and options.overwrite:
+        raise ConfigError("--resume goes on with the run that --overwrite would delete; give one of them")
     if options.resume and not has_run(folder):
         raise CheckpointError(f"nothing to resume in {folder}; drop --resume to start")
     if not options.resume and not options.overwrite and has_run(folder):
@@ -115,6 +117,8 @@ def start(
     Only the first process writes files.
     """
     check_start(setup.folder, options)
+    if options.resume:
+        check_same_source(setup.folder, options.pretrained)
     ensure_writable(setup.folder)
     torch.manual_seed(config.seed)  # every library draws initial weights from torch's global generator
     network = setup.description.build().to(options.device)

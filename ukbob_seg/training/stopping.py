@@ -7,13 +7,16 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from ukbob_seg.errors import StoppedError
-from ukbob_seg.training.distributed import any_process, gather, said_once
+from ukbob_seg.files import write_text
+from ukbob_seg.training.distributed import any_process, gather, is_first, said_once
 
 SIGNALS = tuple(s for s in (signal.SIGTERM, getattr(signal, "SIGUSR1", None)) if s is not None)
+STOPPED = "stopped.txt"
 
 
 class StopRequest:
@@ -67,6 +70,25 @@ def stopped_at_once(where: str) -> Iterator[None]:
 
     with _handled_by(stop):
         yield
+
+
+@contextmanager
+def stop_noted(folder: Path) -> Iterator[None]:
+    """While the block runs, a stop by a signal leaves ``stopped.txt`` with its sentence; that of an earlier one goes.
+
+    For job scripts: torchrun exits with 1 whatever its processes exit with, so that the code cannot say it.
+
+    Args:
+        folder: of the fold.
+    """
+    if is_first():
+        (folder / STOPPED).unlink(missing_ok=True)
+    try:
+        yield
+    except StoppedError as stopped:
+        if is_first():
+            write_text(folder / STOPPED, f"{stopped}\n")
+        raise
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from ukbob_seg.dataset.paths import Roots
 from ukbob_seg.errors import StoppedError, UkbobError
 from ukbob_seg.networks.compiled import maybe_compiled
 from ukbob_seg.networks.pretrained import Pretrained
+from ukbob_seg.parallel import cpu_count
 from ukbob_seg.training.augmentation import Batch, Transform, augment, read_size
 from ukbob_seg.training.checkpoint import ModelDescription
 from ukbob_seg.training.config import RunOptions, TrainingConfig
@@ -46,14 +47,15 @@ from ukbob_seg.training.setup import (
     make_loss,
     prepare,
 )
-from ukbob_seg.training.state import TrainState, finish, save, save_training, start
-from ukbob_seg.training.stopping import StopRequest, catch_signals
+from ukbob_seg.training.state import TrainState, finish, has_run, save, save_training, start
+from ukbob_seg.training.stopping import StopRequest, catch_signals, stop_noted
 from ukbob_seg.training.validation import ValidationScore, validate
 
 __all__ = ["RunOptions", "train"]
 
 log = logging.getLogger(__name__)
 
+GPU_WORKERS = 4  # processes that read patches, where there are as many processors
 MAX_BAD_STEPS = 20  # in a row, before training gives up
 ALL_USED = ("swin_unetr",)  # networks whose every parameter has a gradient in every step, without coarse outputs
 
@@ -128,7 +130,8 @@ def train(
     setup, config, pretrained = together(ready)
     gpus = [torch.device(options.device)] if options.device.startswith("cuda") else []
     # The first leaves the caller's random state as it was.
-    with torch.random.fork_rng(devices=gpus), catch_signals(options.stop_on_signals) as stop:
+    caught = catch_signals(options.stop_on_signals)
+    with torch.random.fork_rng(devices=gpus), stop_noted(setup.folder), caught as stop:
         _train(setup, config, options, pretrained, stop)
     return setup.folder
 
@@ -211,7 +214,9 @@ def _batches(run: Run, state: TrainState) -> Iterator[tuple[int, Batch]]:
     )
     patches = PatchDataset(setup.arrays, setup.train, settings, setup.previous)
     on_gpu = run.options.device.startswith("cuda")
-    workers = run.options.loader_workers if run.options.loader_workers is not None else (4 if on_gpu else 0)
+    workers = run.options.loader_workers
+    if workers is None:
+        workers = min(GPU_WORKERS, cpu_count()) if on_gpu else 0
     first = (state.epoch * config.iterations_per_epoch + state.step) * config.accumulate
     last = config.epochs * config.iterations_per_epoch * config.accumulate
     loader = make_loader(patches, first, last, workers, pin=on_gpu)
@@ -267,7 +272,7 @@ def _train_step(run: Run, state: TrainState, batches: Iterator[tuple[int, Batch]
             raise said_once(
                 UkbobError(
                     f"loss or gradient were not finite for {state.bad_steps} steps in a row (epoch {state.epoch}); "
-                    "lower --lr; the last good state is kept in checkpoint_latest.pt"
+                    f"lower --lr{'; the last checkpoint is from before' if has_run(run.setup.folder) else ''}"
                 )
             )
         return
