@@ -2,13 +2,15 @@
 
     python benchmarks/augmentation.py --nnunet-python nnunet/bin/python
     python benchmarks/augmentation.py --patch 64 64 64 --patches 20      # a quick look
+    python benchmarks/augmentation.py --device cuda --batch 8            # ours as training runs them, on the device
 
 nnU-Net's default set against ``strong``, both on the same larger patches; MONAI's transforms with the parameters of the
 paper's set against ``ukbob``. All run one patch in turn, each with its own random draws of the same probabilities, so
 that only the means over many patches (some hundreds) can be compared. nnU-Net may live in another environment: it runs
 in a process of its own, which reads the same patches and reports the time that its transforms took. Copies of the
 input, which its transforms and ours may overwrite (MONAI's make their own), and its choice of a convolution for
-blurring are not counted.
+blurring are not counted. ``--device`` and ``--batch`` concern ours alone: the others augment one patch at a time on the
+CPU. Divide the time of a batch by that of a training step (``benchmarks/swin_unetr.py --train``) for its share.
 """
 
 from __future__ import annotations
@@ -90,21 +92,31 @@ def start_nnunet(python: str, folder: Path) -> Runner:
     return run
 
 
-def ours(name: str, patches: list[tuple[np.ndarray, np.ndarray]], patch: Size) -> Runner:
+def ours(name: str, patches: list[tuple[np.ndarray, np.ndarray]], patch: Size, device: str, batch: int) -> Runner:
+    """Seconds per patch of batches of ``batch`` that are on the device."""
     from ukbob_seg.training.augmentation import AugmentationSetup, Batch, augment, make_transforms
 
     transforms = make_transforms(name, AugmentationSetup(patch, (1.0, 1.0, 1.0), channels=len(patches[0][0])))
     batches = [
-        Batch(torch.from_numpy(image)[None], torch.from_numpy(labels.astype(np.int32))[None])
+        Batch(
+            torch.from_numpy(image).to(device).repeat(batch, 1, 1, 1, 1),
+            torch.from_numpy(labels.astype(np.int32)).to(device).repeat(batch, 1, 1, 1),
+        )
         for image, labels in patches
     ]
+
+    def wait() -> None:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
 
     def run(seed: int) -> float:
         given = batches[seed % len(batches)]
         given = replace(given, image=given.image.clone(), owned=True)  # as training hands them over
+        wait()
         start = time.perf_counter()
         augment(given, transforms, torch.Generator().manual_seed(seed))
-        return time.perf_counter() - start
+        wait()
+        return (time.perf_counter() - start) / batch
 
     return run
 
@@ -159,6 +171,8 @@ def main() -> None:
     parser.add_argument("--labels", type=int, default=73, help="with the background")
     parser.add_argument("--patches", type=int, default=200, help="that each competitor augments")
     parser.add_argument("--sources", type=int, default=3, help="different patches that are made up")
+    parser.add_argument("--device", default="cpu", help="of ours")
+    parser.add_argument("--batch", type=int, default=1, help="patches that ours augments at once")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -171,6 +185,7 @@ def main() -> None:
     torch.set_num_threads(1)
     patch: Size = tuple(options.patch)
     size = read_size(make_transforms("strong", AugmentationSetup(patch, (1.0, 1.0, 1.0))), patch)
+    where = options.device, options.batch
     seeds = range(options.seed, options.seed + options.sources)
     large = [made_up_patch(size, options.channels, options.labels, seed) for seed in seeds]
     what = f"{options.channels} channels, {options.labels} labels, patch {patch} read as {size}"
@@ -179,16 +194,16 @@ def main() -> None:
         (folder / "size.txt").write_text(" ".join(map(str, patch)))
         for number, (image, labels) in enumerate(large):
             np.savez(folder / f"patch_{number}.npz", image=image, labels=labels)
-        runners = {"ours, strong": ours("strong", large, patch)}
+        runners = {"ours, strong": ours("strong", large, patch, *where)}
         if options.nnunet_python or importlib.util.find_spec("nnunetv2"):
             runners["batchgeneratorsv2, nnU-Net's set"] = start_nnunet(options.nnunet_python or sys.executable, folder)
         else:
             print("nnunetv2 is not installed here; name an interpreter that has it with --nnunet-python")
-        runners["ours, mri"] = ours("mri", large, patch)
+        runners["ours, mri"] = ours("mri", large, patch, *where)
         compete(f"nnU-Net's default set: {what}", runners, options.patches)
     small = [(image[:, : patch[0], : patch[1], : patch[2]].copy(), labels[: patch[0], : patch[1], : patch[2]].copy())
              for image, labels in large]  # fmt: skip
-    runners = {"ours, ukbob": ours("ukbob", small, patch)}
+    runners = {"ours, ukbob": ours("ukbob", small, patch, *where)}
     if importlib.util.find_spec("monai"):
         runners["MONAI"] = monai(small)
     compete(f"the paper's set: {options.channels} channels, patch {patch}", runners, options.patches)

@@ -1,6 +1,7 @@
 """Swin-UNETR through ``torch.compile``, as ``--compile`` calls it, against the network as it is.
 
     python benchmarks/compiled.py                                    # a small network in float64: is it the same?
+    python benchmarks/compiled.py --channels-last                    # the same through the norm of large maps
     python benchmarks/compiled.py --dtype float32 --feature-size 24 --patch 64 64 64     # does it pay?
 
 Prints how long the graphs take to make, the largest difference of the output and of every gradient (relative to the
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ukbob_seg.networks.compiled import CompiledNetwork
+from ukbob_seg.networks.instance_norm import InstanceNorm
 from ukbob_seg.networks.swin_unetr import SwinUNETR
 
 
@@ -58,10 +60,14 @@ def main() -> None:
     parser.add_argument("--outputs", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--use-checkpoint", action="store_true", help="recompute transformer blocks")
+    parser.add_argument("--channels-last", action="store_true", help="as in large maps: float64 does not by itself")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
+    if options.channels_last:
+        own_norm = InstanceNorm.forward
+        InstanceNorm.forward = lambda self, x: own_norm(self, x.contiguous(memory_format=torch.channels_last_3d))
     torch.manual_seed(0)
     network = SwinUNETR(
         options.channels, options.outputs, feature_size=options.feature_size, use_checkpoint=options.use_checkpoint

@@ -69,6 +69,7 @@ CONV = [
     Configuration("plain_conv_unet", (64, 96, 96), 2, 4, 20),
     Configuration("residual_encoder_unet", (64, 64, 64), 1, 1, 3),
     Configuration("residual_encoder_unet", (64, 64, 64), 2, 4, 20),
+    Configuration("residual_encoder_unet", (96, 96, 96), 1, 1, 3),
 ]
 
 
@@ -136,7 +137,7 @@ def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--steps", type=int, default=6, help="at most; at least 2 are made")
+    parser.add_argument("--steps", type=int, default=8, help="at most; at least 2 are made")
     parser.add_argument("--seconds", type=float, default=60, help="after which no further step is begun")
     parser.add_argument("--only", choices=("swin_unetr", "plain_conv_unet", "residual_encoder_unet"))
     parser.add_argument("--one", help=argparse.SUPPRESS)

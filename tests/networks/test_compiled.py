@@ -10,6 +10,7 @@ from torch import nn
 from ukbob_seg.errors import ConfigError, is_out_of_memory
 from ukbob_seg.networks import compiled
 from ukbob_seg.networks.compiled import CompiledNetwork, maybe_compiled
+from ukbob_seg.networks.instance_norm import InstanceNorm, has_channels_last
 from ukbob_seg.networks.swin_unetr import SwinUNETR
 
 pytestmark = pytest.mark.skipif(not hasattr(torch, "compile"), reason="torch without torch.compile")
@@ -68,7 +69,7 @@ def _assert_close(found, expected, tolerance=1e-5):
 def test_swin_unetr_is_one_graph_with_the_same_numbers(backend, options):
     torch.manual_seed(0)
     network = SwinUNETR(1, 2, feature_size=12, depths=(1, 1, 2, 1), window_size=4, **options)
-    image = torch.randn(1, 1, 32, 32, 64)
+    image = torch.randn(2, 1, 32, 32, 64)  # two, so that the maps have channels last and our own norm is in the graph
     whole = torch.compile(network, backend=backend, fullgraph=True, dynamic=False)  # raises where a graph breaks
     _assert_close(_gradients(whole, network, image), _gradients(network, network, image))
 
@@ -76,9 +77,10 @@ def test_swin_unetr_is_one_graph_with_the_same_numbers(backend, options):
 @pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler on the CPU")
 def test_inductor_gives_the_same_numbers(caplog):
     torch.manual_seed(0)
-    layers = nn.Conv3d(1, 4, 3, padding=1, bias=False), nn.InstanceNorm3d(4, affine=True), nn.LeakyReLU(0.01)
+    layers = nn.Conv3d(2, 4, 3, padding=1, bias=False), InstanceNorm(4, affine=True), nn.LeakyReLU(0.01)
     network = nn.Sequential(*layers)  # a bias before a norm would have no gradient but rounding
-    image = torch.randn(1, 1, 8, 8, 8)
+    image = torch.randn(2, 2, 8, 8, 8).contiguous(memory_format=torch.channels_last_3d)
+    assert has_channels_last(layers[0](image))  # what our own norm is for
     found = _gradients(CompiledNetwork(network, "inductor"), network, image)
     assert _warnings(caplog) == []  # did not fall back
     _assert_close(found, _gradients(network, network, image))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ukbob_seg.networks import recompute
 from ukbob_seg.networks.recompute import recomputed
 from ukbob_seg.networks.residual_blocks import ResidualBlock
 from ukbob_seg.networks.window_attention import SwinBlock
@@ -51,10 +52,17 @@ def test_only_what_stands_before_the_last_layer_is_repeated():
     assert (backward.counts["convolution"], backward.counts["exp"]) == (0, 1)
 
 
-def test_without_gradients_nothing_is_repeated_or_kept():
+def test_without_gradients_the_function_is_called_plainly(monkeypatch):
+    """In prediction there is nothing to keep, and no machinery to pay for."""
+    asked = []
+    monkeypatch.setattr(recompute, "checkpoint", lambda function, *inputs, **_: asked.append(1) or function(*inputs))
     _, function = _layer()
+    inputs = torch.randn(2, 1, 3, 4, 4, 4)
     with torch.no_grad():
-        assert not recomputed(function, *torch.randn(2, 1, 3, 4, 4, 4)).requires_grad
+        plain = recomputed(function, *inputs)
+    assert asked == []
+    assert torch.equal(recomputed(function, *inputs), plain)
+    assert asked == [1]
 
 
 def _kept(network, image):

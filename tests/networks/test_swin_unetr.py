@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from ukbob_seg.errors import ConfigError
+from ukbob_seg.networks.instance_norm import InstanceNorm, has_channels_last
 from ukbob_seg.networks.registry import set_deep_supervision
 from ukbob_seg.networks.swin_unetr import SkipBlock, SwinUNETR
 from ukbob_seg.networks.window_attention import (
@@ -62,14 +63,15 @@ def _as_before_the_fix(self, x):
     return self.reduction(self.norm(torch.cat(parts, -1)))
 
 
-# Windows of 7, 5 and 3 divide no map and are padded, or cut where a map is smaller; those of 4 divide the maps.
+# Windows of 7, 5 and 3 divide no map and are padded, or cut where a map is smaller; those of 4 divide the maps. Batches
+# of two reach channels last, as large maps do (PyTorch gives small single ones to another convolution).
 CONFIGURATIONS = {
     "default": ((1, 1, 32, 32, 64), {}),
-    "affine": ((1, 4, 32, 64, 32), {"in_channels": 4, "out_channels": 5, "feature_size": 24, "norm_affine": True,
+    "affine": ((2, 4, 32, 64, 32), {"in_channels": 4, "out_channels": 5, "feature_size": 24, "norm_affine": True,
                                     "window_size": 5}),
     "legacy": ((2, 2, 32, 32, 64), {"in_channels": 2, "out_channels": 2, "patch_merging": "legacy", "window_size": 3}),
     "dividing": ((1, 1, 32, 32, 64), {"out_channels": 2, "window_size": 4}),
-    "depths": ((1, 3, 96, 32, 32), {"in_channels": 3, "out_channels": 1, "depths": (1, 2, 3, 2),
+    "depths": ((2, 3, 64, 32, 32), {"in_channels": 3, "out_channels": 1, "depths": (1, 2, 3, 2),
                                     "num_heads": (2, 4, 6, 8), "mlp_ratio": 2.0, "qkv_bias": False, "window_size": 5}),
 }  # fmt: skip
 
@@ -79,13 +81,41 @@ def test_output_and_gradients_equal_monai_in_float64(name):
     """Rounding puts a few activations on the other side of a leaky ReLU's kink: in float32 single gradients jump."""
     shape, options = CONFIGURATIONS[name]
     ours, reference = _pair(**options)
-    image = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    image = torch.randn(1, *shape[1:], generator=torch.Generator().manual_seed(2))
     expected, expected_gradients = _outputs_and_gradients(reference.double(), image.double())
     found, gradients = _outputs_and_gradients(ours.double(), image.double())
     _assert_close(found, expected, 1e-10, "output")
     assert gradients.keys() == expected_gradients.keys()
     for key, gradient in gradients.items():
         _assert_close(gradient, expected_gradients[key], 1e-8, key)
+
+
+def test_our_own_norm_gives_monais_gradients_in_float64(monkeypatch):
+    """No convolution in float64 leaves channels last, so that they are put there."""
+    original, calls = InstanceNorm.forward, []
+
+    def with_channels_last(self, x):
+        calls.append(x.shape)
+        return original(self, x.contiguous(memory_format=torch.channels_last_3d))
+
+    monkeypatch.setattr(InstanceNorm, "forward", with_channels_last)
+    test_output_and_gradients_equal_monai_in_float64("affine")
+    assert len(calls) >= 26
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("name", ["affine", "legacy", "depths"])
+def test_batches_of_two_take_our_own_norm(name, monkeypatch):
+    """Else the comparisons with MONAI would pass it by."""
+    shape, options = CONFIGURATIONS[name]
+    layouts = []
+    original = InstanceNorm.forward
+    monkeypatch.setattr(
+        InstanceNorm, "forward", lambda self, x: (layouts.append(has_channels_last(x)), original(self, x))[1]
+    )
+    with torch.no_grad():
+        SwinUNETR(**{"in_channels": 1, "out_channels": 3, "feature_size": 12, **options})(torch.randn(shape))
+    assert sum(layouts) >= 20  # all 26, but for those after 1x1x1 convolutions on a single thread
 
 
 def _smooth(x, slope=0.01, inplace=False):
