@@ -305,9 +305,11 @@ def test_a_loss_that_stays_nan_stops_with_a_sentence(roots):
     short = dataclasses.replace(config, epochs=30, iterations_per_epoch=4, validation_every=30)
     with pytest.raises(UkbobError, match=r"not finite for 20 steps in a row \(epoch [4-9]\); .* is from before"):
         _train(roots, short, dataclasses.replace(QUIET, overwrite=True))
-    _, content = read_checkpoint(
-        roots.results / "Dataset007_Blobs/3d_fullres__tests_tiny.Tiny/fold_0/checkpoint_latest.pt"
-    )
+    folder = roots.results / "Dataset007_Blobs/3d_fullres__tests_tiny.Tiny/fold_0"
+    _, content = read_checkpoint(folder / "checkpoint_latest.pt")
+    rows = list(csv.DictReader((folder / "progress.csv").read_text().splitlines()))
+    assert [row["skipped_steps"] for row in rows][1:4] == ["4", "4", "4"]  # counted where everybody looks
+    assert 0 < int(rows[0]["skipped_steps"]) < 4
     assert all(torch.isfinite(value).all() for value in content["network_weights"].values())
 
 

@@ -34,7 +34,7 @@ class SwinUNETR(nn.Module):
         patch_size: edge of a token; the input must be divisible by 16 times it.
         mlp_ratio: hidden width of the MLPs.
         qkv_bias: learn a bias of query, key and value.
-        drop_path_rate: stochastic depth of the last block; earlier ones less.
+        dropout_path_rate: stochastic depth of the last block; earlier ones less.
         use_checkpoint: recompute the transformer blocks in the backward pass to save memory.
         norm_affine: learn weight and bias of the InstanceNorms.
         patch_merging: ``distinct`` (MONAI after #8285), or ``legacy`` for checkpoints trained before.
@@ -56,7 +56,7 @@ class SwinUNETR(nn.Module):
         patch_size: int = 2,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
-        drop_path_rate: float = 0.0,
+        dropout_path_rate: float = 0.0,
         use_checkpoint: bool = False,
         norm_affine: bool = True,
         patch_merging: str = "distinct",
@@ -75,7 +75,7 @@ class SwinUNETR(nn.Module):
         self.in_channels = in_channels
         self.divisor = patch_size * 2**STAGES
         self.swinViT = SwinEncoder(
-            in_channels, f, depths, num_heads, window_size, patch_size, mlp_ratio, qkv_bias, drop_path_rate,
+            in_channels, f, depths, num_heads, window_size, patch_size, mlp_ratio, qkv_bias, dropout_path_rate,
             use_checkpoint, patch_merging,
         )  # fmt: skip
         self.encoder1 = SkipBlock(in_channels, f, affine)
@@ -143,7 +143,7 @@ class SwinEncoder(nn.Module):
         patch_size: int,
         mlp_ratio: float,
         qkv_bias: bool,
-        drop_path_rate: float,
+        dropout_path_rate: float,
         use_checkpoint: bool,
         patch_merging: str,
     ) -> None:
@@ -151,7 +151,7 @@ class SwinEncoder(nn.Module):
         projection = nn.Conv3d(in_channels, feature_size, patch_size, stride=patch_size)
         self.patch_embed = nn.Sequential(OrderedDict(proj=projection))
         window, no_shift, half = (window_size,) * 3, (0, 0, 0), (window_size // 2,) * 3
-        rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        rates = torch.linspace(0, dropout_path_rate, sum(depths)).tolist()
         for stage in range(STAGES):
             dim = feature_size * 2**stage
             blocks = []

@@ -12,7 +12,7 @@ from typing import Any
 from ukbob_seg.errors import ConfigError
 from ukbob_seg.files import atomic_path, write_text
 
-COLUMNS = ("epoch", "learning_rate", "train_loss", "val_mean_dice", "seconds", "data_seconds")
+COLUMNS = ("epoch", "learning_rate", "train_loss", "val_mean_dice", "seconds", "data_seconds", "skipped_steps")
 
 
 def write_csv(path: Path, history: Sequence[dict[str, Any]], class_names: Sequence[str]) -> None:

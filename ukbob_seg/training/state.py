@@ -76,6 +76,7 @@ class TrainState:
             "train_loss": self.mean_loss(),
             "seconds": self.seconds,
             "data_seconds": self.waited,
+            "skipped_steps": self.step - self.counted,
         }
         if score is not None:
             row["val_mean_dice"], row["val_dice"] = score.mean, list(score.per_class)
