@@ -115,6 +115,16 @@ def thread_count() -> int:
     return int(os.environ.get("NUMBA_NUM_THREADS") or cpu_count())
 
 
+def check_workers(requested: int | None) -> None:
+    """Refuse a number of worker processes before anything is written.
+
+    Raises:
+        ConfigError: fewer than one.
+    """
+    if requested is not None and requested < 1:
+        raise ConfigError(f"--workers must be at least 1, got {requested}")
+
+
 def choose_workers(requested: int | None, cases: int, memory_per_case_gb: float = 0.0) -> int:
     """Number of worker processes: no more than cases, processors, or cases that fit into memory together.
 
@@ -126,8 +136,7 @@ def choose_workers(requested: int | None, cases: int, memory_per_case_gb: float 
     Raises:
         ConfigError: fewer than one worker was asked for.
     """
-    if requested is not None and requested < 1:
-        raise ConfigError(f"--workers must be at least 1, got {requested}")
+    check_workers(requested)
     wish = requested if requested is not None else cpu_count()
     if memory_per_case_gb > 0:
         wish = min(wish, int(0.8 * available_memory_gb() / memory_per_case_gb))

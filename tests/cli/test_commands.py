@@ -238,6 +238,21 @@ def test_wrong_roots_ids_and_options(run, make_dataset, tmp_path):
     assert "need --etta" in _error(run(predict, "-i", tmp_path, "-o", tmp_path / "o", "-d", 7, "--etta-lr", "0.1"))
 
 
+def test_a_refused_wish_leaves_the_plans_alone_and_a_report_follows_them(run, make_dataset, tmp_path):
+    make_dataset(cases=5)
+    folder = tmp_path / "preprocessed" / "Dataset007_Blobs"
+    assert run(plan_and_preprocess, "-d", 7, *PLAN, "--report")[0] == 0
+    plans, report = (folder / "plans.json").read_bytes(), folder / "report.html"
+    wish = ["--feature-size", 24, "--workers", -1]
+    assert "--workers must be at least 1" in _error(run(plan_and_preprocess, "-d", 7, *PLAN, *wish))
+    assert (folder / "plans.json").read_bytes() == plans
+    assert report.is_file()
+    code, output, _ = run(plan_and_preprocess, "-d", 7, "--memory-gb", 2, "--feature-size", 12)
+    assert code == 0
+    assert "(feature size as asked for, else the largest)" in " ".join(output.split())
+    assert not report.exists()  # it showed other plans
+
+
 def test_edited_plans_with_a_typing_error(run, make_dataset, tmp_path):
     make_dataset(cases=5)
     run(plan_and_preprocess, "-d", 7, *PLAN)

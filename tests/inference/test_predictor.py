@@ -270,6 +270,8 @@ def test_folds_that_are_not_there(tmp_path):
     folder = _model_folder(tmp_path)
     with pytest.raises(CheckpointError, match=r"no checkpoint_best\.pt for fold 3 \(trained: 0, 1\)"):
         Predictor.from_model_folder(folder, ["0", "3"])
+    with pytest.raises(ConfigError, match="fold 0 is given twice"):
+        Predictor.from_model_folder(folder, ["0", "1", "0"])
     with pytest.raises(CheckpointError, match=r"no checkpoint_final\.pt for fold any \(trained: none\)"):
         Predictor.from_model_folder(folder, checkpoint="final")
     with pytest.raises(CheckpointError, match="does not exist; train first"):
@@ -293,6 +295,8 @@ def test_finding_jobs(tmp_path):
     (job,) = find_jobs(tmp_path / "in" / "a_0000.nii.gz", tmp_path / "out.nii.gz", spec)
     assert [path.name for path in job.images] == ["a_0000.nii.gz", "a_0001.nii.gz"]
     assert job.output == tmp_path / "out.nii.gz"
+    with pytest.raises(DatasetError, match=r"out\.png ends like a file .* ends in \.mha, \.nii, \.nii\.gz, \.nrrd"):
+        find_jobs(tmp_path / "in" / "a_0000.nii.gz", tmp_path / "out.png", spec)
     with pytest.raises(DatasetError, match="takes 2 channels; missing"):
         find_jobs(tmp_path / "in" / "b_0000.nii.gz", tmp_path / "out", spec)
     with pytest.raises(DatasetError, match="does not exist"):

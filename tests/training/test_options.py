@@ -177,7 +177,7 @@ def test_early_stopping(roots, monkeypatch, caplog):
         return ValidationScore((calls[-1], calls[-1]), calls[-1])
 
     monkeypatch.setattr(trainer, "validate", scripted)
-    config = dataclasses.replace(CONFIG, epochs=10, schedule="constant", early_stopping=2)
+    config = dataclasses.replace(CONFIG, epochs=9, schedule="constant", early_stopping=2)
     with caplog.at_level("INFO", logger="ukbob_seg"):
         folder = _train(roots, config)
     sentence = "stopped early after epoch 3: 2 validations without a higher mean Dice than 0.500 of epoch 1"
@@ -189,7 +189,7 @@ def test_early_stopping(roots, monkeypatch, caplog):
     _train(roots, config, resume)  # it is finished
     assert len(calls) == 4
     assert (folder / "checkpoint_final.pt").read_bytes() == before
-    _train(roots, dataclasses.replace(config, early_stopping=3, epochs=9), resume)  # more patience: it goes on
+    _train(roots, dataclasses.replace(config, early_stopping=3), resume)  # more patience: it goes on
     assert _content(folder)["epoch"] == 9
     assert _content(folder)["best_dice"] == 0.9
     assert json.loads((folder / "training.json").read_text())["ended"] == "all 9 epochs are done"
@@ -242,11 +242,84 @@ def test_a_signal_in_the_final_validation(roots, monkeypatch, capsys):
     assert _command(roots, 0, "--resume") == 0
 
 
-def _command(roots, *arguments):
-    flags = ["--network", "tests_tiny:Tiny", "--epochs", "1", "--iterations-per-epoch", "1", "--device", "cpu",
+def _command(roots, *arguments, epochs=1):
+    flags = ["--network", "tests_tiny:Tiny", "--epochs", str(epochs), "--iterations-per-epoch", "1", "--device", "cpu",
              "--validation-cases", "1", "--raw", roots.raw, "--preprocessed", roots.preprocessed,
              "--results", roots.results]  # fmt: skip
     return command.main([str(part) for part in (7, *arguments, *flags)])
+
+
+def test_old_predictions_go_when_training_goes_on(roots, caplog):
+    fold = roots.results / "Dataset007_Blobs" / "3d_fullres__tests_tiny.Tiny" / "fold_0"
+    assert _command(roots, 0) == 0
+    assert (fold / "validation" / "summary.json").is_file()
+    assert _command(roots, 0, "--resume", "--no-validation") == 0  # nothing is trained, and they stay
+    assert "is trained already: nothing is left to do" in caplog.text
+    assert (fold / "validation" / "summary.json").is_file()
+    assert _command(roots, 0, "--overwrite", "--no-validation") == 0
+    assert not (fold / "validation").exists()
+    assert _command(roots, 0, "--overwrite") == 0
+    assert _command(roots, 0, "--resume", "--no-validation", epochs=2) == 0
+    assert not (fold / "validation").exists()
+
+
+def test_an_extended_run_keeps_its_warm_up(roots, capsys):
+    """The recipe's warm-up depends on the number of epochs; that must not make a longer run another recipe."""
+    weights = roots.results / "weights.pt"
+    assert _command(roots, 1, "--no-validation") == 0
+    (roots.results / "Dataset007_Blobs/3d_fullres__tests_tiny.Tiny/fold_1/checkpoint_best.pt").rename(weights)
+    plans = roots.preprocessed / "Dataset007_Blobs" / "plans.json"
+    plans.write_text(plans.read_text().replace('"preset": "default"', '"preset": "ukbob"'))  # fine-tuning warms up
+    (roots.preprocessed / "Dataset007_Blobs" / "splits.json").unlink()
+    start = ("--pretrained", weights, "--no-validation")
+    assert _command(roots, 0, *start) == 0
+    assert _command(roots, 0, *start, "--resume", epochs=52) == 0
+    content = read_checkpoint(
+        roots.results / "Dataset007_Blobs/3d_fullres__tests_tiny.Tiny/fold_0/checkpoint_final.pt"
+    )[1]
+    assert (content["epoch"], content["config"]["warmup_epochs"]) == (52, 0)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_interrupt_says_what_is_kept_and_how_to_go_on(roots, monkeypatch, capsys, overwrite):
+    if overwrite:
+        assert _command(roots, 0, "--no-validation") == 0
+
+    def interrupted(after):
+        count = iter(range(after + 1))
+        original = trainer.augment
+
+        def augment(*arguments):
+            if next(count) == after:
+                raise KeyboardInterrupt
+            return original(*arguments)
+
+        return augment
+
+    flags = ["--no-validation", *(["--overwrite"] if overwrite else [])]
+    for after, said in ((0, "nothing is kept; run the same command again"), (2, "with --resume (and without --over")):
+        with monkeypatch.context() as patched:
+            patched.setattr(trainer, "augment", interrupted(after))
+            assert _command(roots, 0, *flags, epochs=3) == 130
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("interrupted")]
+        assert said in line
+    assert _command(roots, 0, "--resume", "--no-validation", epochs=3) == 0
+
+
+def test_mistakes_are_told_before_training(roots, capsys):
+    assert _command(roots, 0, "--loader-workers", -1) == 2
+    assert capsys.readouterr().err == "error: --loader-workers must not be negative, got -1\n"
+    with pytest.raises(SystemExit):
+        _command(roots, 0, "--epoch", 5)
+    assert "unrecognized arguments: --epoch 5" in capsys.readouterr().err
+    assert _command(roots, 0, "-c", "3d_lowres") == 2
+    capsys.readouterr()
+    labels = next((roots.raw / "Dataset007_Blobs" / "labelsTr").iterdir())
+    labels.rename(labels.with_suffix(".away"))
+    assert _command(roots, 0) == 2
+    assert f"no label file {labels}" in capsys.readouterr().err
+    assert not (roots.results / "Dataset007_Blobs").exists()
+    assert _command(roots, 0, "--no-validation") == 0  # needs no raw labels
 
 
 def test_several_folds_one_after_the_other(roots, capsys):

@@ -40,6 +40,7 @@ def make_parser(command: str, description: str, example: str) -> argparse.Argume
     """A parser with --version and a worked example below the options."""
     parser = _Parser(
         prog=command,
+        allow_abbrev=False,  # a misspelt option is an error, not another one
         description=description,
         epilog=f"example:\n{example.rstrip()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -140,9 +141,9 @@ def command(function: Callable[[list[str] | None], None]) -> Callable[[list[str]
                 raise
             _say(f"error: out of memory ({_first_line(error)}); {MORE_MEMORY}")
             return EXIT_BAD_INPUT
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:  # a command whose way to go on is another one says it
             if is_first_process():
-                _say("interrupted; what was finished is kept, run the same command again to go on")
+                _say(str(interrupt) or "interrupted; what was finished is kept, run the same command again to go on")
             return EXIT_INTERRUPTED
         return 0
 

@@ -60,14 +60,18 @@ class _Run:
 def _prepare(arguments: argparse.Namespace) -> _Run:
     """Everything that can be refused before the first fold starts."""
     from ukbob_seg.dataset.paths import find_dataset
+    from ukbob_seg.dataset.spec import DatasetSpec, require_cases
     from ukbob_seg.training.config import RunOptions
-    from ukbob_seg.training.folds import options_per_fold
+    from ukbob_seg.training.folds import begun_warmup, options_per_fold
     from ukbob_seg.training.setup import choose_config, default_network
 
     roots = roots_from(arguments)
     device = _device(arguments.device)
     _limit_threads(arguments.threads)
     network = arguments.network or default_network(arguments.dataset, roots, arguments.configuration)
+    warmup = arguments.warmup_epochs
+    if warmup is None and arguments.resume:
+        warmup = begun_warmup(arguments.dataset, arguments.fold, roots, (arguments.configuration, network))
     config = choose_config(
         arguments.dataset,
         roots,
@@ -79,7 +83,7 @@ def _prepare(arguments: argparse.Namespace) -> _Run:
         weight_decay=arguments.weight_decay,
         optimizer=arguments.optimizer,
         schedule=arguments.schedule,
-        warmup_epochs=arguments.warmup_epochs,
+        warmup_epochs=warmup,
         loss=arguments.loss,
         augmentation=arguments.augmentation,
         mirror_axes=None if arguments.mirror_axes is None else tuple(sorted(set(arguments.mirror_axes))),
@@ -94,7 +98,8 @@ def _prepare(arguments: argparse.Namespace) -> _Run:
         seed=arguments.seed,
     )
     if not arguments.no_validation:  # its images are read after training; say now when they are not there
-        find_dataset(roots.raw, arguments.dataset)
+        raw = find_dataset(roots.raw, arguments.dataset)
+        require_cases(raw, DatasetSpec.load(raw))
     options = RunOptions(
         device=device,
         resume=arguments.resume,
@@ -207,13 +212,18 @@ def _parser() -> argparse.ArgumentParser:
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     """What decides the weights; options that are not given are the recipe's."""
     recipe = parser.add_argument_group("recipe (default: of the plans' preset and the network)")
-    recipe.add_argument("--epochs", type=int, metavar="N")
-    recipe.add_argument("--iterations-per-epoch", type=int, metavar="N")
-    recipe.add_argument("--lr", type=float, metavar="RATE", help="peak learning rate")
-    recipe.add_argument("--weight-decay", type=float, metavar="W")
-    recipe.add_argument("--optimizer", choices=("adamw", "sgd"))
-    recipe.add_argument("--schedule", choices=("cosine_restarts", "cosine", "poly", "one_cycle", "constant"))
-    recipe.add_argument("--warmup-epochs", type=int, metavar="N")
+    recipe.add_argument("--epochs", type=int, metavar="N", help="500; nnU-Net's networks 1000, preset ukbob 3000")
+    recipe.add_argument("--iterations-per-epoch", type=int, metavar="N", help="training steps per epoch: 250")
+    recipe.add_argument("--lr", type=float, metavar="RATE", help="peak learning rate: 1e-4; nnU-Net's networks 1e-2")
+    recipe.add_argument("--weight-decay", type=float, metavar="W", help="1e-5; nnU-Net's networks 3e-5")
+    recipe.add_argument("--optimizer", choices=("adamw", "sgd"), help="adamw; nnU-Net's networks sgd")
+    recipe.add_argument(
+        "--schedule", choices=("cosine_restarts", "cosine", "poly", "one_cycle", "constant"),
+        help="shape of the learning rate over the run: cosine_restarts; nnU-Net's networks poly",
+    )  # fmt: skip
+    recipe.add_argument(
+        "--warmup-epochs", type=int, metavar="N", help="linear rise of the rate: 0, with --pretrained 50"
+    )
     recipe.add_argument("--loss", choices=("ce_dice", "bce_dice"), help="bce_dice is always used for regions")
     recipe.add_argument(
         "--augmentation", choices=("ukbob", "strong", "mri", "none"),
@@ -230,7 +240,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--foreground-fraction", type=float, metavar="F", help="share of patches centred on a label")
     recipe.add_argument("--validation-every", type=int, metavar="N", help="epochs between validations")
     recipe.add_argument("--validation-cases", type=int, metavar="N", help="validate on so many cases (0: all)")
-    recipe.add_argument("--subset-fraction", type=float, metavar="F", help="train on a seeded share of the cases")
+    recipe.add_argument("--subset-fraction", type=float, metavar="F", help="train on a seeded share of the subjects")
     recipe.add_argument(
         "--flagged-labels",
         choices=("ignore", "marginal"),
@@ -244,7 +254,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--early-stopping", type=int, metavar="N",
         help="end after N validations without a higher mean Dice (default: 0, never)",
     )  # fmt: skip
-    recipe.add_argument("--seed", type=int, metavar="N")
+    recipe.add_argument("--seed", type=int, metavar="N", help="of weights, cases, patches, augmentation: 0")
 
 
 def _limit_threads(threads: int | None) -> None:

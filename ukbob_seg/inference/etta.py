@@ -48,8 +48,8 @@ class EttaConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.max_patches < 1 or self.candidates < self.max_patches:
             raise ConfigError(
-                f"ETTA needs steps >= 1, max_patches >= 1 and candidates >= max_patches, got {self.steps}, "
-                f"{self.max_patches}, {self.candidates}"
+                f"ETTA needs at least one step (--etta-steps), one patch, and as many candidates as patches; got "
+                f"{self.steps}, {self.max_patches} and {self.candidates}"
             )
         if not self.learning_rate > 0:
             raise ConfigError(f"the ETTA learning rate must be positive, got {self.learning_rate}")

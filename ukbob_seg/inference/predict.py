@@ -9,9 +9,11 @@ from typing import Any
 from tqdm import tqdm
 
 from ukbob_seg.dataset.spec import DatasetSpec, group_channels
-from ukbob_seg.errors import ConfigError, DatasetError
+from ukbob_seg.errors import ConfigError, DatasetError, listing
 from ukbob_seg.files import ensure_writable, write_json
 from ukbob_seg.inference.predictor import Predictor
+
+LABEL_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,12 @@ def find_jobs(source: Path, output: Path, spec: DatasetSpec) -> list[PredictionJ
             f"{source}: the model takes {len(spec.channel_names)} channels; "
             + (f"missing {', '.join(lacking)}" if lacking else "name the files CASE_0000, CASE_0001, ...")
         )
-    is_file = any(output.name.endswith(known) for known in (ending, ".nii.gz", ".nii", ".nrrd", ".mha"))
+    is_file = any(output.name.endswith(known) for known in (ending, *LABEL_ENDINGS))
+    if not is_file and output.suffix and not output.is_dir():
+        raise DatasetError(
+            f"output {output} ends like a file that label maps are not written to; give a folder, or a name that ends "
+            f"in {listing(sorted({ending, *LABEL_ENDINGS}))}"
+        )
     return [PredictionJob(name, files, output if is_file else output / f"{name}{ending}")]
 
 

@@ -162,6 +162,8 @@ class Predictor:
             raise ConfigError(f"--checkpoint must be best or final, got {checkpoint!r}")
         found = find_folds(folder, checkpoint)
         chosen = list(folds) if folds else sorted(found)
+        if twice := sorted({fold for fold in chosen if chosen.count(fold) > 1}):
+            raise ConfigError(f"fold {twice[0]} is given twice")
         lacking = [fold for fold in chosen if fold not in found]
         if lacking or not chosen:
             raise CheckpointError(

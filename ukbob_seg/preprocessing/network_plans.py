@@ -122,8 +122,11 @@ def _finish_swin(
     if given.batch_size is None and not note:
         batch = _grow_batch(given, patch, batch, lambda b: _swin_memory(given, patch, b, features))
     memory = _swin_memory(given, patch, batch, features)
-    all_given = given.patch_size and given.batch_size and given.feature_size
-    why = note or ("as asked for" if all_given else "largest that fits the budget")
+    sizes = {"patch": given.patch_size, "batch": given.batch_size, "feature size": given.feature_size}
+    asked = [name for name, size in sizes.items() if size]
+    why = note or "largest that fits the budget"
+    if asked and not note:
+        why = "as asked for" if len(asked) == len(sizes) else f"{' and '.join(asked)} as asked for, else the largest"
     if memory > given.memory_gb:
         why += f"; OVER the budget of {given.memory_gb:g} GB: lower --batch-size, or give more memory"
     reason = f"patch {_x(patch)}, batch {batch}, feature size {features}, about {memory:.1f} GB ({why})."

@@ -9,7 +9,7 @@ from pathlib import Path
 from ukbob_seg.dataset.paths import Roots, find_dataset
 from ukbob_seg.dataset.spec import DatasetSpec
 from ukbob_seg.files import ensure_writable
-from ukbob_seg.parallel import Cluster
+from ukbob_seg.parallel import Cluster, check_workers
 from ukbob_seg.preprocessing.fingerprint import Fingerprint, extract_fingerprint
 from ukbob_seg.preprocessing.fingerprint_cases import LoadedCases
 from ukbob_seg.preprocessing.planner import PlanOptions, plan
@@ -58,6 +58,7 @@ def plan_and_preprocess(
         DatasetError: every problem of every case, in one message.
         ConfigError: unknown dataset or configuration, or a wish that cannot be met.
     """
+    check_workers(workers)
     raw_folder = find_dataset(roots.raw, dataset)
     folder = roots.preprocessed / raw_folder.name
     ensure_writable(folder)
@@ -91,4 +92,6 @@ def plan_and_preprocess(
         from ukbob_seg.preprocessing.report import write_report  # matplotlib takes its time to import
 
         write_report(raw_folder, folder)
+    elif not keep_plans:
+        (folder / "report.html").unlink(missing_ok=True)  # it shows earlier plans
     return Prepared(folder, fingerprint, plans, done, len(fingerprint.cases) * len(distinct))

@@ -57,6 +57,9 @@ class PlanOptions:
     coarse_order: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("spacing_mm", "patch_size"):  # lists are as good
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.preset not in PRESETS:
             raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
         if not 0.5 <= self.budget_gb <= 10_000:

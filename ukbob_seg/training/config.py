@@ -144,6 +144,10 @@ class RunOptions:
     stop_on_signals: bool = False
     quiet: bool = False
 
+    def __post_init__(self) -> None:
+        if self.loader_workers is not None and self.loader_workers < 0:
+            raise ConfigError(f"--loader-workers must not be negative, got {self.loader_workers}")
+
 
 # The recipes that users start from; every field can be overridden by a flag of ukbob_train.
 RECIPES: dict[str, TrainingConfig] = {

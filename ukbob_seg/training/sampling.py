@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -220,6 +221,12 @@ class _Steps(Sampler[int]):
 
 def make_loader(dataset: PatchDataset, first_step: int, last_step: int, workers: int, pin: bool) -> DataLoader:
     """A loader over steps; workers only read patches, everything else happens on the device."""
+    with warnings.catch_warnings():  # how many processes is the user's to say
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        return _loader(dataset, first_step, last_step, workers, pin)
+
+
+def _loader(dataset: PatchDataset, first_step: int, last_step: int, workers: int, pin: bool) -> DataLoader:
     return DataLoader(
         dataset,
         batch_size=None,

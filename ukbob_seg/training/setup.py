@@ -115,7 +115,10 @@ def prepare(
     check_patch(network, network_plan.arguments, network_plan.patch_size)
     arrays = arrays_folder(folder, plans, configuration)
     if not any(arrays.glob("*.json")):
-        raise DatasetError(f"{folder.name} is not preprocessed for {configuration}; run ukbob_preprocess -d {dataset}")
+        raise DatasetError(
+            f"{folder.name} is not preprocessed for {configuration}; run "
+            f"ukbob_preprocess -d {dataset} -c {configuration}"
+        )
     split, groups = find_split(folder, plans.preset, roots, fold)
     train = take_subset(split.train, config.subset_fraction, config.seed, groups)
     recipe = preprocessing_recipe(plans, plan, spec)

@@ -6,6 +6,8 @@ import json
 import logging
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ from ukbob_seg.training.validation import ValidationScore
 
 log = logging.getLogger(__name__)
 
+DESCRIPTION = "training.json"
+CURVES = ("progress.csv", "progress.png")
 MAY_CHANGE = ("epochs", "early_stopping")  # of the recipe, when a run is resumed
 
 
@@ -55,6 +59,10 @@ class TrainState:
     def weights(self) -> dict[str, Any]:
         """The weights to predict with."""
         return self.network.state_dict() if self.average is None else self.average.weights
+
+    def describe_best(self) -> str:
+        """For the progress bar."""
+        return f"best Dice {self.best_dice:.3f}" if self.best_dice >= 0 else "not validated yet"
 
     def mean_loss(self) -> float:
         """Over the steps of the running epoch, NaN before the first one that counted."""
@@ -94,6 +102,20 @@ def has_run(folder: Path) -> bool:
     return (folder / NAMES["latest"]).is_file() or (folder / NAMES["final"]).is_file()
 
 
+@contextmanager
+def interrupt_explained(folder: Path) -> Iterator[None]:
+    """Let an interrupt (Ctrl-C) of the block say how to go on: what the same command again would refuse to do."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        kept = (
+            "run the same command with --resume (and without --overwrite) to go on after the last finished epoch"
+            if has_run(folder)
+            else "no epoch was finished, so that nothing is kept; run the same command again"
+        )
+        raise KeyboardInterrupt(f"interrupted; {kept}") from interrupt
+
+
 def check_start(folder: Path, options: RunOptions) -> None:
     """Refuse to go on from nothing, and to overwrite silently.
 
@@ -120,9 +142,9 @@ def start(
     check_start(setup.folder, options)
     if options.resume:
         check_same_source(setup.folder, options.pretrained)
-    ensure_writable(setup.folder)
     torch.manual_seed(config.seed)  # every library draws initial weights from torch's global generator
     network = setup.description.build().to(options.device)
+    ensure_writable(setup.folder)
     state = TrainState(network, make_optimizer(network, config))
     report = None if pretrained is None else start_from(network, setup, pretrained)
     if options.resume:
@@ -132,6 +154,8 @@ def start(
         state.average = WeightAverage(network, config.ema) if config.ema else None
     if is_first():  # only now, when nothing refuses the run any more
         _describe(setup, config, report, fresh=not options.resume)
+        if not state.is_finished(config):  # predictions of the network as it was
+            shutil.rmtree(setup.folder / "validation", ignore_errors=True)
     return state
 
 
@@ -142,6 +166,8 @@ def _describe(setup: TrainingSetup, config: TrainingConfig, report: TransferRepo
     if fresh:
         for name in NAMES.values():
             (setup.folder / name).unlink(missing_ok=True)
+        for name in CURVES:
+            (setup.folder / name).unlink(missing_ok=True)
         shutil.rmtree(setup.folder / "tensorboard", ignore_errors=True)
         write_record(setup, report)
         write_description(setup, config)
@@ -150,7 +176,7 @@ def _describe(setup: TrainingSetup, config: TrainingConfig, report: TransferRepo
 def write_description(setup: TrainingSetup, config: TrainingConfig, ended: str | None = None) -> None:
     """training.json: recipe, cases, and at the end why the run ended."""
     content = {**config.to_json(), "cases": [case.name for case in setup.train]}
-    write_json(setup.folder / "training.json", content if ended is None else {**content, "ended": ended})
+    write_json(setup.folder / DESCRIPTION, content if ended is None else {**content, "ended": ended})
 
 
 def restore(state: TrainState, setup: TrainingSetup, config: TrainingConfig, path: Path) -> None:
@@ -161,7 +187,6 @@ def restore(state: TrainState, setup: TrainingSetup, config: TrainingConfig, pat
     description, content = read_checkpoint(path)
     if description.network != setup.description.network:
         raise CheckpointError(f"{path} is of {description.network}, not {setup.description.network}")
-    load_into(state.network, content, path)
     before, now = {**TrainingConfig().to_json(), **content["config"]}, config.to_json()  # older ones lack some
     changed = [key for key in now if key not in MAY_CHANGE and before[key] != now[key]]
     if changed:
@@ -170,9 +195,13 @@ def restore(state: TrainState, setup: TrainingSetup, config: TrainingConfig, pat
     for what, value in _fixed_inputs(setup).items():
         if content.get(what, value) != value:  # older checkpoints lack some
             raise ConfigError(f"cannot resume {path}: the {what} changed since; restore them or start with --overwrite")
+    if config.epochs < before["epochs"]:
+        raise ConfigError(
+            f"cannot resume {path} with --epochs {config.epochs}: it was started with {before['epochs']}, and may only "
+            "be extended; --early-stopping ends a run sooner"
+        )
+    load_into(state.network, content, path)
     state.epoch, state.step = content["epoch"], content.get("step", 0)
-    if config.epochs < state.epoch + (state.step > 0):
-        raise ConfigError(f"{path} has already trained {state.epoch} epochs, --epochs is {config.epochs}")
     if config.ema:
         state.average = WeightAverage(state.network, config.ema)  # of the averaged weights, which were loaded
         state.network.load_state_dict(content["training_weights"])
@@ -181,7 +210,8 @@ def restore(state: TrainState, setup: TrainingSetup, config: TrainingConfig, pat
     state.loss_sum, state.counted = content.get("loss_sum", 0.0), content.get("counted", 0)
     state.seconds, state.waited = content.get("seconds", 0.0), content.get("data_seconds", 0.0)
     state.bad_steps = content.get("bad_steps", 0)
-    log.info("resuming at step %d of epoch %d", state.step, state.epoch)
+    if not state.is_finished(config):
+        log.info("resuming at step %d of epoch %d", state.step, state.epoch)
 
 
 def save(state: TrainState, setup: TrainingSetup, config: TrainingConfig, improved: bool) -> None:
@@ -190,8 +220,9 @@ def save(state: TrainState, setup: TrainingSetup, config: TrainingConfig, improv
         _save_best(state, setup)
     save_training(state, setup, config, "latest")
     if is_first():
-        write_csv(setup.folder / "progress.csv", state.history, setup.spec.labels.names)
-        write_plot(setup.folder / "progress.png", state.history, f"{setup.spec.name}, {setup.description.network}")
+        table, picture = (setup.folder / name for name in CURVES)
+        write_csv(table, state.history, setup.spec.labels.names)
+        write_plot(picture, state.history, f"{setup.spec.name}, {setup.description.network}")
 
 
 def save_training(state: TrainState, setup: TrainingSetup, config: TrainingConfig, name: str) -> None:

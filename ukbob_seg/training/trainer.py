@@ -47,7 +47,15 @@ from ukbob_seg.training.setup import (
     make_loss,
     prepare,
 )
-from ukbob_seg.training.state import TrainState, finish, has_run, save, save_training, start
+from ukbob_seg.training.state import (
+    TrainState,
+    finish,
+    has_run,
+    interrupt_explained,
+    save,
+    save_training,
+    start,
+)
 from ukbob_seg.training.stopping import StopRequest, catch_signals, stop_noted
 from ukbob_seg.training.validation import ValidationScore, validate
 
@@ -131,7 +139,12 @@ def train(
     gpus = [torch.device(options.device)] if options.device.startswith("cuda") else []
     # The first leaves the caller's random state as it was.
     caught = catch_signals(options.stop_on_signals)
-    with torch.random.fork_rng(devices=gpus), stop_noted(setup.folder), caught as stop:
+    with (
+        torch.random.fork_rng(devices=gpus),
+        stop_noted(setup.folder),
+        interrupt_explained(setup.folder),
+        caught as stop,
+    ):
         _train(setup, config, options, pretrained, stop)
     return setup.folder
 
@@ -155,6 +168,7 @@ def _train(
                     score = _validate(run, state) if _is_validated(state, config) else None
                     improved = state.close_epoch(config, score)
                     save(state, setup, config, improved)
+                    bar.set_postfix_str(f"loss {state.history[-1]['train_loss']:.3f}, {state.describe_best()}")
                     write_scalars(state.history[-1], setup.spec.labels.names)
             except StoppedError:  # raised between steps only, so that the state is whole
                 save_training(state, setup, config, "latest")
@@ -173,6 +187,9 @@ def _make_run(
         transforms = [PartOfBatch(transform) for transform in transforms]
     network = maybe_compiled(state.network, options.compile)
     model = spread(network, options.device, all_used=all_used(setup.description))
+    if state.is_finished(config):
+        log.info("%s fold %s is trained already: nothing is left to do", setup.spec.name, setup.description.fold)
+        return Run(config, setup, options, network, model, transforms, make_loss(setup), stop, size)
     log.info(
         "%s fold %s: %d training and %d validation cases, %s, patch %s, batch %d%s, epochs %d..%d on %s",
         setup.spec.name, setup.description.fold, len(setup.train), len(setup.val), setup.description.network,
@@ -237,8 +254,7 @@ def _run_epoch(run: Run, state: TrainState, batches: Iterator[tuple[int, Batch]]
         state.step += 1
         state.seconds += time.perf_counter() - started
         bar.update()
-    best = f"best Dice {state.best_dice:.3f}" if state.best_dice >= 0 else "not validated yet"
-    bar.set_postfix_str(f"loss {state.mean_loss():.3f}, {best}")
+    bar.set_postfix_str(f"loss {state.mean_loss():.3f}, {state.describe_best()}")
 
 
 def _train_step(run: Run, state: TrainState, batches: Iterator[tuple[int, Batch]]) -> None:

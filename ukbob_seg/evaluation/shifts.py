@@ -1,0 +1,127 @@
+"""Shifts of images away from what a network was trained on: what scanners and protocols do, of fixed strength.
+
+For studies of robustness: the same case, shift and seed always give the same image. Intensities are taken relative to
+the image's own range, so that the strength does not depend on its units. Linear changes of intensity are not here,
+since normalization undoes them.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+from scipy import ndimage
+
+from ukbob_seg.errors import ConfigError
+
+BIAS_LOG_AMPLITUDE = 1.1  # a factor between 1/3 and 3
+BLUR_SIGMA_MM = 1.2
+NOISE_SHARE = 0.1  # standard deviation, as a share of the image's range
+GHOST_LINES = 0.5  # what is left of every second line
+COARSENING = 2.0  # voxels that become one, along each axis
+CONTRAST_SLOPE = 3.0
+
+Spacing = tuple[float, float, float]
+Channel = np.ndarray  # (Z, Y, X) float, with values in [0, 1] but for rare bright voxels
+
+
+def apply_shift(image: np.ndarray, name: str, spacing_mm: Spacing, seed: int = 0) -> np.ndarray:
+    """A shifted copy of an image.
+
+    Args:
+        image: (C, Z, Y, X), any real dtype.
+        name: one of ``SHIFTS``; ``none`` returns the image as float32.
+        spacing_mm: (z, y, x).
+        seed: decides the bias field and the noise, together with the name.
+
+    Returns:
+        (C, Z, Y, X) float32, in the units of the image.
+
+    Raises:
+        ConfigError: no such shift.
+    """
+    if name not in SHIFTS:
+        raise ConfigError(f"unknown shift {name!r}; choose from {', '.join(SHIFTS)}")
+    image = image.astype(np.float32)
+    if name == "none":
+        return image
+    shifted = np.empty_like(image)
+    for channel, values in enumerate(image):
+        generator = np.random.default_rng([seed, zlib.crc32(name.encode())])  # the same in all channels
+        low, high = float(values.min()), float(np.percentile(values, 99.5))
+        span = high - low or 1.0
+        shifted[channel] = low + span * SHIFTS[name]((values - low) / span, spacing_mm, generator)
+    return shifted
+
+
+def bias_field(x: Channel, spacing_mm: Spacing, generator: np.random.Generator) -> Channel:
+    """Multiplied by a smooth field: exp of a random polynomial of second degree over the image."""
+    z, y, x_axis = np.meshgrid(*(np.linspace(-1, 1, n) if n > 1 else np.zeros(1) for n in x.shape), indexing="ij")
+    terms = [z, y, x_axis, z * y, z * x_axis, y * x_axis, z * z, y * y, x_axis * x_axis]
+    field = sum(weight * term for weight, term in zip(generator.normal(size=len(terms)), terms, strict=True))
+    field = field - field.mean()
+    return x * np.exp(BIAS_LOG_AMPLITUDE * field / max(float(np.abs(field).max()), 1e-6))
+
+
+def blur(x: Channel, spacing_mm: Spacing, generator: np.random.Generator) -> Channel:
+    """A Gaussian of fixed width in mm."""
+    return ndimage.gaussian_filter(x, [BLUR_SIGMA_MM / mm for mm in spacing_mm])
+
+
+def noise(x: Channel, spacing_mm: Spacing, generator: np.random.Generator) -> Channel:
+    """Rician noise: the magnitude of a signal with Gaussian noise in both its parts."""
+    real, imaginary = (generator.normal(0, NOISE_SHARE, x.shape) for _ in range(2))
+    return np.hypot(x + real, imaginary)
+
+
+def ghosting(x: Channel, spacing_mm: Spacing, generator: np.random.Generator) -> Channel:
+    """Every second line of k-space along y is weaker: a ghost half the field of view away."""
+    lines = np.fft.fft(x, axis=1)
+    lines[:, 1::2] *= GHOST_LINES
+    return np.abs(np.fft.ifft(lines, axis=1))
+
+
+def low_resolution(x: Channel, spacing_mm: Spacing, generator: np.random.Generator) -> Channel:
+    """Averaged over larger voxels and interpolated back; axes that are much coarser already stay."""
+    finest = min(spacing_mm)
+    factors = [
+        COARSENING if mm < COARSENING * finest and n > 1 else 1.0 for mm, n in zip(spacing_mm, x.shape, strict=True)
+    ]
+    coarse = ndimage.uniform_filter(x, [round(factor) for factor in factors])
+    shape = [max(1, round(n / factor)) for n, factor in zip(x.shape, factors, strict=True)]
+    small = ndimage.zoom(
+        coarse, [m / n for m, n in zip(shape, x.shape, strict=True)], order=1, grid_mode=True, mode="nearest"
+    )
+    return ndimage.zoom(
+        small, [n / m for m, n in zip(shape, x.shape, strict=True)], order=1, grid_mode=True, mode="nearest"
+    )
+
+
+def _gamma(exponent: float) -> Callable[[Channel, Spacing, np.random.Generator], Channel]:
+    def shift(x: Channel, spacing_mm: Spacing, generator: np.random.Generator) -> Channel:
+        return np.clip(x, 0, None) ** exponent
+
+    return shift
+
+
+def contrast(x: Channel, spacing_mm: Spacing, generator: np.random.Generator) -> Channel:
+    """A steep S-shaped curve through the mean: more contrast between middle intensities, none at the ends."""
+    x = np.clip(x, 0, 1)
+    middle = min(max(float(x.mean()), 0.05), 0.95)
+    odds = (x / np.clip(1 - x, 1e-6, None)) * ((1 - middle) / middle)
+    powered = odds**CONTRAST_SLOPE
+    return powered / (1 + powered)
+
+
+SHIFTS: dict[str, Callable[[Channel, Spacing, np.random.Generator], Channel]] = {
+    "none": lambda x, spacing_mm, generator: x,
+    "bias field": bias_field,
+    "blur": blur,
+    "noise": noise,
+    "gamma 0.5": _gamma(0.5),
+    "gamma 2": _gamma(2.0),
+    "ghosting": ghosting,
+    "low resolution": low_resolution,
+    "contrast": contrast,
+}
