@@ -5,7 +5,7 @@
 
 Seven runs on all training cases, nothing is chosen by test cases: PlainConvUNets of three stages (8, 16, 32 features)
 with BatchNorm and with InstanceNorm, from three seeds each, and Swin-BOB of feature size 12 from one. Recipe of all:
-batch 2, AdamW, peak rate 1e-3 (one cycle), the paper's augmentation without flips. Finished runs are not done again.
+batch 2, AdamW, peak rate 5e-3 (U-Nets) or 1e-3 (Swin-BOB) in one cycle, the paper's augmentation without flips. Finished runs are not done again.
 Needs dynamic-network-architectures.
 """
 
@@ -53,7 +53,12 @@ class StudyNetwork:
     @property
     def steps(self) -> int:
         """Of training."""
-        return 600 if self.kind == "swin" else 400
+        return 600
+
+    @property
+    def rate(self) -> float:
+        """Peak learning rate."""
+        return 1e-3 if self.kind == "swin" else 5e-3
 
     def model_folder(self, work: Path, dataset: str) -> Path:
         """Where it is trained to."""
@@ -91,7 +96,7 @@ def train_network(network: StudyNetwork, work: Path, roots: Roots, dataset: str)
         return folder
     make_small(roots.preprocessed / dataset / "plans.json", network)
     config = TrainingConfig(
-        epochs=10, iterations_per_epoch=network.steps // 10, learning_rate=1e-3, schedule="one_cycle", mirror_axes=(),
+        epochs=10, iterations_per_epoch=network.steps // 10, learning_rate=network.rate, schedule="one_cycle", mirror_axes=(),
         validation_every=10, validation_cases=1, seed=network.seed,
     )  # fmt: skip
     options = RunOptions(resume=(fold / "checkpoint_latest.pt").is_file())

@@ -6,8 +6,9 @@
 
 Both have the same weights, and their outputs are compared in float32 before anything is timed. Each round runs one
 after the other, the order changing from round to round; printed are the medians and their ratio. With ``--train`` a
-step is forward, backward and AdamW. With ``--precision bf16`` both run under PyTorch's autocast. Peak memory: on CUDA
-what was allocated; on a CPU the resident set of a process of its own, for each network, that runs twice (Linux).
+step is forward, backward and AdamW. With ``--precision bf16`` both run under PyTorch's autocast. Peak memory is that
+of a process of its own, for each network, that runs twice: what was allocated on CUDA, the resident set on a CPU
+(Linux).
 
 Operations per second are MONAI's multiplications and additions (as PyTorch counts them in one of its steps) over the
 time of each, and as a share of what this machine reaches in a product of large square matrices of the same type.
@@ -31,18 +32,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from ukbob_seg.networks.swin_unetr import SwinUNETR
 
 
-def seconds(run: Callable[[], None], device: torch.device) -> tuple[float, float]:
-    """Wall seconds, and peak GiB allocated on CUDA (0 elsewhere)."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start, 0.0
-    torch.cuda.reset_peak_memory_stats(device)
-    torch.cuda.synchronize(device)
+def seconds(run: Callable[[], None], device: torch.device) -> float:
+    """Wall seconds, until the device has done everything."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     run()
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - start, torch.cuda.max_memory_allocated(device) / 2**30
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def make_run(network: nn.Module, image: torch.Tensor, options: argparse.Namespace) -> Callable[[], None]:
@@ -80,11 +78,14 @@ def build(name: str, options: argparse.Namespace) -> nn.Module:
 
 
 def alone(name: str, options: argparse.Namespace) -> None:
-    """Run a network twice, print the peak of this process's resident set in GiB."""
-    image = torch.randn(options.batch, options.channels, *options.patch)
+    """Run a network twice, print the peak in GiB: allocated on CUDA, or of this process's resident set."""
+    image = torch.randn(options.batch, options.channels, *options.patch, device=options.device)
     run = make_run(build(name, options), image, options)
     for _ in range(2):
         run()
+    if image.is_cuda:
+        print(torch.cuda.max_memory_allocated(image.device) / 2**30)
+        return
     # Not ru_maxrss, which a process inherits from the one that started it.
     status = Path("/proc/self/status").read_text()
     print(int(status.split("VmHWM:")[1].split()[0]) / 2**20)
@@ -108,7 +109,7 @@ def matrix_rate(device: torch.device, precision: str) -> float:
     edge = 8192 if device.type == "cuda" else 2048
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(edge, edge, device=device, dtype=dtype) for _ in range(2))
-    return max(2 * edge**3 / 1e12 / seconds(lambda: torch.mm(a, b), device)[0] for _ in range(8))
+    return max(2 * edge**3 / 1e12 / seconds(lambda: torch.mm(a, b), device) for _ in range(8))
 
 
 def main() -> None:
@@ -142,19 +143,15 @@ def main() -> None:
     operations, best = count_operations(runs["MONAI"]), matrix_rate(device, options.precision)
     print(f"{operations:.3f} x 10^12 operations; products of matrices: {best:.2f} x 10^12 a second")
     times: dict[str, list[float]] = {name: [] for name in runs}
-    peaks: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(options.repeats + 1):
         for name in runs if repeat % 2 else reversed(runs):
-            taken, peak = seconds(runs[name], device)
+            taken = seconds(runs[name], device)
             if repeat:  # the first round warms up
                 times[name].append(taken)
-                peaks[name].append(peak)
-    if device.type != "cuda":
-        peaks = {name: [peak_of_a_process(name)] for name in peaks}
     for name, taken_s in times.items():
         rate = operations / statistics.median(taken_s)
         print(
-            f"{name:6s} {statistics.median(taken_s):8.3f} s  {max(peaks[name]):6.2f} GiB  "
+            f"{name:6s} {statistics.median(taken_s):8.3f} s  {peak_of_a_process(name):6.2f} GiB  "
             f"{rate:7.2f} x 10^12 operations a second, {rate / best:.0%}"
         )
     print(f"MONAI / ours: {statistics.median(times['MONAI']) / statistics.median(times['ours']):.2f}")

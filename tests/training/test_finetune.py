@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,9 +84,7 @@ def test_a_legacy_network_is_built_recorded_and_resumed(roots, tmp_path):
     # The same command with --resume goes on; other weights are refused rather than ignored.
     train(7, 0, roots, dataclasses.replace(CONFIG, epochs=2), dataclasses.replace(options, resume=True))
     (tmp_path / "other.pt").write_bytes(path.read_bytes())
-    with pytest.raises(
-        ConfigError, match=rf"with --pretrained .*other\.pt: it was started from {path}; drop the option"
-    ):
+    with pytest.raises(ConfigError, match=rf"with --pretrained .*other\.pt: it was started from {path}; drop"):
         train(7, 0, roots, CONFIG, dataclasses.replace(resume, pretrained=tmp_path / "other.pt"))
     description, content = read_checkpoint(folder / "checkpoint_final.pt")
     assert (description.arguments["patch_merging"], content["epoch"]) == ("legacy", 2)
@@ -144,8 +143,29 @@ def test_the_record_tells_what_was_taken(roots, tmp_path, caplog):
     assert any("2 output weights keep 2 of 3 classes (fresh: first)" in record.message for record in caplog.records)
     again = dataclasses.replace(QUIET, overwrite=True)
     assert (train(7, 0, roots, CONFIG, again, network=TINY) / "pretrained.json").exists() is False
-    with pytest.raises(ConfigError, match="with --pretrained: it was started without; drop the option"):
+    with pytest.raises(ConfigError, match=r"with --pretrained .*: it was started without; drop the option"):
         train(7, 0, roots, CONFIG, dataclasses.replace(options, overwrite=False, resume=True), network=TINY)
+
+
+def test_the_weights_of_a_resumed_run_are_recognised_from_anywhere(roots, tmp_path, monkeypatch):
+    torch.save({"0.bias": torch.ones(4)}, tmp_path / "given.pt")
+    (tmp_path / "dataset.json").write_text(json.dumps(_setup(roots, TINY).spec.content))
+    monkeypatch.chdir(tmp_path)
+    options = dataclasses.replace(QUIET, pretrained=Path("given.pt"))
+    train(7, 0, roots, CONFIG, options, network=TINY)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "given.pt").write_bytes(b"another")
+    resume = dataclasses.replace(QUIET, resume=True)
+    train(7, 0, roots, CONFIG, dataclasses.replace(resume, pretrained=Path("../given.pt")), network=TINY)
+    with pytest.raises(ConfigError, match=rf"with --pretrained given\.pt: it was started from {tmp_path}/given\.pt"):
+        train(7, 0, roots, CONFIG, dataclasses.replace(resume, pretrained=Path("given.pt")), network=TINY)
+    both = dataclasses.replace(resume, pretrained=Path("../given.pt"), pretrained_dataset=Path("../dataset.json"))
+    with pytest.raises(ConfigError, match=r"with --pretrained-dataset .* it was started without"):
+        train(7, 0, roots, CONFIG, both, network=TINY)
+    merging = dataclasses.replace(resume, pretrained=Path("../given.pt"), pretrained_merging="legacy")
+    with pytest.raises(ConfigError, match="it was started without --pretrained-merging, not legacy"):
+        train(7, 0, roots, CONFIG, merging, network=TINY)
 
 
 def test_other_voxels_and_intensities_are_warned_of(roots, tmp_path):

@@ -52,6 +52,17 @@ def test_a_flip_moves_every_region_to_its_partner(name):
     assert safe_mirror_axes((0, 1, 2), scheme, 2) == (0, 1, 2)
 
 
+def test_a_name_with_two_partners_and_many_labels():
+    scheme = _scheme({"left kidney": 1, "left_kidney": 2, "right kidney": 3})
+    assert label_swap(scheme).tolist() == list(range(256))
+    assert output_swap(scheme) == (0, 1, 2, 3)
+    assert safe_mirror_axes((0, 1, 2), scheme, 0) == (1, 2)
+    many = {f"{side} {number}": number + 20_000 * (side == "right") for number in range(1, 20_001)
+            for side in ("left", "right")}  # fmt: skip
+    table = label_swap(_scheme(many))  # a table of labels times labels would take minutes
+    assert table[[1, 20_000, 20_001, 0]].tolist() == [20_001, 40_000, 1, 0]
+
+
 @pytest.mark.parametrize("name", UNEQUAL)
 def test_sides_that_cannot_be_exchanged_are_not_flipped(name, caplog):
     scheme = _scheme(UNEQUAL[name])
@@ -60,6 +71,7 @@ def test_sides_that_cannot_be_exchanged_are_not_flipped(name, caplog):
         assert safe_mirror_axes((0, 1, 2), scheme, 2) == (0, 1)
     (record,) = caplog.records
     assert "such as 'left" in record.getMessage()
+    assert "some label has no partner on the other side" in record.getMessage()
     assert safe_mirror_axes((0, 1), scheme, 2) == (0, 1)
     assert len(caplog.records) == 1  # nothing was left out, nothing is said
     assert safe_mirror_axes((), scheme, None) == ()

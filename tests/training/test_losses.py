@@ -225,6 +225,9 @@ def test_united_outputs_have_the_probability_of_any(batch):
         assert torch.isfinite(extreme.grad).all()
     small = torch.full((1, 5, 1, 1, 1), -60.0)
     assert unite_with_background(small, MERGED[:1])[0, 0].item() == pytest.approx(-60 + math.log(3), abs=1e-4)
+    far = torch.full((1, 5, 1, 1, 1), -200.0, requires_grad=True)  # a voxel that is far off still learns
+    F.softplus(-unite_with_background(far, MERGED[:1])[0, 0]).sum().backward()
+    assert far.grad[0, [0, 2, 4]].flatten().tolist() == pytest.approx([-1 / 3] * 3, rel=1e-4)
 
 
 def test_regions_with_a_flagged_member_are_left_out(batch):

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 
@@ -263,21 +264,29 @@ def test_old_predictions_go_when_training_goes_on(roots, caplog):
     assert not (fold / "validation").exists()
 
 
-def test_an_extended_run_keeps_its_warm_up(roots, capsys):
-    """The recipe's warm-up depends on the number of epochs; that must not make a longer run another recipe."""
-    weights = roots.results / "weights.pt"
+def test_a_resumed_run_has_the_recipe_it_was_begun_with(roots, capsys):
+    """Its own, not the preset's: the recipe of fine-tuning is another one, and its warm-up depends on the epochs."""
+    model = roots.results / "Dataset007_Blobs/3d_fullres__tests_tiny.Tiny"
     assert _command(roots, 1, "--no-validation") == 0
-    (roots.results / "Dataset007_Blobs/3d_fullres__tests_tiny.Tiny/fold_1/checkpoint_best.pt").rename(weights)
+    weights = roots.results / "weights.pt"
+    (model / "fold_1" / "checkpoint_best.pt").rename(weights)
     plans = roots.preprocessed / "Dataset007_Blobs" / "plans.json"
     plans.write_text(plans.read_text().replace('"preset": "default"', '"preset": "ukbob"'))  # fine-tuning warms up
     (roots.preprocessed / "Dataset007_Blobs" / "splits.json").unlink()
-    start = ("--pretrained", weights, "--no-validation")
-    assert _command(roots, 0, *start) == 0
-    assert _command(roots, 0, *start, "--resume", epochs=52) == 0
-    content = read_checkpoint(
-        roots.results / "Dataset007_Blobs/3d_fullres__tests_tiny.Tiny/fold_0/checkpoint_final.pt"
-    )[1]
-    assert (content["epoch"], content["config"]["warmup_epochs"]) == (52, 0)
+    assert _command(roots, 0, "--pretrained", weights, "--lr", "1e-5", "--no-validation") == 0
+    assert _command(roots, 0, "--resume", "--no-validation", epochs=52) == 0  # neither weights nor rate again
+    content = read_checkpoint(model / "fold_0" / "checkpoint_final.pt")[1]
+    assert (content["epoch"], content["config"]["warmup_epochs"], content["config"]["learning_rate"]) == (52, 0, 1e-5)
+    (model / "fold_0" / "stopped.txt").write_text("stopped")
+    assert _command(roots, 0, "--resume", "--no-validation", "--lr", "1e-4", epochs=52) == 2
+    assert "another recipe (learning_rate 1e-05 -> 0.0001)" in capsys.readouterr().err
+    assert (model / "fold_0" / "stopped.txt").is_file()  # the refused call changed nothing
+    shutil.copytree(model / "fold_0", model / "fold_all")
+    (model / "fold_all" / "pretrained.json").unlink()
+    again = ("--resume", "--no-validation", "--pretrained", weights)
+    assert _command(roots, 0, "all", *again, epochs=53) == 2  # before the first of them goes on
+    assert "fold_all with --pretrained" in capsys.readouterr().err
+    assert read_checkpoint(model / "fold_0" / "checkpoint_final.pt")[1]["epoch"] == 52
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -306,7 +315,7 @@ def test_an_interrupt_says_what_is_kept_and_how_to_go_on(roots, monkeypatch, cap
     assert _command(roots, 0, "--resume", "--no-validation", epochs=3) == 0
 
 
-def test_mistakes_are_told_before_training(roots, capsys):
+def test_mistakes_are_told_before_training(roots, capsys, caplog):
     assert _command(roots, 0, "--loader-workers", -1) == 2
     assert capsys.readouterr().err == "error: --loader-workers must not be negative, got -1\n"
     with pytest.raises(SystemExit):
@@ -318,8 +327,14 @@ def test_mistakes_are_told_before_training(roots, capsys):
     labels.rename(labels.with_suffix(".away"))
     assert _command(roots, 0) == 2
     assert f"no label file {labels}" in capsys.readouterr().err
+    marginal = ("--flagged-labels", "marginal", "--no-validation")
+    assert _command(roots, 0, *marginal, "--no-filter") == 2
+    assert "is about the flags that --no-filter ignores" in capsys.readouterr().err
+    for flag, value in (("--weight-decay", "nan"), ("--lr", "inf")):
+        assert _command(roots, 0, flag, value, "--no-validation") == 2
     assert not (roots.results / "Dataset007_Blobs").exists()
-    assert _command(roots, 0, "--no-validation") == 0  # needs no raw labels
+    assert _command(roots, 0, *marginal) == 0  # needs no raw labels
+    assert "marginal has no effect: Dataset007_Blobs has no flags" in caplog.text
 
 
 def test_several_folds_one_after_the_other(roots, capsys):

@@ -62,28 +62,27 @@ def _prepare(arguments: argparse.Namespace) -> _Run:
     from ukbob_seg.dataset.paths import find_dataset
     from ukbob_seg.dataset.spec import DatasetSpec, require_cases
     from ukbob_seg.training.config import RunOptions
-    from ukbob_seg.training.folds import begun_warmup, options_per_fold
-    from ukbob_seg.training.setup import choose_config, default_network
+    from ukbob_seg.training.folds import options_per_fold
+    from ukbob_seg.training.setup import choose_config, default_network, recorded_config
 
     roots = roots_from(arguments)
     device = _device(arguments.device)
     _limit_threads(arguments.threads)
     network = arguments.network or default_network(arguments.dataset, roots, arguments.configuration)
-    warmup = arguments.warmup_epochs
-    if warmup is None and arguments.resume:
-        warmup = begun_warmup(arguments.dataset, arguments.fold, roots, (arguments.configuration, network))
+    run = (arguments.dataset, arguments.fold, roots, arguments.configuration, network)
     config = choose_config(
         arguments.dataset,
         roots,
         network,
         pretrained=arguments.pretrained is not None,
+        begun=recorded_config(*run) if arguments.resume else None,
         epochs=arguments.epochs,
         iterations_per_epoch=arguments.iterations_per_epoch,
         learning_rate=arguments.lr,
         weight_decay=arguments.weight_decay,
         optimizer=arguments.optimizer,
         schedule=arguments.schedule,
-        warmup_epochs=warmup,
+        warmup_epochs=arguments.warmup_epochs,
         loss=arguments.loss,
         augmentation=arguments.augmentation,
         mirror_axes=None if arguments.mirror_axes is None else tuple(sorted(set(arguments.mirror_axes))),
@@ -237,7 +236,9 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="AXIS",
         help="axes to flip: 0 = z, 1 = y, 2 = x",
     )
-    recipe.add_argument("--foreground-fraction", type=float, metavar="F", help="share of patches centred on a label")
+    recipe.add_argument(
+        "--foreground-fraction", type=float, metavar="F", help="share of patches centred on a label, at least: 0.33"
+    )
     recipe.add_argument("--validation-every", type=int, metavar="N", help="epochs between validations")
     recipe.add_argument("--validation-cases", type=int, metavar="N", help="validate on so many cases (0: all)")
     recipe.add_argument("--subset-fraction", type=float, metavar="F", help="train on a seeded share of the subjects")

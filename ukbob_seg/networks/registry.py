@@ -75,6 +75,8 @@ def set_deep_supervision(network: nn.Module, enabled: bool) -> None:
 
 def _swin_unetr(in_channels: int, out_channels: int, arguments: Mapping[str, Any]) -> nn.Module:
     given = {"in_channels": in_channels, "out_channels": out_channels, **arguments}
+    if "drop_path_rate" in given:  # what plans called it before 2026-11-25
+        given["dropout_path_rate"] = given.pop("drop_path_rate")
     return _construct(SwinUNETR, "swin_unetr", given)
 
 

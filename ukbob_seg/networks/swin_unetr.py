@@ -19,6 +19,7 @@ from ukbob_seg.networks.residual_blocks import SkipBlock, UpBlock, named, projec
 from ukbob_seg.networks.window_attention import MERGING_ORDERS, PatchMerging, SwinBlock, SwinStage
 
 STAGES = 4
+MOST_OUTPUTS = 65_535  # label maps are of two bytes at most
 
 
 class SwinUNETR(nn.Module):
@@ -65,6 +66,8 @@ class SwinUNETR(nn.Module):
         super().__init__()
         if feature_size % 12 or feature_size < 12:
             raise ConfigError(f"feature_size must be a multiple of 12, got {feature_size}")
+        if not 1 <= out_channels <= MOST_OUTPUTS:
+            raise ConfigError(f"Swin-UNETR has 1 to {MOST_OUTPUTS} outputs, got {out_channels}")
         if patch_merging not in MERGING_ORDERS:
             raise ConfigError(f"patch_merging must be one of {', '.join(MERGING_ORDERS)}, got {patch_merging!r}")
         if len(depths) != STAGES or len(num_heads) != STAGES:

@@ -63,9 +63,11 @@ def read_weights(
     """
     if resume:
         known = _record(setup.folder).get("patch_merging")
-        if known is not None and options.merging not in (None, known):
+        if options.merging not in (None, known):
             raise ConfigError(
-                f"cannot resume {setup.folder}: it was started with --pretrained-merging {known}, not {options.merging}"
+                f"cannot resume {setup.folder}: it was started "
+                f"{f'with --pretrained-merging {known}' if known else 'without --pretrained-merging'}, not "
+                f"{options.merging}"
             )
         return _with_merging(setup, known), None
     if options.weights is None:
@@ -74,29 +76,27 @@ def read_weights(
     return _with_merging(setup, _merging(setup, pretrained, options.merging)), pretrained
 
 
-def check_same_source(folder: Path, weights: Path | None) -> None:
+def check_same_source(folder: Path, weights: Path | None, dataset: Path | None) -> None:
     """Refuse to resume a run with other weights than those that it was started from; its own are in its checkpoint.
 
     Args:
         folder: of the fold.
         weights: what the command names now, None for nothing, which is always right.
+        dataset: its dataset.json, likewise.
 
     Raises:
         ConfigError: says what the run was started from.
     """
-    if weights is None:
-        return
-    source = _record(folder).get("source")
-    if source is None:
-        raise ConfigError(
-            f"cannot resume {folder} with --pretrained: it was started without; drop the option, or start afresh with "
-            "--overwrite"
-        )
-    if Path(str(source)).resolve() != weights.resolve():
-        raise ConfigError(
-            f"cannot resume {folder} with --pretrained {weights}: it was started from {source}; drop the option, or "
-            "start afresh with --overwrite"
-        )
+    record = _record(folder)
+    for option, key, given in (("--pretrained", "file", weights), ("--pretrained-dataset", "dataset_file", dataset)):
+        if given is None:
+            continue
+        known = record.get(key)
+        if known != str(given.resolve()):
+            raise ConfigError(
+                f"cannot resume {folder} with {option} {given}: it was started "
+                f"{f'from {known}' if known else 'without'}; drop the option, or start afresh with --overwrite"
+            )
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -166,8 +166,14 @@ def _scheme(normalization: ChannelNormalization) -> str:
     return normalization.scheme + (" inside the nonzero mask" if normalization.mask_nonzero else "")
 
 
-def write_record(setup: TrainingSetup, report: TransferReport | None) -> None:
-    """Write ``pretrained.json`` into the fold's folder, or remove that of an earlier run."""
+def write_record(setup: TrainingSetup, report: TransferReport | None, dataset: Path | None) -> None:
+    """Write ``pretrained.json`` into the fold's folder, or remove that of an earlier run.
+
+    Args:
+        setup: of the run.
+        report: what was taken from the weights; None when the run starts fresh.
+        dataset: dataset.json that was given for them.
+    """
     path = setup.folder / RECORD
     if report is None:
         path.unlink(missing_ok=True)
@@ -175,7 +181,10 @@ def write_record(setup: TrainingSetup, report: TransferReport | None) -> None:
     merging = {}
     if setup.description.network == "swin_unetr":
         merging["patch_merging"] = setup.description.arguments.get("patch_merging", DEFAULT_MERGING)
-    write_json(path, {**merging, **report.to_json()})
+    files = {"file": str(Path(report.source).resolve())}
+    if dataset is not None:
+        files["dataset_file"] = str(dataset.resolve())
+    write_json(path, {**merging, **files, **report.to_json()})
 
 
 def _merging(setup: TrainingSetup, pretrained: Pretrained, said: str | None) -> str | None:

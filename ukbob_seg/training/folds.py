@@ -8,12 +8,11 @@ from pathlib import Path
 
 from ukbob_seg.dataset.paths import Roots, find_dataset
 from ukbob_seg.errors import ConfigError
-from ukbob_seg.files import read_json
 from ukbob_seg.preprocessing.plans import Plans
 from ukbob_seg.training.checkpoint import NAMES
 from ukbob_seg.training.config import RunOptions
 from ukbob_seg.training.setup import find_split, model_folder
-from ukbob_seg.training.state import DESCRIPTION, check_start, has_run
+from ukbob_seg.training.state import check_start, has_run
 
 
 def options_per_fold(
@@ -38,26 +37,6 @@ def options_per_fold(
         chosen[fold] = options if len(folds) == 1 else dataclasses.replace(options, resume=options.resume and begun)
         check_start(model / f"fold_{fold}", chosen[fold])
     return chosen
-
-
-def begun_warmup(dataset: int | str, folds: Sequence[str], roots: Roots, model: tuple[str, str]) -> int | None:
-    """Warm-up epochs of the first of these folds that was begun: a run that is extended keeps those it had.
-
-    The recipe's warm-up depends on the number of epochs, so that without this a longer run would have another.
-
-    Args:
-        dataset: id or name.
-        folds: of the command.
-        roots: folders.
-        model: configuration and network.
-    """
-    folder = model_folder(roots, find_dataset(roots.preprocessed, dataset).name, *model)
-    for fold in folds:
-        path = folder / f"fold_{fold}" / DESCRIPTION
-        content = read_json(path, "description of the run") if path.is_file() else {}
-        if isinstance(content, dict) and isinstance(content.get("warmup_epochs"), int):
-            return content["warmup_epochs"]
-    return None
 
 
 def is_validated(folder: Path) -> bool:

@@ -19,9 +19,8 @@ def label_swap(scheme: LabelScheme) -> Tensor | None:
     """Table that exchanges left and right label indices; it is its own inverse. None without left and right names.
 
     A label goes to one that lies in the mirrored regions: where ``left kidney`` and ``left side`` hold it, to one that
-    ``right kidney`` and ``right side`` hold. For exclusive labels that is the label of the mirrored name. Where such a
-    partner is missing (regions of two labels on the left and of one on the right) the table changes nothing, and
-    ``safe_mirror_axes`` allows no flip that would need it.
+    ``right kidney`` and ``right side`` hold. For exclusive labels that is the label of the mirrored name. Where some
+    label has no such partner, or two, the table changes nothing, and ``safe_mirror_axes`` allows no flip that needs it.
     """
     if not left_right_pairs(scheme.names):
         return None
@@ -33,9 +32,14 @@ def label_swap(scheme: LabelScheme) -> Tensor | None:
 
 
 def output_swap(scheme: LabelScheme) -> tuple[int, ...] | None:
-    """Order of network outputs that exchanges left and right, or None without such labels."""
+    """Order of network outputs that exchanges left and right, or None without such labels.
+
+    The order as it is where two names have the same partner; ``safe_mirror_axes`` allows no flip then.
+    """
     pairs = left_right_pairs(scheme.output_names)
-    return _exchanged(scheme.num_outputs, pairs) if pairs else None
+    if not pairs:
+        return None
+    return _exchanged(scheme.num_outputs, pairs) or tuple(range(scheme.num_outputs))
 
 
 def safe_mirror_axes(axes: Sequence[int], scheme: LabelScheme, left_right_axis: int | None) -> tuple[int, ...]:
@@ -56,16 +60,21 @@ def safe_mirror_axes(axes: Sequence[int], scheme: LabelScheme, left_right_axis: 
         return tuple(axes)
     left, right = (scheme.names[position] for position in pairs[0])
     log.warning(
-        "regions of the two sides, such as %r and %r, cannot be exchanged label by label: no flips along the "
-        "left-right axis in training; give both sides' regions the same number of labels to have them",
+        "labels name left and right, such as %r and %r, but some label has no partner on the other side: no flips "
+        "along the left-right axis in training",
         left, right,
     )  # fmt: skip
     return tuple(axis for axis in axes if axis != left_right_axis)
 
 
 def _partners(scheme: LabelScheme) -> list[int] | None:
-    """For label indices 0..K the index on the other side; None where some label has none."""
+    """For label indices 0..K the index on the other side; None where some label has none, or might have two."""
+    if not scheme.has_regions:
+        order = _exchanged(scheme.num_outputs, left_right_pairs(scheme.output_names))
+        return None if order is None else list(order)
     order = _exchanged(len(scheme.names), left_right_pairs(scheme.names))
+    if order is None:
+        return None
     columns = scheme.region_table.T  # (K + 1, names)
     alike: dict[bytes, list[int]] = defaultdict(list)  # labels that lie in the same regions
     for index, column in enumerate(columns):
@@ -79,9 +88,11 @@ def _partners(scheme: LabelScheme) -> list[int] | None:
     return partners
 
 
-def _exchanged(count: int, pairs: Sequence[tuple[int, int]]) -> tuple[int, ...]:
-    """0 .. count - 1 with the members of each pair in each other's place."""
+def _exchanged(count: int, pairs: Sequence[tuple[int, int]]) -> tuple[int, ...] | None:
+    """0 .. count - 1 with the members of each pair in each other's place; None when one is in two pairs."""
     order = list(range(count))
     for left, right in pairs:
+        if (order[left], order[right]) != (left, right):
+            return None
         order[left], order[right] = right, left
     return tuple(order)

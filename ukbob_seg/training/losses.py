@@ -17,6 +17,7 @@ from torch import Tensor
 from ukbob_seg.training.distributed import sum_over_ranks
 
 SMOOTH = 1e-5
+FAR_BELOW = -16.0  # logits whose sigmoid is their exponential, to float32's precision
 
 
 class SoftmaxDiceLoss:
@@ -144,7 +145,7 @@ def unite_with_background(logits: Tensor, merged: Tensor) -> Tensor:
     """Logits of independent outputs, of which number 0 now says "background or one of the merged outputs".
 
     Its probability is p = 1 - (1 - p_0) prod (1 - p_c), so that with S the sum of softplus(logits), log(1 - p) = -S and
-    the new logit is log(exp(S) - 1).
+    the new logit is log(exp(S) - 1); where all outputs are far below 0 that is their logsumexp.
 
     Args:
         logits: (B, R, z, y, x); output 0 stands for background.
@@ -158,8 +159,10 @@ def unite_with_background(logits: Tensor, merged: Tensor) -> Tensor:
         channels = row.nonzero().squeeze(1)
         if len(channels):
             outputs = torch.cat([logits[element, :1], logits[element, channels]])
-            total = F.softplus(outputs).sum(dim=0).clamp(min=torch.finfo(logits.dtype).tiny)
-            result[element, 0] = total + torch.log(-torch.expm1(-total))
+            total = F.softplus(outputs).sum(dim=0)
+            tiny = outputs.amax(dim=0) < FAR_BELOW
+            total = torch.where(tiny, 1.0, total)  # underflows there, and its logarithm has no gradient
+            result[element, 0] = torch.where(tiny, outputs.logsumexp(dim=0), total + torch.log(-torch.expm1(-total)))
     return result
 
 

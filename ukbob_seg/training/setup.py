@@ -16,6 +16,7 @@ from ukbob_seg.dataset.labels import LabelScheme
 from ukbob_seg.dataset.paths import Roots, find_dataset
 from ukbob_seg.dataset.spec import DatasetSpec
 from ukbob_seg.errors import ConfigError, DatasetError
+from ukbob_seg.files import read_json
 from ukbob_seg.filtering.policies import LabelTrust, case_lookup, flagged_indices
 from ukbob_seg.networks.registry import check_patch
 from ukbob_seg.preprocessing.fingerprint import Fingerprint
@@ -33,6 +34,8 @@ from ukbob_seg.training.sampling import TrainingCase
 from ukbob_seg.training.splits import Split, choose_split, load_groups, load_or_make_splits, take_subset
 
 log = logging.getLogger(__name__)
+
+DESCRIPTION = "training.json"
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,30 @@ def default_network(dataset: int | str, roots: Roots, configuration: str) -> str
     return plans.configuration(configuration).default_network
 
 
+def recorded_config(
+    dataset: int | str, folds: Sequence[str], roots: Roots, configuration: str, network: str
+) -> TrainingConfig | None:
+    """The recipe that the first of these folds was begun with; None when none was.
+
+    Raises:
+        ConfigError, DatasetError: its training.json cannot be read.
+    """
+    folder = model_folder(roots, find_dataset(roots.preprocessed, dataset).name, configuration, network)
+    for fold in folds:
+        path = folder / f"fold_{fold}" / DESCRIPTION
+        if path.is_file():
+            content = read_json(path, "description of the run")
+            return TrainingConfig.from_json({k: v for k, v in content.items() if k not in ("cases", "ended")})
+    return None
+
+
 def choose_config(
-    dataset: int | str, roots: Roots, network: str, pretrained: bool = False, **changes: Any
+    dataset: int | str,
+    roots: Roots,
+    network: str,
+    pretrained: bool = False,
+    begun: TrainingConfig | None = None,
+    **changes: Any,
 ) -> TrainingConfig:
     """The recipe of the dataset's preset and the network, with the user's changes.
 
@@ -82,11 +107,12 @@ def choose_config(
         roots: folders.
         network: registry name.
         pretrained: whether the run fine-tunes given weights.
+        begun: recipe of the run that is resumed, in place of the preset's.
         changes: fields of ``TrainingConfig``; None leaves the recipe's value.
     """
     plans = Plans.load(find_dataset(roots.preprocessed, dataset) / "plans.json")
     given = {key: value for key, value in changes.items() if value is not None}
-    base = recipe(network, plans.preset, pretrained)
+    base = begun or recipe(network, plans.preset, pretrained)
     if given.get("epochs", base.epochs) <= base.warmup_epochs:
         given.setdefault("warmup_epochs", 0)  # a shorter run than the recipe's warm-up has none
     return dataclasses.replace(base, **given)
@@ -125,6 +151,8 @@ def prepare(
     val = split.val[: config.validation_cases or None]
     _check_arrays(arrays, (*train, *split.val), recipe)
     trust = LabelTrust.load(folder / "solf") if use_filter else None
+    if config.flagged_labels == "marginal" and trust is None:
+        _refuse_marginal(folder.name, use_filter)
     head = "sigmoid" if spec.labels.has_regions or config.loss == "bce_dice" else "softmax"
     description = ModelDescription(
         network=network,
@@ -196,6 +224,16 @@ def _check_arrays(arrays: Path, names: Sequence[str], recipe: str) -> None:
                 f"case {name} was preprocessed before plans.json or the labels in dataset.json changed; "
                 "run ukbob_preprocess again"
             )
+
+
+def _refuse_marginal(dataset: str, use_filter: bool) -> None:
+    """A marginal loss without flags is the plain loss: a contradiction, or something that was forgotten."""
+    if not use_filter:
+        raise ConfigError("--flagged-labels marginal is about the flags that --no-filter ignores; give one of them")
+    log.warning(
+        "--flagged-labels marginal has no effect: %s has no flags; run ukbob_filter first where there should be some",
+        dataset,
+    )
 
 
 def _trusted(

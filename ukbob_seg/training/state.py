@@ -28,13 +28,12 @@ from ukbob_seg.training.ema import WeightAverage
 from ukbob_seg.training.finetune import check_same_source, start_from, write_record
 from ukbob_seg.training.progress import write_csv, write_plot
 from ukbob_seg.training.schedules import learning_rate
-from ukbob_seg.training.setup import TrainingSetup, make_optimizer
-from ukbob_seg.training.stopping import validations_without_gain
+from ukbob_seg.training.setup import DESCRIPTION, TrainingSetup, make_optimizer
+from ukbob_seg.training.stopping import STOPPED, validations_without_gain
 from ukbob_seg.training.validation import ValidationScore
 
 log = logging.getLogger(__name__)
 
-DESCRIPTION = "training.json"
 CURVES = ("progress.csv", "progress.png")
 MAY_CHANGE = ("epochs", "early_stopping")  # of the recipe, when a run is resumed
 
@@ -126,6 +125,8 @@ def check_start(folder: Path, options: RunOptions) -> None:
         raise ConfigError("--resume goes on with the run that --overwrite would delete; give one of them")
     if options.resume and not has_run(folder):
         raise CheckpointError(f"nothing to resume in {folder}; drop --resume to start")
+    if options.resume:
+        check_same_source(folder, options.pretrained, options.pretrained_dataset)
     if not options.resume and not options.overwrite and has_run(folder):
         raise ConfigError(
             f"{folder} already holds a training run; go on with --resume or start afresh with --overwrite"
@@ -140,8 +141,6 @@ def start(
     Only the first process writes files.
     """
     check_start(setup.folder, options)
-    if options.resume:
-        check_same_source(setup.folder, options.pretrained)
     torch.manual_seed(config.seed)  # every library draws initial weights from torch's global generator
     network = setup.description.build().to(options.device)
     ensure_writable(setup.folder)
@@ -153,23 +152,24 @@ def start(
     else:
         state.average = WeightAverage(network, config.ema) if config.ema else None
     if is_first():  # only now, when nothing refuses the run any more
-        _describe(setup, config, report, fresh=not options.resume)
+        (setup.folder / STOPPED).unlink(missing_ok=True)
+        _describe(setup, config, report, options)
         if not state.is_finished(config):  # predictions of the network as it was
             shutil.rmtree(setup.folder / "validation", ignore_errors=True)
     return state
 
 
-def _describe(setup: TrainingSetup, config: TrainingConfig, report: TransferReport | None, fresh: bool) -> None:
+def _describe(setup: TrainingSetup, config: TrainingConfig, report: TransferReport | None, options: RunOptions) -> None:
     """Write what lies in the model folder; a fresh run begins by removing what an earlier one left."""
     write_json(setup.folder.parent / "plans.json", setup.description.plans)
     write_json(setup.folder.parent / "dataset.json", setup.spec.content)
-    if fresh:
+    if not options.resume:
         for name in NAMES.values():
             (setup.folder / name).unlink(missing_ok=True)
         for name in CURVES:
             (setup.folder / name).unlink(missing_ok=True)
         shutil.rmtree(setup.folder / "tensorboard", ignore_errors=True)
-        write_record(setup, report)
+        write_record(setup, report, options.pretrained_dataset)
         write_description(setup, config)
 
 

@@ -74,15 +74,13 @@ def stopped_at_once(where: str) -> Iterator[None]:
 
 @contextmanager
 def stop_noted(folder: Path) -> Iterator[None]:
-    """While the block runs, a stop by a signal leaves ``stopped.txt`` with its sentence; that of an earlier one goes.
+    """While the block runs, a stop by a signal leaves ``stopped.txt`` with its sentence, until the run goes on.
 
     For job scripts: torchrun exits with 1 whatever its processes exit with, so that the code cannot say it.
 
     Args:
         folder: of the fold.
     """
-    if is_first():
-        (folder / STOPPED).unlink(missing_ok=True)
     try:
         yield
     except StoppedError as stopped:

@@ -46,6 +46,7 @@ from ukbob_seg.training.setup import (
     make_augmentation,
     make_loss,
     prepare,
+    recorded_config,
 )
 from ukbob_seg.training.state import (
     TrainState,
@@ -114,7 +115,7 @@ def train(
         dataset: id or ``DatasetXXX_Name``, preprocessed.
         fold: 0.. or ``all``.
         roots: folders.
-        config: recipe, None for the network's own (PAPER 3 for Swin-BOB).
+        config: recipe, None for the network's own (PAPER 3 for Swin-BOB), or that of the run that is resumed.
         options: device, resuming, and so on.
         configuration: of the plans.
         network: name in the registry and the plans, None for Swin-BOB (or the only network of a 2D configuration).
@@ -129,7 +130,8 @@ def train(
     def ready() -> tuple[TrainingSetup, TrainingConfig, Pretrained | None]:
         given = PretrainedOptions(options.pretrained, options.pretrained_dataset, options.pretrained_merging)
         name = network or default_network(dataset, roots, configuration)
-        recipe = config or choose_config(dataset, roots, name, options.pretrained is not None)
+        begun = recorded_config(dataset, [str(fold)], roots, configuration, name) if options.resume else None
+        recipe = config or choose_config(dataset, roots, name, options.pretrained is not None, begun)
         found = prepare(dataset, str(fold), roots, recipe, configuration, name, use_filter)
         check_batch(found.network.batch_size)
         found, weights = read_weights(found, given, options.resume)
