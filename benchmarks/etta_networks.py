@@ -5,7 +5,8 @@
 
 Seven runs on all training cases, nothing is chosen by test cases: PlainConvUNets of three stages (8, 16, 32 features)
 with BatchNorm and with InstanceNorm, from three seeds each, and Swin-BOB of feature size 12 from one. Recipe of all:
-batch 2, AdamW, peak rate 5e-3 (U-Nets) or 1e-3 (Swin-BOB) in one cycle, the paper's augmentation without flips. Finished runs are not done again.
+batch 2, AdamW, peak rate 5e-3 (U-Nets) or 1e-3 (Swin-BOB) in one cycle, the paper's augmentation without flips.
+Finished runs are not done again.
 Needs dynamic-network-architectures.
 """
 
@@ -96,8 +97,8 @@ def train_network(network: StudyNetwork, work: Path, roots: Roots, dataset: str)
         return folder
     make_small(roots.preprocessed / dataset / "plans.json", network)
     config = TrainingConfig(
-        epochs=10, iterations_per_epoch=network.steps // 10, learning_rate=network.rate, schedule="one_cycle", mirror_axes=(),
-        validation_every=10, validation_cases=1, seed=network.seed,
+        epochs=10, iterations_per_epoch=network.steps // 10, learning_rate=network.rate, schedule="one_cycle",
+        mirror_axes=(), validation_every=10, validation_cases=1, seed=network.seed,
     )  # fmt: skip
     options = RunOptions(resume=(fold / "checkpoint_latest.pt").is_file())
     own = Roots(roots.raw, roots.preprocessed, work / "models" / network.name)
