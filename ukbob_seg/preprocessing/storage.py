@@ -30,6 +30,7 @@ SMALL_BYTES = 1 << 24  # arrays that are made in memory, every way, and written 
 GOOD_RATIO = 0.6  # what is compressed so well needs no other try
 HEADER_BYTES = 32  # of a Blosc2 chunk; the last one tells what a chunk without data stands for
 CHECKSUMS = "ukbob_checksums"
+MAKER = "ukbob_preprocess"
 MAP_MODE = {"mode": "r"} if os.name == "nt" else {"mmap_mode": "r"}  # mapped files read up to twice as fast
 
 
@@ -170,15 +171,19 @@ class PlaneWriter:
             self._written, self._count = stop, 0
 
 
-def open_array(path: Path) -> StoredArray:
+def open_array(path: Path, maker: str = MAKER) -> StoredArray:
     """Open a stored array for partial reads.
+
+    Args:
+        path: ``.b2nd`` file.
+        maker: command that makes such files, for messages.
 
     Raises:
         DatasetError: missing or damaged; names the file and the remedy.
     """
     if not Path(path).is_file():
-        raise DatasetError(f"{path} does not exist; run ukbob_preprocess")
-    return StoredArray(Path(path))
+        raise DatasetError(f"{path} does not exist; run {maker}")
+    return StoredArray(Path(path), maker)
 
 
 class StoredArray:
@@ -187,8 +192,8 @@ class StoredArray:
     A read decompresses only the blocks that it needs. Damage that lies elsewhere goes unnoticed until it is read.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, maker: str = MAKER) -> None:
+        self._path, self._maker = path, maker
         try:
             self._array = blosc2.open(str(path), dparams={"nthreads": 1}, **MAP_MODE)
             self.shape: tuple[int, ...] = tuple(self._array.shape)
@@ -200,9 +205,9 @@ class StoredArray:
             damaged = record["layout"] != _layout(self._array)
             damaged |= found and self._sums.shape != (self._array.schunk.nchunks,)
         except Exception as error:  # what a mangled header raises is anyone's guess
-            raise _damaged(path) from error
+            raise _damaged(path, maker) from error
         if damaged:
-            raise _damaged(path)
+            raise _damaged(path, maker)
         self._unchecked = np.ones(len(self._sums), dtype=bool)
 
     def __getitem__(self, key: Any) -> np.ndarray:
@@ -215,11 +220,11 @@ class StoredArray:
             if self._unchecked.any():
                 for n in self._chunks_touched(key):
                     if self._unchecked[n] and _chunk_sum(self._array, n) != self._sums[n]:
-                        raise _damaged(self._path)
+                        raise _damaged(self._path, self._maker)
                     self._unchecked[n] = False
             return np.asarray(self._array[key])
         except RuntimeError as error:  # Blosc2's own
-            raise _damaged(self._path) from error
+            raise _damaged(self._path, self._maker) from error
 
     def _chunks_touched(self, key: Any) -> list[int]:
         """Numbers of the chunks that hold a selection (integers, slices, an ellipsis)."""
@@ -275,5 +280,5 @@ def _chunk_sum(array: Any, number: int) -> int:
     return crc32(chunk[HEADER_BYTES - 1 :] if len(chunk) == HEADER_BYTES else chunk)
 
 
-def _damaged(path: Path) -> DatasetError:
-    return DatasetError(f"{path} is damaged; delete it and run ukbob_preprocess again")
+def _damaged(path: Path, maker: str) -> DatasetError:
+    return DatasetError(f"{path} is damaged; delete it and run {maker} again")
