@@ -11,7 +11,14 @@ from torch import nn
 
 from ukbob_seg.dataset.image_io import Geometry
 from ukbob_seg.errors import UkbobError
-from ukbob_seg.inference.export import PROBABILITY, ProbabilityStream, RowStream, box_shape, decide_resampled
+from ukbob_seg.inference.export import (
+    PROBABILITY,
+    ProbabilityStream,
+    RowStream,
+    box_shape,
+    decide_resampled,
+    probability_planes,
+)
 from ukbob_seg.inference.passes import AveragedPasses, Mirroring
 from ukbob_seg.inference.sliding_window import Slab, WindowSettings, gaussian_weights, iterate_slabs
 from ukbob_seg.preprocessing import resampling
@@ -53,9 +60,12 @@ def test_streamed_probabilities_are_those_of_the_whole_volume(tmp_path, head, ex
     logits = torch.randn(3, 30, 6, 5, generator=torch.Generator().manual_seed(0))
     properties = _properties((30, 6, 5), (41, 9, 4), margin=(19, 2, 1))
     with plane_writer(tmp_path / "p.b2nd", (3, *properties.geometry.shape), PROBABILITY) as writer:
-        stream, rows = ProbabilityStream(writer, properties, head, exclusive), RowStream(properties)
+        stream, rows = ProbabilityStream(writer, properties, exclusive), RowStream(properties)
         for slab in _slabs(logits, [1, 7, 8, 22]):
-            stream.push(*rows.push(slab))
+            held, wanted = rows.push(slab)
+            for values in probability_planes(held, properties, head, wanted):
+                assert values.shape[1] <= 8
+                stream.append(values)
     expected = np.zeros((3, *properties.geometry.shape), PROBABILITY)
     expected[0] = float(exclusive)
     everything = resampling.resample_logits_planes(logits.numpy(), (41, 9, 4), resampling.PlaneRange(0, 41))
@@ -63,6 +73,21 @@ def test_streamed_probabilities_are_those_of_the_whole_volume(tmp_path, head, ex
     values = values.softmax(0) if head == "softmax" else values.sigmoid()
     expected[(slice(None), *properties.box)] = values.half().numpy()
     assert np.array_equal(open_array(tmp_path / "p.b2nd")[:], expected)
+
+
+def test_rows_behind_the_last_plane_add_nothing(tmp_path):
+    """A coarse file's last plane is finished before the network's last rows have come."""
+    logits = torch.randn(2, 40, 3, 4, generator=torch.Generator().manual_seed(0))
+    properties = _properties((40, 3, 4), (2, 3, 4), margin=(3, 0, 0), coarse_axis=0)
+    with plane_writer(tmp_path / "p.b2nd", (2, *properties.geometry.shape), PROBABILITY) as writer:
+        stream, rows = ProbabilityStream(writer, properties, exclusive=True), RowStream(properties)
+        for slab in _slabs(logits, [16, 32, 36]):
+            held, wanted = rows.push(slab)
+            for values in probability_planes(held, properties, "softmax", wanted):
+                stream.append(values)
+    stored = open_array(tmp_path / "p.b2nd")[:]
+    assert np.array_equal(stored[:, 3:5], logits[:, [10, 30]].softmax(0).half().numpy())
+    assert (stored[0, [0, 1, 2, 5, 6, 7]] == 1).all()
 
 
 def test_an_interrupted_stream_leaves_no_file(tmp_path):

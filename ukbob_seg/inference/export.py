@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeGuard
 
 import numpy as np
@@ -13,7 +16,7 @@ from ukbob_seg.inference.sliding_window import Slab
 from ukbob_seg.preprocessing import resampling, resampling_torch
 from ukbob_seg.preprocessing.preprocessor import CaseProperties
 from ukbob_seg.preprocessing.resampling_taps import PlaneRange, linear_taps
-from ukbob_seg.preprocessing.storage import PlaneWriter
+from ukbob_seg.preprocessing.storage import PlaneWriter, plane_writer
 
 PLANES_AT_ONCE = 8
 PROBABILITY = np.dtype(np.float16)
@@ -90,51 +93,66 @@ def to_file_values(decision: np.ndarray, properties: CaseProperties, scheme: Lab
     return values
 
 
+def probability_planes(
+    logits: Logits, properties: CaseProperties, head: str, planes: PlaneRange | None = None
+) -> Iterator[Tensor]:
+    """Probabilities of the kept box at the file's resolution; logits are interpolated, then turned into them.
+
+    Args:
+        logits: (K, z, y, x) float32 at the network's resolution, on any device: some rows, or all.
+        properties: of the case.
+        head: ``softmax`` or ``sigmoid``.
+        planes: which planes to make of them; None for all.
+
+    Yields:
+        (K, n, Y, X) float32 where ``logits`` are, with at most ``PLANES_AT_ONCE`` planes.
+    """
+    planes = planes or PlaneRange(0, box_shape(properties)[0])
+    for start in range(planes.start, planes.stop, PLANES_AT_ONCE):
+        part = planes._replace(start=start, stop=min(start + PLANES_AT_ONCE, planes.stop))
+        values = _interpolated(logits, properties, part)
+        yield values.softmax(dim=0) if head == "softmax" else values.sigmoid()
+
+
+def _interpolated(logits: Logits, properties: CaseProperties, planes: PlaneRange) -> Tensor:
+    """Interpolated logits (K, planes, Y, X) float32, where ``logits`` are."""
+    shape, axis = box_shape(properties), properties.coarse_axis
+    if _on_device(logits):
+        return resampling_torch.resample_logits_planes(logits, shape, planes, axis)
+    return torch.from_numpy(resampling.resample_logits_planes(np.asarray(logits), shape, planes, axis))
+
+
 class ProbabilityStream:
     """Writes class probabilities at the file's geometry, (K, Z, Y, X), as their planes come.
 
-    Logits are interpolated, then turned into probabilities. Outside the kept box background has probability 1
-    (``exclusive`` classes), or every region 0.
+    Outside the kept box background has probability 1 (``exclusive`` classes), or every region 0.
 
     Args:
         writer: of an array (K, Z, Y, X).
         properties: of the case.
-        head: ``softmax`` or ``sigmoid``.
         exclusive: whether output 0 is background.
     """
 
-    def __init__(self, writer: PlaneWriter, properties: CaseProperties, head: str, exclusive: bool) -> None:
-        self._writer, self._properties, self._head, self._exclusive = writer, properties, head, exclusive
-        self._started = False
+    def __init__(self, writer: PlaneWriter, properties: CaseProperties, exclusive: bool) -> None:
+        self._writer, self._properties, self._exclusive = writer, properties, exclusive
+        self._made = 0
 
-    def push(self, logits: Logits, planes: PlaneRange | None = None) -> None:
-        """Add planes.
+    def append(self, probabilities: Tensor) -> None:
+        """Add the next planes of the kept box.
 
         Args:
-            logits: (K, z, y, x) float32 at the network's resolution, on any device: some rows, or all.
-            planes: which planes to make of them; None for all.
+            probabilities: (K, n, Y, X), n at least 1, any float type, on any device.
         """
-        outputs, planes = len(logits), planes or PlaneRange(0, box_shape(self._properties)[0])
-        if not self._started:
+        outputs, count = probabilities.shape[:2]
+        if self._made == 0:
             self._empty(outputs, self._properties.box_start[0])
-            self._started = True
         _, y, x = self._properties.box
-        for start in range(planes.start, planes.stop, PLANES_AT_ONCE):
-            part = planes._replace(start=start, stop=min(start + PLANES_AT_ONCE, planes.stop))
-            values = self._planes(logits, part)
-            values = values.softmax(dim=0) if self._head == "softmax" else values.sigmoid()
-            whole = self._background(outputs, part.stop - part.start)
-            whole[:, :, y, x] = values.half().cpu().numpy()
-            self._writer.append(whole)
-        if planes.stop == box_shape(self._properties)[0]:
+        whole = self._background(outputs, count)
+        whole[:, :, y, x] = probabilities.half().cpu().numpy()
+        self._writer.append(whole)
+        self._made += count
+        if self._made == box_shape(self._properties)[0]:
             self._empty(outputs, self._properties.geometry.shape[0] - self._properties.box_stop[0])
-
-    def _planes(self, logits: Logits, planes: PlaneRange) -> Tensor:
-        """Interpolated logits (K, planes, Y, X) float32, where ``logits`` are."""
-        shape, axis = box_shape(self._properties), self._properties.coarse_axis
-        if _on_device(logits):
-            return resampling_torch.resample_logits_planes(logits, shape, planes, axis)
-        return torch.from_numpy(resampling.resample_logits_planes(np.asarray(logits), shape, planes, axis))
 
     def _background(self, outputs: int, planes: int) -> np.ndarray:
         values = np.zeros((outputs, planes, *self._properties.geometry.shape[1:]), dtype=PROBABILITY)
@@ -146,6 +164,41 @@ class ProbabilityStream:
         """Planes outside of the box."""
         for start in range(0, planes, PLANES_AT_ONCE):
             self._writer.append(self._background(outputs, min(PLANES_AT_ONCE, planes - start)))
+
+
+@contextmanager
+def probability_stream(
+    path: Path | None, properties: CaseProperties, scheme: LabelScheme
+) -> Iterator[ProbabilityStream | None]:
+    """The stream into a case's file of probabilities, which appears when all planes have come; None without a path."""
+    if path is None:
+        yield None
+        return
+    shape = (scheme.num_outputs, *properties.geometry.shape)
+    with plane_writer(path, shape, PROBABILITY) as writer:
+        yield ProbabilityStream(writer, properties, exclusive=not scheme.has_regions)
+
+
+def decide_probabilities(outputs: Iterable[Tensor], threshold: float | None) -> Tensor:
+    """Decide voxels from probabilities, or multiples of them; only one output has to be held at a time.
+
+    Args:
+        outputs: (n, Y, X) float32 of each class or region, in their order; at least one.
+        threshold: what a region must exceed; None for exclusive classes.
+
+    Returns:
+        (n, Y, X) int32: the most probable class (equal ones: the lower), or 1 + the last region above the threshold
+        (0: none).
+    """
+    decision = best = torch.empty(0)
+    for index, values in enumerate(outputs):
+        if index == 0:
+            decision = torch.zeros(values.shape, dtype=torch.int32, device=values.device)
+            best = values.clone() if threshold is None else torch.full_like(values, threshold)
+        decision.masked_fill_(values > best, index if threshold is None else index + 1)
+        if threshold is None:
+            torch.maximum(best, values, out=best)
+    return decision
 
 
 def box_shape(properties: CaseProperties) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ukbob_seg.dataset.spec import DatasetSpec, group_channels
 from ukbob_seg.errors import ConfigError, DatasetError, listing
 from ukbob_seg.files import ensure_writable, write_json
-from ukbob_seg.inference.predictor import Predictor
+from ukbob_seg.inference.case_predictor import CasePredictor
 
 LABEL_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
 
@@ -73,7 +73,7 @@ def find_jobs(source: Path, output: Path, spec: DatasetSpec) -> list[PredictionJ
 
 
 def predict(
-    predictor: Predictor,
+    predictor: CasePredictor,
     source: Path,
     output: Path,
     resume: bool = False,
@@ -84,7 +84,7 @@ def predict(
     """Predict every case of a folder, or one file.
 
     Args:
-        predictor: loaded model.
+        predictor: loaded model, or several.
         source: see ``find_jobs``.
         output: see ``find_jobs``; gets dataset.json, plans.json and predict_args.json as well when it is a folder.
         resume: leave cases alone whose label file exists (files are complete once they have their name).

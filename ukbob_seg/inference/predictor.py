@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,28 +14,26 @@ import numpy as np
 import torch
 from torch import nn
 
-from ukbob_seg.dataset.image_io import Geometry, read_image, write_labels
+from ukbob_seg.dataset.image_io import Geometry
 from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError
-from ukbob_seg.files import write_json
+from ukbob_seg.inference.case_predictor import CasePredictor, Prediction, Progress
 from ukbob_seg.inference.etta import EttaConfig, OutputMeaning, adapted
 from ukbob_seg.inference.export import (
-    PROBABILITY,
-    ProbabilityStream,
     RowStream,
     box_shape,
     decide_resampled,
+    probability_planes,
+    probability_stream,
     to_file_values,
 )
 from ukbob_seg.inference.passes import AveragedPasses, Mirroring
-from ukbob_seg.inference.sliding_window import WindowSettings, iterate_slabs
+from ukbob_seg.inference.sliding_window import Slab, WindowSettings, iterate_slabs
 from ukbob_seg.networks.compiled import maybe_compiled
 from ukbob_seg.preprocessing.preprocessor import CaseProperties, preprocess_image, preprocess_labels
-from ukbob_seg.preprocessing.storage import plane_writer
 from ukbob_seg.training.checkpoint import NAMES, ModelDescription, load_network
 from ukbob_seg.training.left_right import label_swap, output_swap
 
 log = logging.getLogger(__name__)
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -65,28 +63,23 @@ class PredictionSettings:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """Result for one case.
+class CaseStream:
+    """A case on its way through a model.
 
     Attributes:
-        labels: (Z, Y, X) label values of dataset.json on the input's grid.
+        properties: where its grid lies in the file's.
+        slabs: finished rows of logits; the windows run while these are taken.
         etta: one record per network, empty without adaptation.
         previous_stage: of a cascade, or None.
     """
 
-    labels: np.ndarray
+    properties: CaseProperties
+    slabs: Iterator[Slab]
     etta: tuple[dict[str, Any], ...]
-    previous_stage: Prediction | None = None
-
-    def etta_record(self) -> dict[str, Any]:
-        """What adaptation did, as plain values, first stages included."""
-        record: dict[str, Any] = {"folds": list(self.etta)}
-        return (
-            record if self.previous_stage is None else {**record, "previous_stage": self.previous_stage.etta_record()}
-        )
+    previous_stage: Prediction | None
 
 
-class Predictor:
+class Predictor(CasePredictor):
     """A trained model, ready to predict. One instance serves one device, one case at a time.
 
     Args:
@@ -193,12 +186,18 @@ class Predictor:
         probabilities: Path | None = None,
         progress: Progress | None = None,
     ) -> Prediction:
-        """Segment one image.
+        """Segment one image; see ``CasePredictor.predict_array``."""
+        with self.stream(image, geometry, progress) as case:
+            decision = self._decide(case, probabilities)
+        return Prediction(to_file_values(decision, case.properties, self.spec.labels), case.etta, case.previous_stage)
+
+    @contextmanager
+    def stream(self, image: np.ndarray, geometry: Geometry, progress: Progress | None = None) -> Iterator[CaseStream]:
+        """Prepare one image, adapt the networks for the duration of the block, and give logits as they are finished.
 
         Args:
             image: (C, Z, Y, X) float32 as read from file.
             geometry: its grid.
-            probabilities: write class probabilities to this ``.b2nd`` file as well.
             progress: called with (windows done, windows in all).
 
         Raises:
@@ -215,31 +214,8 @@ class Predictor:
             tensor = torch.cat([tensor, torch.from_numpy(indices.astype(np.float32))[None].to(self.device)])
         with self._adapted_networks(tensor) as (networks, records):
             passes = AveragedPasses(networks, self._mirroring)
-            decision = self._decide(passes, tensor, properties, probabilities, progress)
-        return Prediction(to_file_values(decision, properties, self.spec.labels), tuple(records), first)
-
-    def predict_case(
-        self, images: Sequence[Path], output: Path, save_probabilities: bool = False, progress: Progress | None = None
-    ) -> Prediction:
-        """Segment the files of one case and write the label map at their geometry.
-
-        Args:
-            images: one file per channel.
-            output: label file; with ETTA its record goes beside it (``CASE_etta.json``).
-            save_probabilities: also write ``CASE_probabilities.b2nd``.
-            progress: called with (windows done, windows in all).
-        """
-        channels = len(self.spec.channel_names)
-        if len(images) != channels:
-            raise DatasetError(f"{images[0]}: {len(images)} channel files for a model of {channels} channels")
-        image, geometry = read_image(images)
-        stem = _stem(output, self.spec.file_ending)
-        path = output.with_name(f"{stem}_probabilities.b2nd") if save_probabilities else None
-        prediction = self.predict_array(image, geometry, path, progress)
-        if prediction.etta:
-            write_json(output.with_name(f"{stem}_etta.json"), prediction.etta_record())
-        write_labels(prediction.labels, geometry, output)
-        return prediction
+            slabs = iterate_slabs(passes, tensor, self._windows, progress)
+            yield CaseStream(properties, slabs, tuple(records), first)
 
     def close(self) -> None:
         """Let go of the networks and their memory."""
@@ -249,12 +225,6 @@ class Predictor:
             self._previous_stage.close()
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
-
-    def __enter__(self) -> Predictor:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     @contextmanager
     def _adapted_networks(self, image: torch.Tensor) -> Iterator[tuple[list[nn.Module], list[dict[str, Any]]]]:
@@ -267,30 +237,19 @@ class Predictor:
             ]
             yield self._called, records
 
-    def _decide(
-        self,
-        passes: AveragedPasses,
-        image: torch.Tensor,
-        properties: CaseProperties,
-        probabilities: Path | None,
-        progress: Progress | None,
-    ) -> np.ndarray:
+    def _decide(self, case: CaseStream, probabilities: Path | None) -> np.ndarray:
         """Decision for the kept box at the file's resolution; all classes are held for a few rows only."""
-        regions, box = self.spec.labels.has_regions, box_shape(properties)
-        result: np.ndarray = np.empty(box, dtype=np.uint16)
+        regions, properties = self.spec.labels.has_regions, case.properties
+        result: np.ndarray = np.empty(box_shape(properties), dtype=np.uint16)
         rows = RowStream(properties)
-        with ExitStack() as stack:
-            stream = None
-            if probabilities is not None:
-                shape = (self.spec.labels.num_outputs, *properties.geometry.shape)
-                writer = stack.enter_context(plane_writer(probabilities, shape, PROBABILITY))
-                stream = ProbabilityStream(writer, properties, self.description.head, exclusive=not regions)
-            for slab in iterate_slabs(passes, image, self._windows, progress):
+        with probability_stream(probabilities, properties, self.spec.labels) as stream:
+            for slab in case.slabs:
                 logits, planes = rows.push(slab)
                 # On the device they stay there: only the decision comes back.
                 result[planes.start : planes.stop] = decide_resampled(logits, properties, regions, planes)
                 if stream is not None:
-                    stream.push(logits, planes)
+                    for values in probability_planes(logits, properties, self.description.head, planes):
+                        stream.append(values)
         return result
 
 
@@ -307,7 +266,3 @@ def find_folds(folder: Path, checkpoint: str) -> dict[str, Path]:
 
 def _table(swap: torch.Tensor | None) -> tuple[int, ...] | None:
     return None if swap is None else tuple(swap.tolist())
-
-
-def _stem(path: Path, ending: str) -> str:
-    return path.name.removesuffix(ending) if path.name.endswith(ending) else path.name.split(".")[0]

@@ -1,0 +1,114 @@
+"""What all predictors share, of one model or of several: a case from its image files to its label file."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from ukbob_seg.dataset.image_io import Geometry, read_image, write_labels
+from ukbob_seg.dataset.spec import DatasetSpec
+from ukbob_seg.errors import DatasetError
+from ukbob_seg.files import write_json
+from ukbob_seg.preprocessing.plans import Plans
+
+Progress = Callable[[int, int], None]
+PROBABILITIES = "_probabilities.b2nd"  # behind the name of a case
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Result for one case.
+
+    Attributes:
+        labels: (Z, Y, X) label values of dataset.json on the input's grid.
+        etta: one record per network, empty without adaptation.
+        previous_stage: of a cascade, or None.
+    """
+
+    labels: np.ndarray
+    etta: tuple[dict[str, Any], ...]
+    previous_stage: Prediction | None = None
+
+    def etta_record(self) -> dict[str, Any]:
+        """What adaptation did, as plain values, first stages included."""
+        return fold_records(self.etta, self.previous_stage)
+
+
+def fold_records(etta: Sequence[dict[str, Any]], previous_stage: Prediction | None) -> dict[str, Any]:
+    """What adaptation did to the folds of one model, and to those of its first stage."""
+    record: dict[str, Any] = {"folds": list(etta)}
+    return record if previous_stage is None else {**record, "previous_stage": previous_stage.etta_record()}
+
+
+class CasePredictor(ABC):
+    """Predicts arrays and files.
+
+    Attributes:
+        spec: channels, labels and file ending.
+        plans: of the model.
+    """
+
+    spec: DatasetSpec
+    plans: Plans
+
+    @abstractmethod
+    def predict_array(
+        self,
+        image: np.ndarray,
+        geometry: Geometry,
+        probabilities: Path | None = None,
+        progress: Progress | None = None,
+    ) -> Prediction:
+        """Segment one image.
+
+        Args:
+            image: (C, Z, Y, X) float32 as read from file.
+            geometry: its grid.
+            probabilities: write class probabilities to this ``.b2nd`` file as well.
+            progress: called with (windows done, windows in all).
+
+        Raises:
+            DatasetError: wrong number of channels, or voxels that are not finite.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the networks and their memory."""
+
+    def predict_case(
+        self, images: Sequence[Path], output: Path, save_probabilities: bool = False, progress: Progress | None = None
+    ) -> Prediction:
+        """Segment the files of one case and write the label map at their geometry.
+
+        Args:
+            images: one file per channel.
+            output: label file; with ETTA its record goes beside it (``CASE_etta.json``).
+            save_probabilities: also write ``CASE_probabilities.b2nd``.
+            progress: called with (windows done, windows in all).
+        """
+        channels = len(self.spec.channel_names)
+        if len(images) != channels:
+            raise DatasetError(f"{images[0]}: {len(images)} channel files for a model of {channels} channels")
+        image, geometry = read_image(images)
+        stem = _stem(output, self.spec.file_ending)
+        path = output.with_name(f"{stem}{PROBABILITIES}") if save_probabilities else None
+        prediction = self.predict_array(image, geometry, path, progress)
+        if prediction.etta:
+            write_json(output.with_name(f"{stem}_etta.json"), prediction.etta_record())
+        write_labels(prediction.labels, geometry, output)
+        return prediction
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _stem(path: Path, ending: str) -> str:
+    return path.name.removesuffix(ending) if path.name.endswith(ending) else path.name.split(".")[0]
