@@ -15,6 +15,7 @@ COMMANDS = (
     "filter",
     "train",
     "predict",
+    "ensemble",
     "evaluate",
     "demo",
 )

@@ -17,6 +17,8 @@ _PUBLIC = {
     "train": "ukbob_seg.training.trainer",
     "predict": "ukbob_seg.inference.predict",
     "Predictor": "ukbob_seg.inference.predictor",
+    "EnsemblePredictor": "ukbob_seg.inference.ensemble_predictor",
+    "ensemble": "ukbob_seg.inference.ensemble",
     "evaluate": "ukbob_seg.evaluation.evaluate",
     "run_demo": "ukbob_seg.demo.run",
 }

@@ -21,9 +21,10 @@ def main(argv: list[str] | None = None) -> None:
     if not arguments.etta and (arguments.etta_steps is not None or arguments.etta_lr is not None):
         raise ConfigError("--etta-steps and --etta-lr need --etta")
 
+    from ukbob_seg.inference.ensemble_predictor import load_predictor
     from ukbob_seg.inference.etta import EttaConfig
     from ukbob_seg.inference.predict import model_folder, predict
-    from ukbob_seg.inference.predictor import PredictionSettings, Predictor
+    from ukbob_seg.inference.predictor import PredictionSettings
 
     defaults = EttaConfig()
     etta = EttaConfig(
@@ -37,11 +38,12 @@ def main(argv: list[str] | None = None) -> None:
         window_batch=arguments.window_batch,
         compile=arguments.compile,
     )
-    folder = arguments.model or model_folder(
-        roots.results, arguments.dataset, arguments.configuration, arguments.network
-    )
+    folders = arguments.model or [
+        model_folder(roots.results, arguments.dataset, arguments.configuration, arguments.network)
+    ]
+    arguments.model = arguments.model and ", ".join(map(str, arguments.model))  # for predict_args.json
     device = choose_device(arguments.device)
-    with Predictor.from_model_folder(folder, arguments.folds, arguments.checkpoint, device, settings) as predictor:
+    with load_predictor(folders, arguments.folds, arguments.checkpoint, device, settings) as predictor:
         written = predict(
             predictor,
             arguments.input,
@@ -59,12 +61,21 @@ def _parser() -> argparse.ArgumentParser:
         "Segment images with a trained model; label maps are written at the geometry of the input files. With --etta "
         "the normalization layers adapt to each case first (entropy test-time adaptation).",
         "  ukbob_predict -i imagesTs -o predictions -d 4 -f 0 --etta\n"
-        "  ukbob_predict -i scan_0000.nii.gz -o scan_labels.nii.gz -m results/Dataset004_X/3d_fullres__swin_unetr",
+        "  ukbob_predict -i scan_0000.nii.gz -o scan_labels.nii.gz -m results/Dataset004_X/3d_fullres__swin_unetr\n"
+        "  ukbob_predict -i imagesTs -o predictions -m results/Dataset004_X/3d_fullres__swin_unetr "
+        "-m results/Dataset004_X/2d__swin_unetr",
     )
     parser.add_argument("-i", "--input", type=Path, required=True, help="folder of CASE_0000.ext files, or one file")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder, or a label file for one input file")
     parser.add_argument("-d", "--dataset", metavar="ID", help="dataset id (4) or DatasetXXX_Name that was trained")
-    parser.add_argument("-m", "--model", type=Path, metavar="DIR", help="model folder (CONFIG__NETWORK) instead of -d")
+    parser.add_argument(
+        "-m",
+        "--model",
+        type=Path,
+        metavar="DIR",
+        action="append",
+        help="model folder (CONFIG__NETWORK) instead of -d; several of them are averaged (probabilities)",
+    )
     parser.add_argument("-c", "--configuration", default="3d_fullres", help="with -d; default: 3d_fullres")
     parser.add_argument("--network", help="with -d; default: swin_unetr, or the only one trained")
     parser.add_argument("-f", "--folds", nargs="+", metavar="FOLD", help="folds to average (default: all trained)")

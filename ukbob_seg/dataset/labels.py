@@ -136,6 +136,29 @@ class LabelScheme:
         by_value = {group[0]: name for name, group in zip(self.names, self.members, strict=True)}
         return ("background", *(by_value[value] for value in self.values))
 
+    def difference(self, other: LabelScheme, names: tuple[str, str]) -> str | None:
+        """One phrase naming the outputs that differ, or None when networks of both schemes predict the same.
+
+        The ignore label, which is never predicted, does not count.
+        """
+        mine, theirs = self._meanings(), other._meanings()
+        if mine == theirs:
+            return None
+        mine_only, theirs_only = [m for m in mine if m not in theirs], [t for t in theirs if t not in mine]
+        if not mine_only and not theirs_only:  # another order
+            mine_only, theirs_only = mine, theirs
+        here, there = (listing(only) or "nothing more" for only in (mine_only, theirs_only))
+        return f"labels differ: {here} in {names[0]}, {there} in {names[1]}"
+
+    def _meanings(self) -> list[str]:
+        """What each network output stands for, in its order."""
+        if self.region_values is None:
+            return [f"{name} = {value}" for name, value in zip(self.output_names[1:], self.values, strict=True)]
+        return [
+            f"{name} = {'+'.join(map(str, sorted(group)))} (written as {value})"
+            for name, group, value in zip(self.names, self.members, self.region_values, strict=True)
+        ]
+
     @cached_property
     def region_table(self) -> np.ndarray:
         """(names, K + 1) bool: whether label index k belongs to each named class or region."""

@@ -1,0 +1,226 @@
+"""Several models at once: each predicts, and their probabilities on the grid of the file are averaged plane by plane.
+
+Models may differ in network, plans and spacing, so that their rows of logits do not match; planes of the file do. All
+models advance in step: beyond what each needs for itself, a few planes of all classes are held per model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ukbob_seg.dataset.image_io import Geometry
+from ukbob_seg.errors import CheckpointError, ConfigError
+from ukbob_seg.inference.case_predictor import CasePredictor, Prediction, Progress, fold_records
+from ukbob_seg.inference.export import (
+    PLANES_AT_ONCE,
+    RowStream,
+    box_shape,
+    decide_probabilities,
+    probability_planes,
+    probability_stream,
+    to_file_values,
+)
+from ukbob_seg.inference.predictor import CaseStream, PredictionSettings, Predictor
+
+
+class EnsemblePrediction(Prediction):
+    """Result for one case; ``etta`` has one record per model."""
+
+    def etta_record(self) -> dict[str, Any]:
+        """What adaptation did to each model, as plain values."""
+        return {"models": list(self.etta)}
+
+
+class EnsemblePredictor(CasePredictor):
+    """Models of the same channels and labels, whose probabilities are averaged.
+
+    With ETTA each model adapts to the case by itself. ``spec`` and ``plans`` are those of the first model.
+
+    Args:
+        members: by name, for messages and records.
+
+    Raises:
+        ConfigError: no model.
+        CheckpointError: models of other channels or labels.
+    """
+
+    def __init__(self, members: Mapping[str, Predictor]) -> None:
+        if not members:
+            raise ConfigError("an ensemble needs at least one model, got none")
+        self._members = dict(members)
+        (first_name, first), *others = self._members.items()
+        for name, other in others:
+            _check_same(first, other, (first_name, name))
+        self.spec, self.plans = first.spec, first.plans
+
+    @classmethod
+    def from_model_folders(
+        cls,
+        folders: Sequence[Path],
+        folds: Sequence[str] | None = None,
+        checkpoint: str = "best",
+        device: str = "cpu",
+        settings: PredictionSettings | None = None,
+    ) -> EnsemblePredictor:
+        """Load model folders (``CONFIG__NETWORK``).
+
+        Args:
+            folders: at least one.
+            folds: of each model, whose logits are averaged; None for every trained one.
+            checkpoint: ``best`` or ``final``.
+            device: where to predict.
+            settings: how to predict, with every model.
+
+        Raises:
+            ConfigError: a folder is given twice.
+            CheckpointError: as ``Predictor.from_model_folder``, or models of other channels or labels.
+        """
+        places = [Path(folder).resolve() for folder in folders]
+        if twice := [str(folder) for folder, place in zip(folders, places, strict=True) if places.count(place) > 1]:
+            raise ConfigError(f"model folder {twice[0]} is given twice; give each model once")
+        with ExitStack() as loaded:
+            members = {}
+            for folder in folders:
+                try:
+                    member = Predictor.from_model_folder(Path(folder), folds, checkpoint, device, settings)
+                except ConfigError as error:
+                    raise ConfigError(f"{folder}: {error}") from error
+                members[str(folder)] = loaded.enter_context(member)
+            predictor = cls(members)
+            loaded.pop_all()  # from here on close() lets go of them
+        return predictor
+
+    def predict_array(
+        self,
+        image: np.ndarray,
+        geometry: Geometry,
+        probabilities: Path | None = None,
+        progress: Progress | None = None,
+    ) -> EnsemblePrediction:
+        """Segment one image; see ``CasePredictor.predict_array``. Windows of all models are counted together."""
+        scheme, count = self.spec.labels, len(self._members)
+        windows = _WindowCount(progress)
+        with ExitStack() as stack:
+            cases = {
+                name: stack.enter_context(member.stream(image, geometry, windows.of(name)))
+                for name, member in self._members.items()
+            }
+            properties = next(iter(cases.values())).properties
+            if any(case.properties.box != properties.box for case in cases.values()):
+                raise RuntimeError("the models crop this image differently")  # the box depends on the image alone
+            decision: np.ndarray = np.empty(box_shape(properties), dtype=np.uint16)
+            streams = [in_blocks(_planes(self._members[name], case), PLANES_AT_ONCE) for name, case in cases.items()]
+            stream = stack.enter_context(probability_stream(probabilities, properties, scheme))
+            start = 0
+            for blocks in zip(*streams, strict=True):
+                total = _sum(blocks)
+                stop = start + total.shape[1]
+                found = decide_probabilities(total, count / 2 if scheme.has_regions else None)
+                decision[start:stop] = found.cpu().numpy()
+                if stream is not None:
+                    stream.append(total / count)
+                start = stop
+        records = [
+            {"model": name, **fold_records(case.etta, case.previous_stage)} for name, case in cases.items() if case.etta
+        ]
+        return EnsemblePrediction(to_file_values(decision, properties, scheme), tuple(records))
+
+    def close(self) -> None:
+        """Let go of all networks and their memory."""
+        for member in self._members.values():
+            member.close()
+
+
+def load_predictor(
+    folders: Sequence[Path],
+    folds: Sequence[str] | None = None,
+    checkpoint: str = "best",
+    device: str = "cpu",
+    settings: PredictionSettings | None = None,
+) -> Predictor | EnsemblePredictor:
+    """One model folder, or the average of several; arguments as ``EnsemblePredictor.from_model_folders``."""
+    if len(folders) == 1:
+        return Predictor.from_model_folder(folders[0], folds, checkpoint, device, settings)
+    return EnsemblePredictor.from_model_folders(folders, folds, checkpoint, device, settings)
+
+
+def in_blocks(parts: Iterable[Tensor], depth: int) -> Iterator[Tensor]:
+    """The same planes in blocks of one depth, whatever parts they come in.
+
+    Args:
+        parts: (K, n, Y, X) each, n from 0.
+        depth: planes of a block; the last one may have fewer.
+    """
+    waiting: list[Tensor] = []
+    count = 0
+    for part in parts:
+        rest = part
+        while rest.shape[1]:
+            taken, rest = rest[:, : depth - count], rest[:, depth - count :]
+            waiting.append(taken)
+            count += taken.shape[1]
+            if count == depth:
+                yield _joined(waiting)
+                waiting, count = [], 0
+    if waiting:
+        yield _joined(waiting)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _planes(member: Predictor, case: CaseStream) -> Iterator[Tensor]:
+    """Probabilities of the kept box at the file's resolution, a few planes at a time."""
+    rows = RowStream(case.properties)
+    for slab in case.slabs:
+        logits, planes = rows.push(slab)
+        yield from probability_planes(logits, case.properties, member.description.head, planes)
+
+
+def _sum(blocks: Sequence[Tensor]) -> Tensor:
+    total = blocks[0].clone()
+    for block in blocks[1:]:
+        total += block.to(total.device)
+    return total
+
+
+class _WindowCount:
+    """Adds up the windows of several models for one display."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._counts: dict[str, tuple[int, int]] = {}
+
+    def of(self, name: str) -> Progress | None:
+        """What one model calls."""
+        if self._progress is None:
+            return None
+        tell = self._progress
+
+        def show(done: int, total: int) -> None:
+            self._counts[name] = (done, total)
+            tell(*(sum(numbers) for numbers in zip(*self._counts.values(), strict=True)))
+
+        return show
+
+
+def _check_same(first: Predictor, other: Predictor, names: tuple[str, str]) -> None:
+    """Refuse models that cannot be averaged.
+
+    Raises:
+        CheckpointError: other labels or channels.
+    """
+    difference = first.spec.labels.difference(other.spec.labels, names)
+    mine, theirs = first.spec.channel_names, other.spec.channel_names
+    if difference is None and mine != theirs:
+        difference = f"channels differ: {', '.join(mine)} in {names[0]}, {', '.join(theirs)} in {names[1]}"
+    if difference is not None:
+        raise CheckpointError(f"{difference}; only models of the same labels and channels can be averaged")
