@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "ukbob_ensemble",
-        "Average the predictions of several models and write label maps. First predict every case with each model, with\n"
+        "Average the predictions of several models and write label maps. First predict all cases with each model and\n"
         "--save-probabilities, into a folder per model; networks, configurations and spacings may differ. To average\n"
         "while predicting, without files of probabilities, give ukbob_predict several -m instead.",
         "  ukbob_predict -d 4 -i imagesTs -o swin --save-probabilities\n"
