@@ -40,9 +40,9 @@ def peak_gib() -> float:
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
 
 
-def make_predictor(options: argparse.Namespace) -> Predictor:
+def make_predictor(options: argparse.Namespace, seed: int = 0) -> Predictor:
     """A small network with random weights, and plans around it."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     network = nn.Sequential(
         nn.Conv3d(options.channels, 8, 3, padding=1), nn.LeakyReLU(inplace=True),
         nn.Conv3d(8, 8, 3, padding=1), nn.LeakyReLU(inplace=True), nn.Conv3d(8, options.classes, 1),

@@ -95,8 +95,8 @@ def test_a_few_planes_of_one_class_are_read_at_a_time(two, tmp_path, monkeypatch
     read = []
 
     class Watched:
-        def __init__(self, path, maker):
-            self._array = open_array(path, maker)
+        def __init__(self, path, maker, **how):
+            self._array = open_array(path, maker, **how)
             self.shape, self.dtype = self._array.shape, self._array.dtype
 
         def __getitem__(self, key):

@@ -213,7 +213,7 @@ def average_case(members: Members, case: str, output: Path, save_probabilities: 
         DatasetError: a file is damaged; then neither label map nor probabilities are written.
     """
     scheme, total = members.spec.labels, sum(members.weights)
-    stored = [open_array(path, MAKER) for path in members.probabilities(case)]
+    stored = [open_array(path, MAKER, mapped=False) for path in members.probabilities(case)]
     outputs, z, y, x = stored[0].shape
     labels: np.ndarray = np.empty((z, y, x), dtype=scheme.output_values.dtype)
     with ExitStack() as stack:

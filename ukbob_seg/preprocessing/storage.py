@@ -171,19 +171,20 @@ class PlaneWriter:
             self._written, self._count = stop, 0
 
 
-def open_array(path: Path, maker: str = MAKER) -> StoredArray:
+def open_array(path: Path, maker: str = MAKER, mapped: bool = True) -> StoredArray:
     """Open a stored array for partial reads.
 
     Args:
         path: ``.b2nd`` file.
         maker: command that makes such files, for messages.
+        mapped: map the file into memory, which is faster; but what was read once then counts as this process's memory.
 
     Raises:
         DatasetError: missing or damaged; names the file and the remedy.
     """
     if not Path(path).is_file():
         raise DatasetError(f"{path} does not exist; run {maker}")
-    return StoredArray(Path(path), maker)
+    return StoredArray(Path(path), maker, mapped)
 
 
 class StoredArray:
@@ -192,10 +193,11 @@ class StoredArray:
     A read decompresses only the blocks that it needs. Damage that lies elsewhere goes unnoticed until it is read.
     """
 
-    def __init__(self, path: Path, maker: str = MAKER) -> None:
+    def __init__(self, path: Path, maker: str = MAKER, mapped: bool = True) -> None:
         self._path, self._maker = path, maker
         try:
-            self._array = blosc2.open(str(path), dparams={"nthreads": 1}, **MAP_MODE)
+            how = MAP_MODE if mapped else {"mode": "r"}
+            self._array = blosc2.open(str(path), dparams={"nthreads": 1}, **how)
             self.shape: tuple[int, ...] = tuple(self._array.shape)
             self.dtype: np.dtype[Any] = self._array.dtype
             # A file that another program wrote has no checksums and is taken as it is.
