@@ -1,6 +1,7 @@
 """The CUDA paths: the same code as on the CPU, checked where there is a device."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from ukbob_seg.dataset.image_io import Geometry
 from ukbob_seg.dataset.paths import Roots
+from ukbob_seg.inference.ensemble_predictor import load_predictor
 from ukbob_seg.inference.etta import EttaConfig
 from ukbob_seg.inference.predictor import PredictionSettings, Predictor
 from ukbob_seg.networks.swin_unetr import SwinUNETR
@@ -15,6 +17,7 @@ from ukbob_seg.preprocessing import resampling, resampling_torch
 from ukbob_seg.preprocessing.pipeline import plan_and_preprocess
 from ukbob_seg.preprocessing.planner import PlanOptions
 from ukbob_seg.preprocessing.resampling_taps import PlaneRange
+from ukbob_seg.preprocessing.storage import open_array
 from ukbob_seg.training.augmentation import (
     AugmentationSetup,
     Batch,
@@ -136,6 +139,11 @@ def test_train_predict_and_adapt(make_dataset, tmp_path, network):
         with Predictor.from_model_folder(folder.parent, device=device) as predictor:
             results[device] = predictor.predict_array(image, geometry).labels
     assert (results["cpu"] == results["cuda"]).mean() > 0.98  # half precision moves some borders
+    shutil.copytree(folder.parent, tmp_path / "twin")
+    with load_predictor([folder.parent, tmp_path / "twin"], device="cuda") as predictor:
+        twice = predictor.predict_array(image, geometry, tmp_path / "p.b2nd").labels
+    assert (twice == results["cuda"]).mean() > 0.999
+    assert open_array(tmp_path / "p.b2nd").shape == (3, 40, 44, 36)
     settings = PredictionSettings(etta=EttaConfig(steps=2), tta=True)
     with Predictor.from_model_folder(folder.parent, device="cuda", settings=settings) as predictor:
         adapted = predictor.predict_array(image, geometry)

@@ -13,6 +13,7 @@ from torch import nn
 
 from ukbob_seg.dataset.image_io import Geometry, read_labels, write_image
 from ukbob_seg.errors import CheckpointError, ConfigError
+from ukbob_seg.inference import export
 from ukbob_seg.inference.ensemble import ensemble
 from ukbob_seg.inference.ensemble_predictor import EnsemblePredictor, in_blocks, load_predictor
 from ukbob_seg.inference.etta import EttaConfig
@@ -128,6 +129,21 @@ def test_planes_in_step_equal_whole_volumes(tmp_path, case, dataset):
     stored = open_array(path)
     assert stored.dtype == np.float16
     assert np.abs(stored[:] - mean).max() <= FLOAT16_STEP / 2 + 1e-6
+
+
+@pytest.mark.parametrize("dataset", [CLASSES, REGIONS], ids=["classes", "regions"])
+def test_logits_that_stay_on_the_device_give_the_same(tmp_path, monkeypatch, dataset):
+    """What a GPU runs, here on tensors of the CPU: labels equal, probabilities to the last bit."""
+    image, spacing = CASES["cropped"]
+    members = {"a": _member((3.0, 1.0, 0.7), (0,), dataset), "b": _member((1.1, 1.6, 1.2), (1,), dataset)}
+    results = []
+    for on_device in (False, True):
+        monkeypatch.setattr(export, "_on_device", lambda logits, answer=on_device: answer)
+        path = tmp_path / f"{on_device}.b2nd"
+        labels = EnsemblePredictor(members).predict_array(image, Geometry(image.shape[1:], spacing), path).labels
+        results.append((labels, open_array(path)[:]))
+    assert np.array_equal(results[0][0], results[1][0])
+    assert np.array_equal(results[0][1], results[1][1])
 
 
 @pytest.mark.parametrize("dataset", [CLASSES, REGIONS], ids=["classes", "regions"])
