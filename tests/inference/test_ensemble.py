@@ -142,7 +142,7 @@ def test_an_interrupted_case_leaves_nothing_and_finished_ones_stay(two, tmp_path
 def test_other_weights_remove_the_label_maps_of_the_first(two, tmp_path, monkeypatch):
     """After an interruption --resume could not tell them from new ones."""
     out = tmp_path / "out"
-    ensemble(two, out, quiet=True)
+    ensemble(two, out, save_probabilities=True, quiet=True)
 
     def stop(*arguments):
         raise KeyboardInterrupt

@@ -100,8 +100,9 @@ def ensemble(
         raise DatasetError(summarise_problems(problems))
     ensure_writable(output)
     if is_other:  # after an interruption nobody could tell its label maps from ours
-        for file in files:
+        for case, file in zip(cases, files, strict=True):
             file.unlink(missing_ok=True)
+            (output / f"{case}{PROBABILITIES}").unlink(missing_ok=True)
     write_json(output / "dataset.json", members.spec.content)
     write_json(output / RECORD, members.to_json())
     for case, file in tqdm(todo, desc="averaging", unit="case", disable=quiet):
