@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import nn
 from ukbob_seg.dataset.image_io import Geometry, read_image, write_labels
 from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError
 from ukbob_seg.files import write_json
+from ukbob_seg.filtering.body import body_mask
 from ukbob_seg.inference.etta import EttaConfig, OutputMeaning, adapted
 from ukbob_seg.inference.export import (
     PROBABILITY,
@@ -26,8 +28,8 @@ from ukbob_seg.inference.export import (
     decide_resampled,
     to_file_values,
 )
-from ukbob_seg.inference.passes import AveragedPasses, Mirroring
-from ukbob_seg.inference.sliding_window import WindowSettings, iterate_slabs
+from ukbob_seg.inference.passes import INTENSITY_CHANGES, AveragedPasses, Mirroring
+from ukbob_seg.inference.sliding_window import EmptySpace, WindowSettings, choose_accumulation, iterate_slabs
 from ukbob_seg.networks.compiled import maybe_compiled
 from ukbob_seg.preprocessing.preprocessor import CaseProperties, preprocess_image, preprocess_labels
 from ukbob_seg.preprocessing.storage import plane_writer
@@ -35,6 +37,7 @@ from ukbob_seg.training.checkpoint import NAMES, ModelDescription, load_network
 from ukbob_seg.training.left_right import label_swap, output_swap
 
 log = logging.getLogger(__name__)
+SURE = 10.0  # logit of background where nothing was predicted
 Progress = Callable[[int, int], None]
 
 
@@ -44,9 +47,10 @@ class PredictionSettings:
 
     Attributes:
         step: distance of neighbouring windows as a share of the patch.
-        tta: average over flips along the axes that training mirrored.
+        tta: average over flips along the axes that training mirrored, if any, and small changes of intensity.
         etta: adapt to each case, or None.
         window_batch: windows per forward pass.
+        skip_empty: leave out windows outside of the body (``filtering/body.py``, of the first channel): background.
         compile: call the networks through ``torch.compile``; as they are, with a warning, where that fails. ETTA adapts
             the networks as they are.
     """
@@ -55,6 +59,7 @@ class PredictionSettings:
     tta: bool = False
     etta: EttaConfig | None = None
     window_batch: int = 1
+    skip_empty: bool = False
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -87,7 +92,9 @@ class Prediction:
 
 
 class Predictor:
-    """A trained model, ready to predict. One instance serves one device, one case at a time.
+    """A trained model, ready to predict on one device.
+
+    Threads may share it: reading and preprocessing run side by side, the networks serve one case at a time.
 
     Args:
         networks: one per fold, in evaluation mode on ``device``; their logits are averaged.
@@ -97,7 +104,7 @@ class Predictor:
         previous_stage: predictor whose label map is a further input, for the second stage of a cascade.
 
     Raises:
-        ConfigError: flips are asked of a model that was trained without any, or a first stage is lacking.
+        ConfigError: a first stage is lacking.
     """
 
     def __init__(
@@ -114,6 +121,7 @@ class Predictor:
         self.spec = description.spec()
         self.plans = description.parsed_plans()
         self.configuration = self.plans.configuration(description.configuration)
+        self._serving = threading.Lock()  # adaptation changes the networks for the time of a case
         self._networks = list(networks)
         self._called = [maybe_compiled(network, self.settings.compile) for network in self._networks]
         network_plan = self.configuration.network(description.network)
@@ -126,8 +134,6 @@ class Predictor:
                 f"{description.configuration} takes {self.configuration.previous_stage or 'no first stage'} as its "
                 f"first stage, got {previous_stage and previous_stage.description.configuration}"
             )
-        if self.settings.tta and not description.mirror_axes:
-            raise ConfigError("--tta averages over flips, but this model was trained without any; predict without it")
         self._mirroring = Mirroring(
             axes=description.mirror_axes if self.settings.tta else (),
             left_right_axis=self.plans.left_right_axis,
@@ -213,8 +219,9 @@ class Predictor:
             first = self._previous_stage.predict_array(image, geometry, progress=progress)
             indices = preprocess_labels(self.spec.labels.to_indices(first.labels, "the first stage"), properties)
             tensor = torch.cat([tensor, torch.from_numpy(indices.astype(np.float32))[None].to(self.device)])
-        with self._adapted_networks(tensor) as (networks, records):
-            passes = AveragedPasses(networks, self._mirroring)
+        with self._serving, self._adapted_networks(tensor) as (networks, records):
+            changes = INTENSITY_CHANGES if self.settings.tta else ()
+            passes = AveragedPasses(networks, self._mirroring, changes, len(self.spec.channel_names))
             decision = self._decide(passes, tensor, properties, probabilities, progress)
         return Prediction(to_file_values(decision, properties, self.spec.labels), tuple(records), first)
 
@@ -285,13 +292,27 @@ class Predictor:
                 shape = (self.spec.labels.num_outputs, *properties.geometry.shape)
                 writer = stack.enter_context(plane_writer(probabilities, shape, PROBABILITY))
                 stream = ProbabilityStream(writer, properties, self.description.head, exclusive=not regions)
-            for slab in iterate_slabs(passes, image, self._windows, progress):
+            outputs = self.spec.labels.num_outputs
+            sums = choose_accumulation(outputs, image, self._windows)
+            empty = self._empty_space(image) if self.settings.skip_empty else None
+            for slab in iterate_slabs(passes, image, self._windows, progress, sums, empty):
                 logits, planes = rows.push(slab)
                 # On the device they stay there: only the decision comes back.
                 result[planes.start : planes.stop] = decide_resampled(logits, properties, regions, planes)
                 if stream is not None:
                     stream.push(logits, planes)
         return result
+
+    def _empty_space(self, image: torch.Tensor) -> EmptySpace:
+        """What lies outside of the body, with the logits of sure background (of no region)."""
+        try:
+            occupied = torch.from_numpy(body_mask(image[0].float().cpu().numpy()))
+        except DatasetError as error:  # a constant image
+            raise DatasetError(f"--skip-empty: {error}; predict this case without it") from error
+        logits = torch.full((self.spec.labels.num_outputs,), -SURE)
+        if not self.spec.labels.has_regions:
+            logits[0] = SURE
+        return EmptySpace(occupied, logits)
 
 
 def find_folds(folder: Path, checkpoint: str) -> dict[str, Path]:
