@@ -16,6 +16,7 @@ COMMANDS = (
     "train",
     "predict",
     "evaluate",
+    "find_postprocessing",
     "demo",
 )
 

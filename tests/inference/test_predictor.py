@@ -282,6 +282,20 @@ def test_folds_that_are_not_there(tmp_path):
         Predictor.from_model_folder(folder)
 
 
+def test_a_model_folders_postprocessing_is_done_unless_declined(tmp_path, caplog):
+    folder = _model_folder(tmp_path)
+    (folder / "postprocessing.json").write_text(json.dumps({"largest_component": ["high"]}))
+    image = np.zeros((1, 24, 24, 24), np.float32)
+    image[0, 2:8, 2:8, 2:8] = 2.0
+    image[0, 20:22, 20:22, 20:22] = 2.0
+    geometry = Geometry((24, 24, 24), (1, 1, 1))
+    with caplog.at_level("INFO", logger="ukbob_seg"), Predictor.from_model_folder(folder) as predictor:
+        assert (predictor.predict_array(image, geometry).labels == 7).sum() == 6**3
+    assert "stray pieces are removed of high (postprocessing.json)" in caplog.text
+    with Predictor.from_model_folder(folder, settings=PredictionSettings(postprocessing=False)) as predictor:
+        assert (predictor.predict_array(image, geometry).labels == 7).sum() == 6**3 + 2**3
+
+
 def test_threads_may_share_a_predictor():
     """Adaptation changes the networks while a case is predicted: another thread's case must wait for the end of it."""
     network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 3, 1)).eval()

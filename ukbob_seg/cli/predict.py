@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         etta=etta if arguments.etta else None,
         window_batch=arguments.window_batch,
         skip_empty=arguments.skip_empty,
+        postprocessing=not arguments.no_postprocessing,
         compile=arguments.compile,
     )
     folder = arguments.model or model_folder(
@@ -91,6 +92,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--skip-empty", action="store_true",
         help="leave out windows that lie outside of the body: faster where there is much air around it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-postprocessing", action="store_true",
+        help="keep stray pieces also where ukbob_find_postprocessing found that removing them helps",
     )  # fmt: skip
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile the network, for many cases; as it is where that fails"

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ukbob_seg.dataset.image_io import Geometry, read_image, write_labels
-from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError
+from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError, listing
 from ukbob_seg.files import write_json
 from ukbob_seg.filtering.body import body_mask
 from ukbob_seg.inference.etta import EttaConfig, OutputMeaning, adapted
@@ -29,6 +29,7 @@ from ukbob_seg.inference.export import (
     to_file_values,
 )
 from ukbob_seg.inference.passes import INTENSITY_CHANGES, AveragedPasses, Mirroring
+from ukbob_seg.inference.postprocessing import POSTPROCESSING, Postprocessing
 from ukbob_seg.inference.sliding_window import EmptySpace, WindowSettings, choose_accumulation, iterate_slabs
 from ukbob_seg.networks.compiled import maybe_compiled
 from ukbob_seg.preprocessing.preprocessor import CaseProperties, preprocess_image, preprocess_labels
@@ -51,6 +52,7 @@ class PredictionSettings:
         etta: adapt to each case, or None.
         window_batch: windows per forward pass.
         skip_empty: leave out windows outside of the body (``filtering/body.py``, of the first channel): background.
+        postprocessing: do what ``postprocessing.json`` of the model folder says, where there is one.
         compile: call the networks through ``torch.compile``; as they are, with a warning, where that fails. ETTA adapts
             the networks as they are.
     """
@@ -60,6 +62,7 @@ class PredictionSettings:
     etta: EttaConfig | None = None
     window_batch: int = 1
     skip_empty: bool = False
+    postprocessing: bool = True
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -102,6 +105,7 @@ class Predictor:
         device: where the networks are.
         settings: how to predict.
         previous_stage: predictor whose label map is a further input, for the second stage of a cascade.
+        postprocessing: of its label maps, None for none.
 
     Raises:
         ConfigError: a first stage is lacking.
@@ -114,7 +118,9 @@ class Predictor:
         device: str = "cpu",
         settings: PredictionSettings | None = None,
         previous_stage: Predictor | None = None,
+        postprocessing: Postprocessing | None = None,
     ) -> None:
+        self._postprocessing = postprocessing or Postprocessing()
         self.settings = settings or PredictionSettings()
         self.device = device
         self.description = description
@@ -189,8 +195,14 @@ class Predictor:
         previous = None
         if stage is not None:
             beside = folder.resolve().with_name(f"{stage}__{first.network.replace(':', '.')}")
-            previous = cls.from_model_folder(beside, previous_folds, checkpoint, device, settings)
-        return cls([network for network, _ in loaded], first, device, settings, previous)
+            plain = dataclasses.replace(settings or PredictionSettings(), postprocessing=False)
+            previous = cls.from_model_folder(beside, previous_folds, checkpoint, device, plain)
+        after = None
+        if settings is None or settings.postprocessing:
+            after = Postprocessing.of_model(folder, first.spec().labels)
+            if after.largest_component:
+                log.info("stray pieces are removed of %s (%s)", listing(after.largest_component), POSTPROCESSING)
+        return cls([network for network, _ in loaded], first, device, settings, previous, after)
 
     def predict_array(
         self,
@@ -223,7 +235,8 @@ class Predictor:
             changes = INTENSITY_CHANGES if self.settings.tta else ()
             passes = AveragedPasses(networks, self._mirroring, changes, len(self.spec.channel_names))
             decision = self._decide(passes, tensor, properties, probabilities, progress)
-        return Prediction(to_file_values(decision, properties, self.spec.labels), tuple(records), first)
+        labels = to_file_values(decision, properties, self.spec.labels)
+        return Prediction(self._postprocessing.apply(labels, self.spec.labels), tuple(records), first)
 
     def predict_case(
         self, images: Sequence[Path], output: Path, save_probabilities: bool = False, progress: Progress | None = None
