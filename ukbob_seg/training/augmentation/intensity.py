@@ -59,6 +59,40 @@ class RandomIntensityScale:
 
 
 @dataclass(frozen=True)
+class LinearRecord:
+    """What both transforms drew."""
+
+    scale: IntensityRecord
+    shift: IntensityRecord
+
+
+class RandomLinearIntensity:
+    """``RandomIntensityScale``, then ``RandomIntensityShift``, in one pass over the image.
+
+    Args:
+        scale: of intensities.
+        shift: of scaled intensities.
+    """
+
+    def __init__(self, scale: RandomIntensityScale, shift: RandomIntensityShift) -> None:
+        self.scale, self.shift = scale, shift
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> LinearRecord:
+        """Draw for both, independently."""
+        return LinearRecord(self.scale.sample(batch_size, generator), self.shift.sample(batch_size, generator))
+
+    def apply(self, batch: Batch, record: LinearRecord) -> Batch:
+        """Multiply and add."""
+        if not bool(record.scale.value.any() | record.shift.value.any()):
+            return batch
+        factor, offset = (
+            value.to(batch.image).view(-1, 1, 1, 1, 1) for value in (1 + record.scale.value, record.shift.value)
+        )
+        image = batch.writable_image()
+        return batch.with_image(torch.addcmul(offset, image, factor, out=image))
+
+
+@dataclass(frozen=True)
 class ChannelRecord:
     """One number (B, C) per channel of each element, and which (B, C) bool are changed."""
 
