@@ -173,7 +173,7 @@ def test_the_papers_recipe_takes_every_step_and_undoes_nothing(image):
     assert record.foreground_after < record.foreground_before
     assert not torch.equal(own[1].weight, network[1].weight)
     _, guarded = adapt(network, image, WINDOWS, SOFTMAX, EttaConfig(**wild))
-    assert guarded.steps < 30
+    assert guarded.decision.startswith("fell back")
 
 
 def test_statistics_alone(image):

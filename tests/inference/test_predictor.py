@@ -313,7 +313,7 @@ def test_threads_may_share_a_predictor():
 @pytest.mark.parametrize("dataset", [DATASET, REGIONS])
 def test_windows_of_air_are_left_out_on_demand(dataset):
     """The same label map where the body is, with fewer windows; what lies outside of every window is background."""
-    image = np.zeros((1, 40, 44, 48), np.float32)
+    image = np.full((1, 40, 44, 48), 0.1, np.float32)
     image[0, 4:20, 5:20, 6:22] = _blobs((16, 15, 16)) + 0.5
     seen = []
 
