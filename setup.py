@@ -17,6 +17,7 @@ COMMANDS = (
     "predict",
     "ensemble",
     "evaluate",
+    "find_postprocessing",
     "demo",
 )
 

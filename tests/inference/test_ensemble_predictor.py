@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -234,8 +235,10 @@ def test_a_cascade_is_a_member_like_any_other():
     low = ModelDescription("small", {}, "3d_lowres", "0", "softmax", (), plans, CLASSES)
     high = ModelDescription("small", {}, "3d_cascade_fullres", "0", "softmax", (), plans, CLASSES)
     settings = PredictionSettings(etta=EttaConfig(steps=1))
-    plain = Predictor([_Cascade()], high, previous_stage=Predictor([Small(1, 3, 5).eval()], low))
-    with EnsemblePredictor({"cascade": plain, "twin": plain}) as predictor:
+    plain, twin = (Predictor([_Cascade()], high, previous_stage=Predictor([Small(1, 3, 5).eval()], low)) for _ in "ab")
+    with pytest.raises(ConfigError, match="one predictor serves two models"):
+        EnsemblePredictor({"cascade": plain, "low": plain.stages()[1]})
+    with EnsemblePredictor({"cascade": plain, "twin": twin}) as predictor:
         found = predictor.predict_array(image, geometry).labels
         assert np.array_equal(found, plain.predict_array(image, geometry).labels)
         assert len(np.unique(found)) == 3
@@ -270,6 +273,17 @@ def test_etta_adapts_each_model_by_itself(tmp_path):
     record = json.loads((tmp_path / "c_etta.json").read_text())
     assert [(model["model"], len(model["folds"])) for model in record["models"]] == [("a", 2), ("b", 1)]
     assert record["models"][1]["folds"] == alone.etta_record()["folds"]  # as without the other model
+
+
+def test_threads_may_share_an_ensemble():
+    settings = PredictionSettings(etta=EttaConfig(steps=1))
+    members = {name: _member((1.5, 1.0, 1.2), (n,), settings=settings) for n, name in enumerate("ab")}
+    image, spacing = CASES["cropped"]
+    images = [image, image[:, :, ::-1].copy()] * 2
+    with EnsemblePredictor(members) as predictor, ThreadPoolExecutor(4) as threads:
+        expected = [predictor.predict_array(one, Geometry(image.shape[1:], spacing)).labels for one in images]
+        found = threads.map(lambda one: predictor.predict_array(one, Geometry(image.shape[1:], spacing)).labels, images)
+        assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 def test_models_that_cannot_be_averaged():
@@ -317,8 +331,6 @@ def test_model_folders_predict_a_folder_and_resume(tmp_path):
         assert isinstance(predictor, Predictor)
     with pytest.raises(ConfigError, match="a is given twice; give each model once"):
         load_predictor([*folders, tmp_path / "b" / ".." / "a"])
-    with pytest.raises(ConfigError, match=r"a: --tta averages over flips, but this model was trained without any"):
-        load_predictor(folders, settings=PredictionSettings(tta=True))
 
 
 def test_an_interruption_leaves_no_incomplete_file(tmp_path):

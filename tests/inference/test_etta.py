@@ -106,7 +106,8 @@ def test_statistics_are_those_of_the_case():
     """One window that covers the image: running statistics must equal the layer's input statistics."""
     network = _network(nn.BatchNorm3d(6))
     image = torch.randn(1, 8, 8, 8) * 5 - 2
-    own, record = adapt(network, image, WINDOWS, SOFTMAX, EttaConfig(steps=1, learning_rate=1e-9))
+    whole = EttaConfig(steps=1, learning_rate=1e-9, statistics_share=1.0)
+    own, record = adapt(network, image, WINDOWS, SOFTMAX, whole)
     features = network[0](image[None])
     assert record.statistics_layers == 1
     assert torch.allclose(own[1].running_mean, features.mean((0, 2, 3, 4)), atol=1e-5)
@@ -140,8 +141,12 @@ def test_layer_norm_counts():
 
 
 @pytest.mark.parametrize(
-    "change", [{"steps": 0}, {"learning_rate": 0.0}, {"statistics_share": 1.5}, {"candidates": 1, "max_patches": 2}]
-)
+    "change",
+    [
+        {"steps": -1}, {"learning_rate": 0.0}, {"statistics_share": 1.5}, {"candidates": 1, "max_patches": 2},
+        {"mode": "plain"},
+    ],
+)  # fmt: skip
 def test_bad_configurations(change):
     with pytest.raises(ConfigError):
         EttaConfig(**change)
@@ -155,3 +160,35 @@ def test_regions_have_no_background_channel(image):
     assert OutputMeaning("sigmoid").decide(logits).ravel().tolist() == [0, 0, 1]
     _, record = adapt(_network(NORMS["instance"](), outputs=2), image, WINDOWS, meaning, EttaConfig(steps=1))
     assert record.foreground_before > 0
+
+
+def test_the_papers_recipe_takes_every_step_and_undoes_nothing(image):
+    """Also where the entropy rises and the foreground collapses, which the guarded mode prevents."""
+    network = _network(NORMS["instance"]())
+    with torch.no_grad():
+        network[4].bias.copy_(torch.tensor([1.5, 0.0, 0.0]))
+    wild = {"steps": 30, "learning_rate": 0.5}
+    own, record = adapt(network, image, WINDOWS, SOFTMAX, EttaConfig.of_mode("paper", **wild))
+    assert (record.mode, record.decision, record.steps) == ("paper", "adapted", 30)
+    assert record.foreground_after < record.foreground_before
+    assert not torch.equal(own[1].weight, network[1].weight)
+    _, guarded = adapt(network, image, WINDOWS, SOFTMAX, EttaConfig(**wild))
+    assert guarded.decision.startswith("fell back")
+
+
+def test_statistics_alone(image):
+    network = _network(NORMS["batch"]())
+    own, record = adapt(network, image, WINDOWS, SOFTMAX, EttaConfig.of_mode("paper", steps=0))
+    assert (record.steps, record.statistics_share) == (0, 1.0)
+    assert torch.equal(own[1].weight, network[1].weight)
+    assert not torch.equal(own[1].running_mean, network[1].running_mean)
+    _, none = adapt(_network(NORMS["instance"]()), image, WINDOWS, SOFTMAX, EttaConfig(steps=0))
+    assert none.decision == "unchanged: the entropy did not fall"
+    assert none.voxels_changed == 0
+
+
+def test_unknown_modes_are_refused():
+    with pytest.raises(ConfigError, match="--etta-mode must be one of guarded, paper, got 'plain'"):
+        EttaConfig.of_mode("plain")
+    assert EttaConfig.of_mode("paper", steps=None, learning_rate=0.1).learning_rate == 0.1
+    assert EttaConfig.of_mode("guarded") == EttaConfig()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -281,9 +282,77 @@ def test_folds_that_are_not_there(tmp_path):
         Predictor.from_model_folder(folder)
 
 
-def test_flips_need_training_with_flips():
-    with pytest.raises(ConfigError, match="trained without any"):
-        _predictor(PredictionSettings(tta=True), mirror=())
+def test_a_model_folders_postprocessing_is_done_unless_declined(tmp_path, caplog):
+    folder = _model_folder(tmp_path)
+    (folder / "postprocessing.json").write_text(json.dumps({"largest_component": ["high"]}))
+    image = np.zeros((1, 24, 24, 24), np.float32)
+    image[0, 2:8, 2:8, 2:8] = 2.0
+    image[0, 20:22, 20:22, 20:22] = 2.0
+    geometry = Geometry((24, 24, 24), (1, 1, 1))
+    with caplog.at_level("INFO", logger="ukbob_seg"), Predictor.from_model_folder(folder) as predictor:
+        assert (predictor.predict_array(image, geometry).labels == 7).sum() == 6**3
+    assert "stray pieces are removed of high (postprocessing.json)" in caplog.text
+    with Predictor.from_model_folder(folder, settings=PredictionSettings(postprocessing=False)) as predictor:
+        assert (predictor.predict_array(image, geometry).labels == 7).sum() == 6**3 + 2**3
+
+
+def test_threads_may_share_a_predictor():
+    """Adaptation changes the networks while a case is predicted: another thread's case must wait for the end of it."""
+    network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 3, 1)).eval()
+    predictor = _predictor(PredictionSettings(etta=EttaConfig(steps=3, learning_rate=0.05)), networks=[network])
+    geometry = Geometry((20, 18, 16), (1, 1, 1))
+    images = [_blobs((20, 18, 16), seed).astype(np.float32) * (seed + 1) for seed in range(4)]
+    alone = [predictor.predict_array(image, geometry) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda image: predictor.predict_array(image, geometry), images * 2))
+    for found, expected in zip(together, alone * 2, strict=True):
+        assert np.array_equal(found.labels, expected.labels)
+        assert found.etta == expected.etta
+
+
+@pytest.mark.parametrize("dataset", [DATASET, REGIONS])
+def test_windows_of_air_are_left_out_on_demand(dataset):
+    """The same label map where the body is, with fewer windows; what lies outside of every window is background."""
+    image = np.full((1, 40, 44, 48), 0.1, np.float32)
+    image[0, 4:20, 5:20, 6:22] = _blobs((16, 15, 16)) + 0.5
+    seen = []
+
+    class Watching(Identity if dataset is DATASET else Regions):
+        def forward(self, x):
+            seen.append(x)
+            return super().forward(x)
+
+    network = (Watching(1, 3) if dataset is DATASET else Watching()).eval()
+    geometry = Geometry((40, 44, 48), (3.0, 1.0, 0.7))
+    results, counts = [], []
+    for skip in (False, True):
+        seen.clear()
+        predictor = _predictor(PredictionSettings(skip_empty=skip), (3.0, 1.0, 0.7), dataset, [network])
+        results.append(predictor.predict_array(image, geometry).labels)
+        counts.append(len(seen))
+    assert np.array_equal(*results)
+    assert (results[0] > 0).any()
+    assert counts[1] < counts[0] / 2
+    with pytest.raises(DatasetError, match=r"--skip-empty: the image is constant.*; predict this case without it"):
+        predictor.predict_array(np.ones((1, 20, 20, 20), np.float32), Geometry((20, 20, 20), (1, 1, 1)))
+
+
+@pytest.mark.parametrize(("axes", "passes"), [((), 5), ((0,), 6), ((0, 1, 2), 12)])
+def test_only_the_flips_of_training_are_averaged_over_and_changes_of_intensity(axes, passes):
+    seen = []
+
+    class Watching(Identity):
+        def forward(self, x):
+            seen.append(x)
+            return super().forward(x)
+
+    predictor = _predictor(PredictionSettings(tta=True), networks=[Watching(1, 3).eval()], mirror=axes)
+    predictor.predict_array(_blobs((16, 16, 16)).astype(np.float32), Geometry((16, 16, 16), (1, 1, 1)))
+    assert len(seen) == passes
+    plain, changed = seen[0], seen[-4:]
+    for view, (factor, offset) in zip(changed, ((1.1, 0), (0.9, 0), (1, 0.1), (1, -0.1)), strict=True):
+        torch.testing.assert_close(view, plain * factor + offset)
+    assert all(torch.allclose(other.flatten().sort()[0], plain.flatten().sort()[0]) for other in seen[1:-4])
 
 
 def test_finding_jobs(tmp_path):

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 
 from ukbob_seg.inference.passes import AveragedPasses, Mirroring
 from ukbob_seg.inference.sliding_window import (
+    Accumulation,
+    EmptySpace,
     WindowSettings,
+    choose_accumulation,
     gaussian_weights,
     iterate_slabs,
     predict_logits,
@@ -84,6 +87,67 @@ def test_agrees_with_monai():
     assert torch.allclose(ours, theirs, atol=1e-4)
 
 
+def _three_classes(windows):
+    return torch.stack([windows[:, 0] * 2 + windows[:, 1], windows[:, 0] ** 2, windows[:, 1] - 3], dim=1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_windows_in_empty_space_are_left_out(batch_size):
+    """The network is called for occupied windows only, and voxels that no window reaches get the given logits."""
+    image = torch.randn(2, 20, 24, 18)
+    occupied = torch.zeros(20, 24, 18, dtype=torch.bool)
+    occupied[3, 2, 4] = occupied[16:18, 20, 15] = True
+    seen, settings = [], WindowSettings((8, 8, 8), batch_size=batch_size)
+
+    def network(windows):
+        seen.extend(windows)
+        return _three_classes(windows)
+
+    given = torch.tensor([5.0, -1.0, -2.0])
+    progress = []
+    slabs = iterate_slabs(
+        network, image, settings, lambda *counts: progress.append(counts), empty=EmptySpace(occupied, given)
+    )
+    found = torch.cat([slab.logits for slab in slabs], dim=1)
+    reached = torch.zeros(20, 24, 18, dtype=torch.bool)
+    starts = settings.starts(image.shape[1:])
+    windows = [(z, y, x) for z in starts[0] for y in starts[1] for x in starts[2]]
+    kept = [(z, y, x) for z, y, x in windows if occupied[z : z + 8, y : y + 8, x : x + 8].any()]
+    for z, y, x in kept:
+        reached[z : z + 8, y : y + 8, x : x + 8] = True
+    assert 0 < len(kept) == len(seen) < len(windows)
+    assert progress[-1] == (len(kept), len(kept))
+    expected = torch.where(reached, _three_classes(image[None])[0], given.view(3, 1, 1, 1))
+    assert torch.allclose(found, expected, atol=1e-4)
+    nothing = EmptySpace(torch.zeros_like(occupied), given)
+    slabs = list(iterate_slabs(lambda w: pytest.fail("no window is occupied"), image, settings, empty=nothing))
+    assert torch.equal(torch.cat([s.logits for s in slabs], dim=1), given.view(3, 1, 1, 1).expand(3, *image.shape[1:]))
+    small = iterate_slabs(network, image[:, :5, :6], settings, empty=EmptySpace(occupied[:5, :6], given))  # padded
+    assert sum(slab.z_stop - slab.z_start for slab in small) == 5
+
+
+def test_sums_in_half_precision_are_the_same_to_its_rounding():
+    image = torch.randn(2, 20, 12, 10)
+    whole = _three_classes(image[None])[0]
+    half = Accumulation(torch.device("cpu"), torch.float16)
+    slabs = list(iterate_slabs(_three_classes, image, WindowSettings((8, 8, 8)), accumulation=half))
+    assert all(slab.logits.dtype == torch.float32 for slab in slabs)
+    found = torch.cat([slab.logits for slab in slabs], dim=1)
+    assert torch.allclose(found, whole, atol=4e-3 * whole.abs().max())
+
+
+def test_where_sums_are_held(caplog):
+    """In half precision on the device when they fit with what goes with them; else on the host, and it says so."""
+    image, settings = torch.empty(4, 501, 160, 224), WindowSettings((96, 96, 96))
+    assert choose_accumulation(73, image, settings) == Accumulation(None, torch.float32)  # a CPU is not asked
+    plenty = choose_accumulation(73, image, settings, lambda: 80 * 2**30)
+    assert plenty == Accumulation(None, torch.float16)
+    with caplog.at_level("INFO", logger="ukbob_seg"):
+        little = choose_accumulation(73, image, settings, lambda: 2**29)
+    assert little == Accumulation(torch.device("cpu"), torch.float32)
+    assert "the sums of 73 classes need 1.2 GB on cpu, 0.5 GB are free: they are held in main memory" in caplog.text
+
+
 def test_progress_counts_all_windows():
     seen = []
     image = torch.zeros(1, 16, 8, 12)
@@ -117,6 +181,19 @@ def test_a_left_right_flip_exchanges_left_and_right_outputs():
     assert torch.allclose(plain, mirrored, atol=1e-6)
     wrong = AveragedPasses([SideNetwork()], Mirroring((2,)))(windows)
     assert not torch.allclose(plain, wrong, atol=1e-2)
+
+
+def test_intensities_change_in_image_channels_only():
+    class PassOn(torch.nn.Module):
+        def forward(self, x):
+            return x.clone()
+
+    windows = torch.randn(2, 3, 4, 5, 6)
+    before = windows.clone()
+    found = AveragedPasses([PassOn()], intensities=[(2.0, 0.0), (1.0, 0.5)], image_channels=2)(windows)
+    assert torch.equal(windows, before)
+    torch.testing.assert_close(found[:, :2], (windows[:, :2] * 4 + 0.5) / 3)
+    torch.testing.assert_close(found[:, 2], windows[:, 2])  # a first stage's labels
 
 
 def test_folds_are_averaged():

@@ -1,5 +1,7 @@
 """Transforms: p = 0 is the identity, seeds reproduce, image and label move together, left and right swap."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from ukbob_seg.training.augmentation import (
     RandomFlip,
     RandomIntensityScale,
     RandomIntensityShift,
+    RandomLinearIntensity,
     RandomRotate90,
     Rotate90Record,
     augment,
@@ -36,6 +39,7 @@ def _generator(seed=0):
         RandomRotate90([(0, 1)], 0),
         RandomIntensityShift(0.1, 0),
         RandomIntensityScale(0.1, 0),
+        RandomLinearIntensity(RandomIntensityScale(0.1, 0), RandomIntensityShift(0.1, 0)),
     ],
 )
 def test_probability_zero_is_the_identity(batch, transform):
@@ -114,6 +118,26 @@ def test_intensity_transforms(batch):
     offsets = RandomIntensityShift(0.1, 0.5).sample(2000, _generator()).value
     assert offsets.abs().max() <= 0.1
     assert 0.4 < (offsets != 0).float().mean() < 0.6
+
+
+@pytest.mark.parametrize("owned", [False, True])
+def test_scale_and_shift_in_one_pass_are_both_in_turn(batch, owned):
+    scale, shift = RandomIntensityScale(), RandomIntensityShift()
+    both = RandomLinearIntensity(scale, shift)
+    kinds = set()
+    for seed in range(20):
+        record = both.sample(2, _generator(seed))
+        kinds |= {(bool(a), bool(b)) for a, b in zip(record.scale.value, record.shift.value, strict=True)}
+        expected = shift.apply(scale.apply(batch, record.scale), record.shift)
+        assert augment(batch, [scale, shift], _generator(seed)).image.equal(expected.image)  # the same draws
+        given = dataclasses.replace(batch, image=batch.image.clone(), owned=owned)
+        found = both.apply(given, record)
+        torch.testing.assert_close(found.image, expected.image)
+        if owned:
+            assert found.image.data_ptr() == given.image.data_ptr()
+        else:
+            assert torch.equal(given.image, batch.image)
+    assert kinds == {(False, False), (False, True), (True, False), (True, True)}
 
 
 def test_rates_of_the_papers_set():

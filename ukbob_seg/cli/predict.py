@@ -18,24 +18,25 @@ def main(argv: list[str] | None = None) -> None:
     roots = roots_from(arguments)
     from ukbob_seg.errors import ConfigError
 
-    if not arguments.etta and (arguments.etta_steps is not None or arguments.etta_lr is not None):
-        raise ConfigError("--etta-steps and --etta-lr need --etta")
+    given = (arguments.etta_mode, arguments.etta_steps, arguments.etta_lr)
+    if not arguments.etta and any(value is not None for value in given):
+        raise ConfigError("--etta-mode, --etta-steps and --etta-lr need --etta")
 
     from ukbob_seg.inference.ensemble_predictor import load_predictor
     from ukbob_seg.inference.etta import EttaConfig
     from ukbob_seg.inference.predict import model_folder, predict
     from ukbob_seg.inference.predictor import PredictionSettings
 
-    defaults = EttaConfig()
-    etta = EttaConfig(
-        steps=defaults.steps if arguments.etta_steps is None else arguments.etta_steps,
-        learning_rate=defaults.learning_rate if arguments.etta_lr is None else arguments.etta_lr,
+    etta = EttaConfig.of_mode(
+        arguments.etta_mode or "guarded", steps=arguments.etta_steps, learning_rate=arguments.etta_lr
     )
     settings = PredictionSettings(
         step=arguments.step_size,
         tta=arguments.tta,
         etta=etta if arguments.etta else None,
         window_batch=arguments.window_batch,
+        skip_empty=arguments.skip_empty,
+        postprocessing=not arguments.no_postprocessing,
         compile=arguments.compile,
     )
     folders = arguments.model or [
@@ -82,15 +83,31 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", choices=("best", "final"), default="best", help="default: best")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     parser.add_argument("--etta", action="store_true", help="adapt normalization layers to each case")
+    parser.add_argument(
+        "--etta-mode", metavar="MODE",
+        help="guarded (default: how far is decided per case, and undone where it fails) or paper (the plain recipe)",
+    )  # fmt: skip
     parser.add_argument("--etta-steps", type=int, metavar="N", help="entropy steps at most (default: 5)")
     parser.add_argument("--etta-lr", type=float, metavar="RATE", help="rate of the entropy steps (default: 4e-3)")
-    parser.add_argument("--tta", action="store_true", help="average over flips along the axes that training mirrored")
+    parser.add_argument(
+        "--tta",
+        action="store_true",
+        help="average over flips along the axes that training mirrored, and over small changes of intensity",
+    )
     parser.add_argument(
         "--step-size", type=float, default=0.5, metavar="S", help="window distance / patch (default: 0.5)"
     )
     parser.add_argument(
         "--window-batch", type=int, default=1, metavar="N", help="windows per forward pass (default: 1)"
     )
+    parser.add_argument(
+        "--skip-empty", action="store_true",
+        help="leave out windows that lie outside of the body: faster where there is much air around it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-postprocessing", action="store_true",
+        help="keep stray pieces also where ukbob_find_postprocessing found that removing them helps",
+    )  # fmt: skip
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile the network, for many cases; as it is where that fails"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -53,6 +54,8 @@ def validate_fold(
     chosen = choose_split(splits, fold, sorted(cases)).val[: max_cases or None]
     folder = model_folder / f"fold_{fold}" / "validation"
     outputs = {case: folder / f"{case}{spec.file_ending}" for case in chosen}
+    # What postprocessing does is decided by these predictions, so that they must be without it.
+    settings = dataclasses.replace(settings or PredictionSettings(), postprocessing=False)
     # In a cascade the first stage must not have seen these cases either: its fold of the same number, then.
     first_stage = None if fold == "all" else [fold]
     with Predictor.from_model_folder(model_folder, [fold], checkpoint, device, settings, first_stage) as predictor:

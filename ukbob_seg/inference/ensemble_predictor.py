@@ -41,13 +41,14 @@ class EnsemblePrediction(Prediction):
 class EnsemblePredictor(CasePredictor):
     """Models of the same channels and labels, whose probabilities are averaged.
 
-    With ETTA each model adapts to the case by itself. ``spec`` and ``plans`` are those of the first model.
+    With ETTA each model adapts to the case by itself. ``spec`` and ``plans`` are those of the first model; label maps
+    are not postprocessed, as what helps was judged on each model alone. Threads may share an ensemble.
 
     Args:
         members: by name, for messages and records.
 
     Raises:
-        ConfigError: no model.
+        ConfigError: no model, or one predictor twice.
         CheckpointError: models of other channels or labels.
     """
 
@@ -55,6 +56,9 @@ class EnsemblePredictor(CasePredictor):
         if not members:
             raise ConfigError("an ensemble needs at least one model, got none")
         self._members = dict(members)
+        stages = [id(stage) for member in members.values() for stage in member.stages()]
+        if len(set(stages)) < len(stages):  # it would wait for itself
+            raise ConfigError("one predictor serves two models of an ensemble; load it for each of them")
         (first_name, first), *others = self._members.items()
         for name, other in others:
             _check_same(first, other, (first_name, name))
@@ -88,10 +92,7 @@ class EnsemblePredictor(CasePredictor):
         with ExitStack() as loaded:
             members = {}
             for folder in folders:
-                try:
-                    member = Predictor.from_model_folder(Path(folder), folds, checkpoint, device, settings)
-                except ConfigError as error:
-                    raise ConfigError(f"{folder}: {error}") from error
+                member = Predictor.from_model_folder(Path(folder), folds, checkpoint, device, settings)
                 members[str(folder)] = loaded.enter_context(member)
             predictor = cls(members)
             loaded.pop_all()  # from here on close() lets go of them

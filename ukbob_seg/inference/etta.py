@@ -8,7 +8,6 @@ running ones, and everything else stays frozen. Each case starts from the traine
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,61 +19,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ukbob_seg.errors import ConfigError
+from ukbob_seg.inference.etta_config import EttaConfig, EttaRecord
+from ukbob_seg.inference.etta_statistics import CaseStatistics
 from ukbob_seg.inference.sliding_window import WindowSettings
 
+__all__ = ["EttaConfig", "EttaRecord", "OutputMeaning", "adapt", "adapted", "norm_layers", "voxel_entropy"]
+
+LEAST_SHARE, FAR = 0.5, 1.0  # share of the case's statistics where they are near, distance at which it is 1
 NORM_LAYERS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
-
-
-@dataclass(frozen=True)
-class EttaConfig:
-    """How far a case may adapt.
-
-    Attributes:
-        steps: entropy steps at most.
-        learning_rate: of Adam on the affine parameters.
-        max_patches: windows that the steps look at.
-        candidates: windows among which they are chosen (foreground first, then highest entropy).
-        statistics_share: weight of the case's statistics against the stored ones; 1 is the paper's re-estimation.
-        least_foreground: fall back when predicted foreground shrinks below this share of the unadapted one.
-    """
-
-    steps: int = 5
-    learning_rate: float = 4e-3
-    max_patches: int = 2
-    candidates: int = 6
-    statistics_share: float = 1.0
-    least_foreground: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.max_patches < 1 or self.candidates < self.max_patches:
-            raise ConfigError(
-                f"ETTA needs at least one step (--etta-steps), one patch, and as many candidates as patches; got "
-                f"{self.steps}, {self.max_patches} and {self.candidates}"
-            )
-        if not self.learning_rate > 0:
-            raise ConfigError(f"the ETTA learning rate must be positive, got {self.learning_rate}")
-        if not 0 <= self.statistics_share <= 1:
-            raise ConfigError(f"statistics_share must lie in [0, 1], got {self.statistics_share}")
-
-
-@dataclass
-class EttaRecord:
-    """What adaptation did to one case; entropies are means per voxel of the chosen windows, in nats."""
-
-    decision: str = "adapted"
-    adapted_parameters: int = 0
-    statistics_layers: int = 0
-    patches: int = 0
-    steps: int = 0
-    entropy_before: float = 0.0
-    entropy_after: float = 0.0
-    foreground_before: int = 0
-    foreground_after: int = 0
-    voxels_changed: int = 0
-
-    def to_json(self) -> dict[str, float | int | str]:
-        """Plain values."""
-        return dataclasses.asdict(self)
 
 
 def voxel_entropy(logits: Tensor, head: str) -> Tensor:
@@ -187,29 +139,45 @@ def _adapt_in_place(
             f"{type(network).__name__} has no normalization layer with affine parameters or running statistics: "
             "there is nothing for --etta to adapt; predict without it"
         )
-    record = EttaRecord(adapted_parameters=sum(p.numel() for p in parameters), statistics_layers=len(with_statistics))
     network.eval().requires_grad_(False)
     patches = _choose_patches(network, image, windows, meaning, config)
-    record.patches = len(patches)
+    record = EttaRecord(config.mode, adapted_parameters=sum(p.numel() for p in parameters), patches=len(patches))
+    record.statistics_layers = len(with_statistics)
     record.entropy_before, before = _measure(network, patches, meaning)
     record.foreground_before = _foreground(before)
     start = {name: value.detach().clone() for name, value in _adaptable_state(network).items()}
-    _reestimate_statistics(network, with_statistics, patches, config.statistics_share)
-    if parameters:
+    if with_statistics:
+        _take_statistics(network, with_statistics, patches, config, record)
+    if parameters and config.steps:
         record.steps = _descend(network, parameters, patches, meaning.head, config)
     record.entropy_after, after = _measure(network, patches, meaning)
     record.foreground_after = _foreground(after)
     if record.foreground_after < config.least_foreground * record.foreground_before:
         record.decision = "fell back: the predicted foreground collapsed"
-    elif record.steps == 0 and not with_statistics:
-        record.decision = "unchanged: the entropy did not fall"
-    if record.decision.startswith("fell back"):
         with torch.no_grad():
             for name, value in _adaptable_state(network).items():
                 value.copy_(start[name])
         after, record.entropy_after = before, record.entropy_before
+    elif record.steps == 0 and not with_statistics:
+        record.decision = "unchanged: the entropy did not fall"
     record.voxels_changed = sum(int((a != b).sum()) for a, b in zip(before, after, strict=True))
     return record
+
+
+def _take_statistics(
+    network: nn.Module, layers: Sequence[nn.Module], patches: Sequence[Tensor], config: EttaConfig, record: EttaRecord
+) -> None:
+    """Give layers a share of the case's own statistics; all of them, or as their distance says."""
+    statistics = CaseStatistics.measure(layers, patches, lambda patch: _forward(network, patch))
+    record.statistics_distance = statistics.distance()
+    share = config.statistics_share
+    record.statistics_share = choose_share(record.statistics_distance) if share is None else share
+    statistics.mix(record.statistics_share)
+
+
+def choose_share(distance: float) -> float:
+    """Weight of a case's own statistics, from their distance to the stored ones."""
+    return float(min(1.0, max(LEAST_SHARE, distance / FAR)))
 
 
 def _forward(network: nn.Module, patch: Tensor) -> Tensor:
@@ -261,32 +229,13 @@ def _foreground(decisions: Sequence[Tensor]) -> int:
     return sum(int((decision > 0).sum()) for decision in decisions)
 
 
-@torch.no_grad()
-def _reestimate_statistics(
-    network: nn.Module, layers: Sequence[nn.Module], patches: Sequence[Tensor], share: float
-) -> None:
-    """Replace running statistics by ``share`` of the patches' own and the rest of the stored ones."""
-    if not layers or share == 0:
-        return
-    stored = [(layer.running_mean.clone(), layer.running_var.clone()) for layer in layers]  # type: ignore[operator, union-attr]
-    momenta = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.reset_running_stats()  # type: ignore[operator]
-        layer.momentum = None  # type: ignore[assignment]  # cumulative average over the patches
-        layer.train()
-    for patch in patches:
-        _forward(network, patch)
-    for layer, (mean, variance), momentum in zip(layers, stored, momenta, strict=True):
-        layer.eval()
-        layer.momentum = momentum
-        layer.running_mean.mul_(share).add_(mean, alpha=1 - share)  # type: ignore[operator, union-attr]
-        layer.running_var.mul_(share).add_(variance, alpha=1 - share)  # type: ignore[operator, union-attr]
-
-
 def _descend(
     network: nn.Module, parameters: Sequence[nn.Parameter], patches: Sequence[Tensor], head: str, config: EttaConfig
 ) -> int:
-    """Minimise the mean entropy over the patches; keeps the best parameters seen, returns the steps that led there."""
+    """Minimise the mean entropy over the patches; returns the steps that led to the parameters that are kept.
+
+    In mode ``guarded`` these are the best seen, and the steps end once the entropy no longer falls.
+    """
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
@@ -302,7 +251,7 @@ def _descend(
             if not last:
                 value.backward()
             entropy += float(value.detach())
-        if not entropy < best_entropy:
+        if config.mode == "guarded" and not entropy < best_entropy:
             break  # no longer falling
         best_entropy, best_step = entropy, step
         best = [p.detach().clone() for p in parameters]

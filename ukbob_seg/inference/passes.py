@@ -1,4 +1,4 @@
-"""What predicts one window: one or several networks, under flips, averaged as logits."""
+"""What predicts one window: one or several networks, under flips and changes of intensity, averaged as logits."""
 
 from __future__ import annotations
 
@@ -49,25 +49,39 @@ class Mirroring:
         return logits
 
 
+# Factor and offset of normalized intensities: the ends of what the paper's augmentation draws in training.
+INTENSITY_CHANGES = ((1.1, 0.0), (0.9, 0.0), (1.0, 0.1), (1.0, -0.1))
+
+
 @dataclass(frozen=True)
 class AveragedPasses:
-    """Callable (B, C, z, y, x) -> (B, K, z, y, x): mean logits over networks and flips.
+    """Callable (B, C, z, y, x) -> (B, K, z, y, x): mean logits over networks and views of the windows.
 
     Attributes:
         networks: in evaluation mode, on the windows' device.
         mirroring: flips to average over.
+        intensities: (factor, offset) of further views, which are not flipped.
+        image_channels: how many of the first channels are intensities; None for all.
     """
 
     networks: Sequence[nn.Module]
     mirroring: Mirroring = field(default_factory=Mirroring)
+    intensities: Sequence[tuple[float, float]] = ()
+    image_channels: int | None = None
 
     @torch.no_grad()
     def __call__(self, windows: Tensor) -> Tensor:
         """Predict windows; half precision on CUDA."""
         total: Tensor | None = None
-        flips = self.mirroring.combinations()
-        for flipped in flips:
+        views: list[tuple[tuple[int, ...], tuple[float, float] | None]] = [
+            *((flipped, None) for flipped in self.mirroring.combinations()),
+            *(((), change) for change in self.intensities),
+        ]
+        for flipped, change in views:
             turned = self.mirroring.apply(windows, flipped)
+            if change is not None:
+                turned = turned.clone()
+                turned[:, : self.image_channels].mul_(change[0]).add_(change[1])
             for network in self.networks:
                 with torch.autocast(windows.device.type, torch.bfloat16, enabled=windows.device.type == "cuda"):
                     outputs = network(turned)
@@ -75,5 +89,5 @@ class AveragedPasses:
                 logits = self.mirroring.undo(logits, flipped) if flipped else logits
                 total = logits if total is None else total.add_(logits)
         assert total is not None
-        count = len(flips) * len(self.networks)
+        count = len(views) * len(self.networks)
         return total if count == 1 else total / count

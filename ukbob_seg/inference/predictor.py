@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ import torch
 from torch import nn
 
 from ukbob_seg.dataset.image_io import Geometry
-from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError
+from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError, listing
+from ukbob_seg.filtering.body import body_mask
 from ukbob_seg.inference.case_predictor import CasePredictor, Prediction, Progress
 from ukbob_seg.inference.etta import EttaConfig, OutputMeaning, adapted
 from ukbob_seg.inference.export import (
@@ -26,14 +28,16 @@ from ukbob_seg.inference.export import (
     probability_stream,
     to_file_values,
 )
-from ukbob_seg.inference.passes import AveragedPasses, Mirroring
-from ukbob_seg.inference.sliding_window import Slab, WindowSettings, iterate_slabs
+from ukbob_seg.inference.passes import INTENSITY_CHANGES, AveragedPasses, Mirroring
+from ukbob_seg.inference.postprocessing import POSTPROCESSING, Postprocessing
+from ukbob_seg.inference.sliding_window import EmptySpace, Slab, WindowSettings, choose_accumulation, iterate_slabs
 from ukbob_seg.networks.compiled import maybe_compiled
 from ukbob_seg.preprocessing.preprocessor import CaseProperties, preprocess_image, preprocess_labels
 from ukbob_seg.training.checkpoint import NAMES, ModelDescription, load_network
 from ukbob_seg.training.left_right import label_swap, output_swap
 
 log = logging.getLogger(__name__)
+SURE = 10.0  # logit of background where nothing was predicted
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,11 @@ class PredictionSettings:
 
     Attributes:
         step: distance of neighbouring windows as a share of the patch.
-        tta: average over flips along the axes that training mirrored.
+        tta: average over flips along the axes that training mirrored, if any, and small changes of intensity.
         etta: adapt to each case, or None.
         window_batch: windows per forward pass.
+        skip_empty: leave out windows outside of the body (``filtering/body.py``, of the first channel): background.
+        postprocessing: do what ``postprocessing.json`` of the model folder says, where there is one.
         compile: call the networks through ``torch.compile``; as they are, with a warning, where that fails. ETTA adapts
             the networks as they are.
     """
@@ -53,6 +59,8 @@ class PredictionSettings:
     tta: bool = False
     etta: EttaConfig | None = None
     window_batch: int = 1
+    skip_empty: bool = False
+    postprocessing: bool = True
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -80,7 +88,9 @@ class CaseStream:
 
 
 class Predictor(CasePredictor):
-    """A trained model, ready to predict. One instance serves one device, one case at a time.
+    """A trained model, ready to predict on one device.
+
+    Threads may share it: reading and preprocessing run side by side, the networks serve one case at a time.
 
     Args:
         networks: one per fold, in evaluation mode on ``device``; their logits are averaged.
@@ -88,9 +98,10 @@ class Predictor(CasePredictor):
         device: where the networks are.
         settings: how to predict.
         previous_stage: predictor whose label map is a further input, for the second stage of a cascade.
+        postprocessing: of its label maps, None for none.
 
     Raises:
-        ConfigError: flips are asked of a model that was trained without any, or a first stage is lacking.
+        ConfigError: a first stage is lacking.
     """
 
     def __init__(
@@ -100,13 +111,16 @@ class Predictor(CasePredictor):
         device: str = "cpu",
         settings: PredictionSettings | None = None,
         previous_stage: Predictor | None = None,
+        postprocessing: Postprocessing | None = None,
     ) -> None:
+        self._postprocessing = postprocessing or Postprocessing()
         self.settings = settings or PredictionSettings()
         self.device = device
         self.description = description
         self.spec = description.spec()
         self.plans = description.parsed_plans()
         self.configuration = self.plans.configuration(description.configuration)
+        self._serving = threading.Lock()  # adaptation changes the networks for the time of a case
         self._networks = list(networks)
         self._called = [maybe_compiled(network, self.settings.compile) for network in self._networks]
         network_plan = self.configuration.network(description.network)
@@ -119,8 +133,6 @@ class Predictor(CasePredictor):
                 f"{description.configuration} takes {self.configuration.previous_stage or 'no first stage'} as its "
                 f"first stage, got {previous_stage and previous_stage.description.configuration}"
             )
-        if self.settings.tta and not description.mirror_axes:
-            raise ConfigError("--tta averages over flips, but this model was trained without any; predict without it")
         self._mirroring = Mirroring(
             axes=description.mirror_axes if self.settings.tta else (),
             left_right_axis=self.plans.left_right_axis,
@@ -176,8 +188,14 @@ class Predictor(CasePredictor):
         previous = None
         if stage is not None:
             beside = folder.resolve().with_name(f"{stage}__{first.network.replace(':', '.')}")
-            previous = cls.from_model_folder(beside, previous_folds, checkpoint, device, settings)
-        return cls([network for network, _ in loaded], first, device, settings, previous)
+            plain = dataclasses.replace(settings or PredictionSettings(), postprocessing=False)
+            previous = cls.from_model_folder(beside, previous_folds, checkpoint, device, plain)
+        after = None
+        if settings is None or settings.postprocessing:
+            after = Postprocessing.of_model(folder, first.spec().labels)
+            if after.largest_component:
+                log.info("stray pieces are removed of %s (%s)", listing(after.largest_component), POSTPROCESSING)
+        return cls([network for network, _ in loaded], first, device, settings, previous, after)
 
     def predict_array(
         self,
@@ -189,11 +207,15 @@ class Predictor(CasePredictor):
         """Segment one image; see ``CasePredictor.predict_array``."""
         with self.stream(image, geometry, progress) as case:
             decision = self._decide(case, probabilities)
-        return Prediction(to_file_values(decision, case.properties, self.spec.labels), case.etta, case.previous_stage)
+        labels = to_file_values(decision, case.properties, self.spec.labels)
+        labels = self._postprocessing.apply(labels, self.spec.labels)
+        return Prediction(labels, case.etta, case.previous_stage)
 
     @contextmanager
     def stream(self, image: np.ndarray, geometry: Geometry, progress: Progress | None = None) -> Iterator[CaseStream]:
         """Prepare one image, adapt the networks for the duration of the block, and give logits as they are finished.
+
+        Other threads wait for the networks meanwhile. Postprocessing is left to the caller.
 
         Args:
             image: (C, Z, Y, X) float32 as read from file.
@@ -212,10 +234,14 @@ class Predictor(CasePredictor):
             first = self._previous_stage.predict_array(image, geometry, progress=progress)
             indices = preprocess_labels(self.spec.labels.to_indices(first.labels, "the first stage"), properties)
             tensor = torch.cat([tensor, torch.from_numpy(indices.astype(np.float32))[None].to(self.device)])
-        with self._adapted_networks(tensor) as (networks, records):
-            passes = AveragedPasses(networks, self._mirroring)
-            slabs = iterate_slabs(passes, tensor, self._windows, progress)
-            yield CaseStream(properties, slabs, tuple(records), first)
+        with self._serving, self._adapted_networks(tensor) as (networks, records):
+            changes = INTENSITY_CHANGES if self.settings.tta else ()
+            passes = AveragedPasses(networks, self._mirroring, changes, len(self.spec.channel_names))
+            yield CaseStream(properties, self._slabs(passes, tensor, progress), tuple(records), first)
+
+    def stages(self) -> list[Predictor]:
+        """This predictor and, in a cascade, those of the stages before it."""
+        return [self, *(self._previous_stage.stages() if self._previous_stage is not None else [])]
 
     def close(self) -> None:
         """Let go of the networks and their memory."""
@@ -237,6 +263,12 @@ class Predictor(CasePredictor):
             ]
             yield self._called, records
 
+    def _slabs(self, passes: AveragedPasses, image: torch.Tensor, progress: Progress | None) -> Iterator[Slab]:
+        """Finished rows; what memory is free is asked when the first is wanted, as other models may be at work too."""
+        sums = choose_accumulation(self.spec.labels.num_outputs, image, self._windows)
+        empty = self._empty_space(image) if self.settings.skip_empty else None
+        yield from iterate_slabs(passes, image, self._windows, progress, sums, empty)
+
     def _decide(self, case: CaseStream, probabilities: Path | None) -> np.ndarray:
         """Decision for the kept box at the file's resolution; all classes are held for a few rows only."""
         regions, properties = self.spec.labels.has_regions, case.properties
@@ -251,6 +283,17 @@ class Predictor(CasePredictor):
                     for values in probability_planes(logits, properties, self.description.head, planes):
                         stream.append(values)
         return result
+
+    def _empty_space(self, image: torch.Tensor) -> EmptySpace:
+        """What lies outside of the body, with the logits of sure background (of no region)."""
+        try:
+            occupied = torch.from_numpy(body_mask(image[0].float().cpu().numpy()))
+        except DatasetError as error:  # a constant image
+            raise DatasetError(f"--skip-empty: {error}; predict this case without it") from error
+        logits = torch.full((self.spec.labels.num_outputs,), -SURE)
+        if not self.spec.labels.has_regions:
+            logits[0] = SURE
+        return EmptySpace(occupied, logits)
 
 
 def find_folds(folder: Path, checkpoint: str) -> dict[str, Path]:

@@ -6,6 +6,7 @@ they are normalised and handed on, and the accumulator moves down.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 SLICES_AT_ONCE = 8  # how many slices a window of a 2D network holds
 ROWS_AT_ONCE = 16  # finished rows that are handed on together
@@ -53,6 +56,32 @@ class WindowSettings:
 
 
 @dataclass(frozen=True)
+class Accumulation:
+    """Where the sums of all classes are held, and in which precision.
+
+    Attributes:
+        device: None for the image's own.
+        dtype: of the sums; the windows' weights are float32.
+    """
+
+    device: torch.device | None = None
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class EmptySpace:
+    """What need not be predicted.
+
+    Attributes:
+        occupied: (Z, Y, X) bool, on any device; windows without a single such voxel are left out.
+        logits: (K,) of voxels that no window reaches.
+    """
+
+    occupied: Tensor
+    logits: Tensor
+
+
+@dataclass(frozen=True)
 class Slab:
     """Final logits of some rows: (K, z_stop - z_start, Y, X) float32."""
 
@@ -85,12 +114,41 @@ def gaussian_weights(patch_size: tuple[int, ...], device: torch.device | str = "
     return weights.clamp(min=LEAST_WEIGHT)
 
 
+def choose_accumulation(
+    outputs: int, image: Tensor, settings: WindowSettings, free_bytes: Callable[[], int] | None = None
+) -> Accumulation:
+    """Half precision on the device of the image if the sums fit there, else float32 on the host.
+
+    Args:
+        outputs: K, classes or regions.
+        image: (C, Z, Y, X), where the network is.
+        settings: of the windows.
+        free_bytes: memory that is left on the device; None asks CUDA. Not called on a CPU, where sums are float32.
+    """
+    if image.device.type != "cuda" and free_bytes is None:
+        return Accumulation()
+    free = free_bytes() if free_bytes is not None else torch.cuda.mem_get_info(image.device)[0]
+    window = settings.window(image.shape[1:])
+    _, y, x = (max(p, n) for p, n in zip(window, image.shape[1:], strict=True))
+    # The sums, the finished rows that are handed on in float32, and as much again for the network's windows.
+    needed = 2 * outputs * y * x * (2 * window[0] + 4 * ROWS_AT_ONCE)
+    if needed <= free:
+        return Accumulation(None, torch.float16)
+    log.info(
+        "the sums of %d classes need %.1f GB on %s, %.1f GB are free: they are held in main memory, which is slower",
+        outputs, needed / 2**30, image.device, free / 2**30,
+    )  # fmt: skip
+    return Accumulation(torch.device("cpu"), torch.float32)
+
+
 @torch.no_grad()
 def iterate_slabs(
     predict: Callable[[Tensor], Tensor],
     image: Tensor,
     settings: WindowSettings,
     progress: Callable[[int, int], None] | None = None,
+    accumulation: Accumulation | None = None,
+    empty: EmptySpace | None = None,
 ) -> Iterator[Slab]:
     """Predict an image by windows and yield its logits slab by slab, from the first row to the last.
 
@@ -99,6 +157,8 @@ def iterate_slabs(
         image: (C, Z, Y, X), on any device; windows are moved to nothing else, so give it where the network is.
         settings: window size, step and batch.
         progress: called with (windows done, windows in all).
+        accumulation: where sums are held; None for float32 on the image's device.
+        empty: windows to leave out; None for none.
 
     Yields:
         ``Slab`` after ``Slab``; together they cover every row once. An image smaller than the patch is padded with
@@ -109,35 +169,98 @@ def iterate_slabs(
     before = [p // 2 for p in padding]
     flat = [side for b, p in zip(reversed(before), reversed(padding), strict=True) for side in (b, p - b)]
     padded = F.pad(image, flat) if any(padding) else image
+    occupied = None if empty is None else F.pad(empty.occupied, flat)
     starts_z, starts_y, starts_x = settings.starts(padded.shape[1:])
     corners = [(y, x) for y in starts_y for x in starts_x]
-    gauss = gaussian_weights(patch, image.device)
-    row_weights = _plane_weights(gauss, tuple(padded.shape[2:]), corners)
+    chosen = [corners if occupied is None else _occupied(corners, occupied, z, patch) for z in starts_z]
+    sums = _Sums(patch, tuple(padded.shape[2:]), image.device, accumulation or Accumulation(), empty)
     inner = [slice(b, b + n) for b, n in zip(before, image.shape[1:], strict=True)]
-    total, done = len(starts_z) * len(corners), 0
-    sums: Tensor | None = None
-    weights = torch.zeros((patch[0], *padded.shape[2:]), device=image.device)
-    for z, following in zip(starts_z, [*starts_z[1:], padded.shape[1]], strict=True):
-        for first in range(0, len(corners), settings.batch_size):
-            chosen = corners[first : first + settings.batch_size]
-            windows = torch.stack([padded[:, z : z + patch[0], y : y + patch[1], x : x + patch[2]] for y, x in chosen])
-            for (y, x), logits in zip(chosen, predict(windows), strict=True):
-                if sums is None:
-                    sums = torch.zeros((logits.shape[0], *weights.shape), device=image.device)
-                sums[:, :, y : y + patch[1], x : x + patch[2]].addcmul_(logits.float(), gauss)
-            done += len(chosen)
+    total, done = sum(map(len, chosen)), 0
+    for z, following, here in zip(starts_z, [*starts_z[1:], padded.shape[1]], chosen, strict=True):
+        for first in range(0, len(here), settings.batch_size):
+            part = here[first : first + settings.batch_size]
+            windows = torch.stack([padded[:, z : z + patch[0], y : y + patch[1], x : x + patch[2]] for y, x in part])
+            for corner, logits in zip(part, predict(windows), strict=True):
+                sums.add(logits, corner)
+            done += len(part)
             if progress is not None:
                 progress(done, total)
-        weights += row_weights
-        assert sums is not None
+        sums.add_weights(here)
         ready = min(following, z + patch[0]) - z
         for first_row in range(max(z, inner[0].start), min(z + ready, inner[0].stop), ROWS_AT_ONCE):
             last_row = min(first_row + ROWS_AT_ONCE, z + ready, inner[0].stop)
-            rows = slice(first_row - z, last_row - z)
-            logits = sums[:, rows, inner[1], inner[2]] / weights[rows, inner[1], inner[2]]
+            logits = sums.mean(slice(first_row - z, last_row - z), inner[1], inner[2])
             yield Slab(first_row - inner[0].start, last_row - inner[0].start, logits)
-        for held in (sums, weights):
-            _move_down(held, ready)
+        sums.move_down(ready)
+
+
+class _Sums:
+    """Weighted sums of the logits of the rows that windows still touch, and the sums of their weights.
+
+    Args:
+        patch: window, voxels (z, y, x).
+        plane: voxels (y, x) of the padded image.
+        device: of the network.
+        accumulation: where and how the sums are held.
+        empty: what stands where no window was; None where windows are everywhere.
+    """
+
+    def __init__(
+        self,
+        patch: tuple[int, int, int],
+        plane: tuple[int, ...],
+        device: torch.device,
+        accumulation: Accumulation,
+        empty: EmptySpace | None,
+    ) -> None:
+        self._device = accumulation.device or device
+        self._dtype, self._empty = accumulation.dtype, empty
+        self._gauss = gaussian_weights(patch, self._device)
+        self._weights = torch.zeros((patch[0], *plane), device=self._device)
+        self._sums: Tensor | None = None
+        self._of_corners: tuple[list[tuple[int, int]], Tensor] | None = None  # weights of the last z position
+        if empty is not None:  # else the number of outputs is known with the first window
+            self._sums = self._zeros(len(empty.logits))
+
+    def _zeros(self, outputs: int) -> Tensor:
+        return torch.zeros((outputs, *self._weights.shape), device=self._device, dtype=self._dtype)
+
+    def add(self, logits: Tensor, corner: tuple[int, int]) -> None:
+        """Add a window's logits (K, pz, py, px)."""
+        if self._sums is None:
+            self._sums = self._zeros(len(logits))
+        (y, x), (_, height, width) = corner, self._gauss.shape
+        target = self._sums[:, :, y : y + height, x : x + width]
+        target.addcmul_(logits.to(self._device, self._dtype), self._gauss.to(self._dtype))
+
+    def add_weights(self, corners: list[tuple[int, int]]) -> None:
+        """Count the weights of all windows of a z position; they are the same at most positions."""
+        if self._of_corners is None or self._of_corners[0] != corners:
+            self._of_corners = corners, _plane_weights(self._gauss, tuple(self._weights.shape[1:]), corners)
+        self._weights += self._of_corners[1]
+
+    def mean(self, rows: slice, y: slice, x: slice) -> Tensor:
+        """(K, rows, Y, X) float32 logits."""
+        assert self._sums is not None
+        weights = self._weights[rows, y, x]
+        if self._empty is None:
+            return self._sums[:, rows, y, x].float() / weights
+        logits = self._sums[:, rows, y, x].float() / weights.clamp(min=torch.finfo(torch.float32).tiny)
+        return torch.where(weights > 0, logits, self._empty.logits.to(self._device).view(-1, 1, 1, 1))
+
+    def move_down(self, rows: int) -> None:
+        """Forget the first rows, which are done."""
+        assert self._sums is not None
+        for held in (self._sums, self._weights):
+            _move_down(held, rows)
+
+
+def _occupied(
+    corners: list[tuple[int, int]], occupied: Tensor, z: int, patch: tuple[int, int, int]
+) -> list[tuple[int, int]]:
+    """Those corners (y, x) whose window holds an occupied voxel."""
+    slab = occupied[z : z + patch[0]].any(dim=0)
+    return [(y, x) for y, x in corners if bool(slab[y : y + patch[1], x : x + patch[2]].any())]
 
 
 def predict_logits(

@@ -14,6 +14,7 @@ from ukbob_seg.training.augmentation.intensity import (
     RandomGamma,
     RandomIntensityScale,
     RandomIntensityShift,
+    RandomLinearIntensity,
     RandomNoise,
 )
 from ukbob_seg.training.augmentation.mri import (
@@ -51,6 +52,7 @@ __all__ = [
     "RandomGibbs",
     "RandomIntensityScale",
     "RandomIntensityShift",
+    "RandomLinearIntensity",
     "RandomLowResolution",
     "RandomNoise",
     "RandomRotate90",

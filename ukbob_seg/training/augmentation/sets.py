@@ -15,6 +15,7 @@ from ukbob_seg.training.augmentation.intensity import (
     RandomGamma,
     RandomIntensityScale,
     RandomIntensityShift,
+    RandomLinearIntensity,
     RandomNoise,
 )
 from ukbob_seg.training.augmentation.mri import (
@@ -80,8 +81,7 @@ def _papers(setup: AugmentationSetup) -> list[Transform]:
     return [
         RandomFlip(setup.mirror_axes, 0.5, setup.left_right_axis, setup.swap),
         RandomRotate90(planes),
-        RandomIntensityScale(),
-        RandomIntensityShift(),
+        RandomLinearIntensity(RandomIntensityScale(), RandomIntensityShift()),
     ]
 
 

@@ -1,0 +1,178 @@
+"""Does adaptation help, and when? Trained networks under nine conditions, with and without test-time adaptation.
+
+    python benchmarks/etta_networks.py --dataset DIR/Dataset004_Hippocampus --work DIR     # first: trains them
+    python benchmarks/etta_study.py --dataset DIR/Dataset004_Hippocampus --work DIR
+    python benchmarks/etta_study.py --dataset DIR/Dataset004_Hippocampus --work DIR --report
+    python benchmarks/etta_study.py ... --networks batch_0 --cases 4 --methods none default    # a quick look
+
+Test cases are drawn by seed. Each is shifted (``ukbob_seg/evaluation/shifts.py``) and predicted by every network with
+every method, through the package's ``Predictor``; the score is the mean Dice of the two classes at the file's
+resolution. Every result is kept in a table as it comes, and not computed again. ``--report`` prints the tables and the
+bars that the defaults were built to reach, and draws ``study.png``. Start several processes with other ``--networks``
+to use several cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from etta_networks import NETWORKS, StudyNetwork
+
+from ukbob_seg.dataset.image_io import read_image, read_labels
+from ukbob_seg.evaluation.shifts import SHIFTS, apply_shift
+from ukbob_seg.inference.etta import EttaConfig
+from ukbob_seg.inference.predictor import PredictionSettings, Predictor
+
+METHODS = {
+    "none": PredictionSettings(),
+    "TTA": PredictionSettings(tta=True),
+    "statistics only": PredictionSettings(etta=EttaConfig.of_mode("paper", steps=0)),
+    "paper": PredictionSettings(etta=EttaConfig.of_mode("paper")),
+    "default": PredictionSettings(etta=EttaConfig()),
+    "default + TTA": PredictionSettings(etta=EttaConfig(), tta=True),
+}
+COLUMNS = ("network", "shift", "case", "method", "dice", "decision", "share", "steps", "seconds")
+WORST_LOSS = 0.05
+
+
+def draw_cases(dataset: Path, count: int, seed: int) -> list[str]:
+    """Names of some test cases."""
+    names = sorted(path.name.removesuffix(".nii.gz") for path in (dataset / "labelsTs").glob("*.nii.gz"))
+    return sorted(np.random.default_rng(seed).permutation(names)[:count].tolist())
+
+
+def mean_dice(labels: np.ndarray, truth: np.ndarray) -> float:
+    """Of the two classes."""
+    scores = []
+    for value in (1, 2):
+        found, true = labels == value, truth == value
+        scores.append(2 * np.count_nonzero(found & true) / max(1, np.count_nonzero(found) + np.count_nonzero(true)))
+    return float(np.mean(scores))
+
+
+def run(network: StudyNetwork, options: argparse.Namespace, cases: list[str]) -> None:
+    """Every case, shift and method that is not in the network's table yet."""
+    table = options.work / "study" / f"{network.name}.csv"
+    table.parent.mkdir(parents=True, exist_ok=True)
+    if not table.is_file():
+        table.write_text(",".join(COLUMNS) + "\n")
+    known = pd.read_csv(table)
+    done = set(zip(known["shift"], known["case"], known["method"], strict=True))
+    folder = network.model_folder(options.work, options.dataset.name)
+    predictors = {
+        method: Predictor.from_model_folder(folder, ["all"], "final", settings=METHODS[method])
+        for method in options.methods
+    }
+    for case in cases:
+        image, geometry = read_image([options.dataset / "imagesTs" / f"{case}_0000.nii.gz"])
+        truth, _ = read_labels(options.dataset / "labelsTs" / f"{case}.nii.gz")
+        for shift in SHIFTS:
+            shifted = apply_shift(image, shift, geometry.spacing_mm, seed=int(case.rsplit("_", 1)[1]))
+            for method, predictor in predictors.items():
+                if (shift, case, method) in done:
+                    continue
+                start = time.perf_counter()
+                prediction = predictor.predict_array(shifted, geometry)
+                seconds = time.perf_counter() - start
+                record = prediction.etta[0] if prediction.etta else {}
+                row = (network.name, shift, case, method, f"{mean_dice(prediction.labels, truth):.5f}",
+                       record.get("decision", ""), record.get("statistics_share", ""), record.get("steps", ""),
+                       f"{seconds:.2f}")  # fmt: skip
+                with open(table, "a", newline="") as file:
+                    csv.writer(file).writerow(row)
+        print(f"{network.name}: {case}", flush=True)
+
+
+def report(work: Path) -> None:
+    """Print means by network, shift and method, and the bars; draw the picture."""
+    rows = pd.concat([pd.read_csv(path) for path in sorted((work / "study").glob("*.csv"))])
+    rows["kind"] = rows["network"].str.split("_").str[0]
+    methods = [method for method in METHODS if method in set(rows["method"])]
+    cases = rows.groupby("network")["case"].nunique()
+    print("networks and cases:", ", ".join(f"{name} {count}" for name, count in cases.items()), "\n")
+    means = rows.groupby(["kind", "shift", "method"])["dice"].mean().unstack("method")[methods]
+    for kind, part in means.groupby(level="kind"):
+        print(f"| {kind} | {' | '.join(methods)} |\n|---|{'---|' * len(methods)}")
+        part = part.droplevel("kind").reindex(SHIFTS)
+        part.loc["mean of the shifts"] = part.drop(index="none").mean()
+        for name, values in part.iterrows():
+            print(f"| {name} | {' | '.join(f'{value:.4f}' for value in values)} |")
+        print()
+    seconds = rows.groupby(["kind", "method"])["seconds"].median().unstack("method")[methods]
+    print("median seconds per case\n", seconds.round(2).to_string(), "\n")
+    bars(rows, means)
+    draw(means, work / "study" / "study.png")
+
+
+def bars(rows: pd.DataFrame, means: pd.DataFrame) -> None:
+    """What the defaults must reach, and do."""
+    gain = (means["default"] - means["none"]).unstack("kind")
+    shifts = [name for name in SHIFTS if name != "none"]
+    print(f"default - none, no shift, mean over networks: {gain.loc['none'].mean():+.4f} (bar -0.002)")
+    print(f"default - none, mean of the shifts and networks: {gain.loc[shifts].to_numpy().mean():+.4f} (bar +0.02)")
+    if "TTA" in means:
+        over = (means["TTA"] - means["none"]).unstack("kind").loc[shifts].to_numpy().mean()
+        print(f"TTA - none, mean of the shifts and networks: {over:+.4f} (bar: less than default)")
+    if "batch" in gain:
+        print(f"BatchNorm under the bias field: {gain.loc['bias field', 'batch']:+.4f} (bar +0.35)")
+    wide = rows.pivot_table(index=["network", "shift", "case"], columns="method", values="dice")
+    lost = wide[(wide["none"] >= 0.5) & (wide["default"] < wide["none"] - WORST_LOSS)]
+    print(f"cases that lose more than {WORST_LOSS} from 0.5 or more: {len(lost)} of {len(wide)} (bar 0)")
+    if len(lost):
+        print(lost[["none", "default"]].round(3).to_string())
+
+
+def draw(means: pd.DataFrame, path: Path) -> None:
+    """One panel per kind of network: Dice of each method under each condition."""
+    from matplotlib.figure import Figure
+
+    kinds = list(means.index.unique("kind"))
+    figure = Figure(figsize=(4.2 * len(kinds), 4.4))
+    colours = dict(zip(means.columns, ("#8a939d", "#e3a857", "#7bb274", "#d1495b", "#1f6feb", "#123a7a"), strict=False))
+    for axis, kind in zip(np.atleast_1d(figure.subplots(1, len(kinds), sharey=True)), kinds, strict=True):
+        part = means.loc[kind].reindex(SHIFTS)
+        for offset, method in enumerate(part.columns):
+            places = np.arange(len(part)) + (offset - len(part.columns) / 2) * 0.13
+            axis.plot(part[method], places, "o", ms=5, color=colours[method], label=method)
+        axis.set_yticks(range(len(part)), part.index)
+        axis.invert_yaxis()
+        axis.grid(alpha=0.25)
+        axis.set_title(kind)
+        axis.set_xlabel("mean Dice")
+    axis.legend(frameon=False, fontsize=8, loc="lower left")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    print(f"-> {path}")
+
+
+def main() -> None:
+    """Parse, then predict or report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--dataset", type=Path, required=True, help="raw hippocampus dataset with imagesTs and labelsTs"
+    )
+    parser.add_argument("--work", type=Path, required=True, help="the folder of etta_networks.py")
+    parser.add_argument("--networks", nargs="+", default=[network.name for network in NETWORKS])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--cases", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="draws the cases")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--report", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if not options.report:
+        cases = draw_cases(options.dataset, options.cases, options.seed)
+        for network in NETWORKS:
+            if network.name in options.networks:
+                run(network, options, cases)
+    report(options.work)
+
+
+if __name__ == "__main__":
+    main()
