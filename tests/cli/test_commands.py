@@ -330,6 +330,19 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
+def test_writers_of_the_same_file_do_not_meet(tmp_path):
+    """Processes of containers may have the same number: both finish, and the last one's content stays."""
+    from ukbob_seg.files import atomic_path
+
+    with atomic_path(tmp_path / "a.txt") as first:
+        with atomic_path(tmp_path / "a.txt") as second:
+            first.write_text("first")
+            second.write_text("second")
+        assert (tmp_path / "a.txt").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "first"
+
+
 def test_parts_of_the_fingerprint_and_kept_plans(make_dataset, tmp_path, capsys):
     make_dataset(cases=3)
     roots = ["--raw", str(tmp_path / "raw"), "--preprocessed", str(tmp_path / "p")]
