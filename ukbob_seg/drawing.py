@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 
 ANISOTROPIC = 2.0  # coarsest over finest spacing from which slices are looked at as they were acquired
 FEW_CLASSES = 10  # that have outlines and well-known colours of their own
+# matplotlib's ten, but for their grey, which a grey picture hides; then ten that differ from them on grey, too.
+_TWENTY = (
+    *(to_rgb(colormaps["tab10"](k) if k != 7 else "#8ee000") for k in range(10)),
+    *map(to_rgb, ("#ffe119", "#4340ff", "#f032e6", "#aaffc3", "#800000", "#e6beff", "#008068", "#ffb39e", "#6a00a8")),
+    to_rgb("#b4e8ff"),
+)
 
 
 def outline(labels: np.ndarray) -> np.ndarray:
@@ -60,8 +66,8 @@ def class_color(number: int, count: int) -> tuple[float, float, float]:
     """RGB of class ``number`` (from 0) of ``count``; beyond the classes, as the ignore label is, grey."""
     if number >= count:
         return to_rgb("#8c8c8c")
-    if count <= FEW_CLASSES:
-        return to_rgb(colormaps["tab10"](number))
+    if count <= len(_TWENTY):
+        return _TWENTY[number]
     return colorsys.hsv_to_rgb((number * 0.6180339887) % 1, 0.55 + 0.4 * (number % 3) / 2, 1 - 0.25 * (number % 2))
 
 
