@@ -17,17 +17,20 @@ from torch import nn
 from ukbob_seg.dataset.image_io import Geometry, read_image, write_labels
 from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError
 from ukbob_seg.files import write_json
-from ukbob_seg.inference.etta import EttaConfig, OutputMeaning, adapted
+from ukbob_seg.inference.etta import OutputMeaning, adapted
 from ukbob_seg.inference.export import (
     PROBABILITY,
     ProbabilityStream,
     RowStream,
+    WrittenClasses,
     box_shape,
     decide_resampled,
     to_file_values,
 )
 from ukbob_seg.inference.passes import AveragedPasses, Mirroring
+from ukbob_seg.inference.settings import PredictionSettings
 from ukbob_seg.inference.sliding_window import WindowSettings, iterate_slabs
+from ukbob_seg.inference.statistics import case_statistics
 from ukbob_seg.networks.compiled import maybe_compiled
 from ukbob_seg.preprocessing.preprocessor import CaseProperties, preprocess_image, preprocess_labels
 from ukbob_seg.preprocessing.storage import plane_writer
@@ -36,32 +39,6 @@ from ukbob_seg.training.left_right import label_swap, output_swap
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class PredictionSettings:
-    """How predictions are made.
-
-    Attributes:
-        step: distance of neighbouring windows as a share of the patch.
-        tta: average over flips along the axes that training mirrored.
-        etta: adapt to each case, or None.
-        window_batch: windows per forward pass.
-        compile: call the networks through ``torch.compile``; as they are, with a warning, where that fails. ETTA adapts
-            the networks as they are.
-    """
-
-    step: float = 0.5
-    tta: bool = False
-    etta: EttaConfig | None = None
-    window_batch: int = 1
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 < self.step <= 1:
-            raise ConfigError(f"--step-size must lie in (0, 1], got {self.step}")
-        if self.window_batch < 1:
-            raise ConfigError(f"--window-batch must be at least 1, got {self.window_batch}")
 
 
 @dataclass(frozen=True)
@@ -97,7 +74,8 @@ class Predictor:
         previous_stage: predictor whose label map is a further input, for the second stage of a cascade.
 
     Raises:
-        ConfigError: flips are asked of a model that was trained without any, or a first stage is lacking.
+        ConfigError: flips are asked of a model that was trained without any, classes that it does not have, or a first
+            stage is lacking.
     """
 
     def __init__(
@@ -112,6 +90,7 @@ class Predictor:
         self.device = device
         self.description = description
         self.spec = description.spec()
+        self.written = WrittenClasses.of(self.spec.labels, self.settings.classes)
         self.plans = description.parsed_plans()
         self.configuration = self.plans.configuration(description.configuration)
         self._networks = list(networks)
@@ -183,7 +162,8 @@ class Predictor:
         previous = None
         if stage is not None:
             beside = folder.resolve().with_name(f"{stage}__{first.network.replace(':', '.')}")
-            previous = cls.from_model_folder(beside, previous_folds, checkpoint, device, settings)
+            everything = None if settings is None else dataclasses.replace(settings, classes=None)
+            previous = cls.from_model_folder(beside, previous_folds, checkpoint, device, everything)
         return cls([network for network, _ in loaded], first, device, settings, previous)
 
     def predict_array(
@@ -216,17 +196,15 @@ class Predictor:
         with self._adapted_networks(tensor) as (networks, records):
             passes = AveragedPasses(networks, self._mirroring)
             decision = self._decide(passes, tensor, properties, probabilities, progress)
-        return Prediction(to_file_values(decision, properties, self.spec.labels), tuple(records), first)
+        labels = to_file_values(decision, properties, self.written.decision_values)
+        return Prediction(labels, tuple(records), first)
 
-    def predict_case(
-        self, images: Sequence[Path], output: Path, save_probabilities: bool = False, progress: Progress | None = None
-    ) -> Prediction:
-        """Segment the files of one case and write the label map at their geometry.
+    def predict_case(self, images: Sequence[Path], output: Path, progress: Progress | None = None) -> Prediction:
+        """Segment the files of one case and write the label map at their geometry, last of all files.
 
         Args:
             images: one file per channel.
-            output: label file; with ETTA its record goes beside it (``CASE_etta.json``).
-            save_probabilities: also write ``CASE_probabilities.b2nd``.
+            output: label file; beside it go ``CASE_etta.json`` with ETTA, and what the settings ask for.
             progress: called with (windows done, windows in all).
         """
         channels = len(self.spec.channel_names)
@@ -234,11 +212,20 @@ class Predictor:
             raise DatasetError(f"{images[0]}: {len(images)} channel files for a model of {channels} channels")
         image, geometry = read_image(images)
         stem = _stem(output, self.spec.file_ending)
-        path = output.with_name(f"{stem}_probabilities.b2nd") if save_probabilities else None
+        path = output.with_name(f"{stem}_probabilities.b2nd") if self.settings.save_probabilities else None
         prediction = self.predict_array(image, geometry, path, progress)
         if prediction.etta:
             write_json(output.with_name(f"{stem}_etta.json"), prediction.etta_record())
-        write_labels(prediction.labels, geometry, output)
+        if self.settings.statistics:
+            numbers = case_statistics(image, prediction.labels, geometry, self.written, self.spec.channel_names)
+            write_json(output.with_name(f"{stem}_statistics.json"), numbers)
+        if self.settings.preview:
+            from ukbob_seg.inference.preview import write_preview  # drawing takes a second to load
+
+            levels = self.plans.normalization[0].clip_range
+            title = f"{stem}_preview.png"
+            write_preview(output.with_name(title), stem, image[0], prediction.labels, geometry, self.written, levels)
+        write_labels(prediction.labels, geometry, output)  # the case is finished when it has this file
         return prediction
 
     def close(self) -> None:
@@ -288,7 +275,8 @@ class Predictor:
             for slab in iterate_slabs(passes, image, self._windows, progress):
                 logits, planes = rows.push(slab)
                 # On the device they stay there: only the decision comes back.
-                result[planes.start : planes.stop] = decide_resampled(logits, properties, regions, planes)
+                deciding = self.written.deciding(logits)
+                result[planes.start : planes.stop] = decide_resampled(deciding, properties, regions, planes)
                 if stream is not None:
                     stream.push(logits, planes)
         return result
