@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     from ukbob_seg.inference.etta import EttaConfig
     from ukbob_seg.inference.predict import model_folder, predict
     from ukbob_seg.inference.predictor import PredictionSettings, Predictor
+    from ukbob_seg.parallel import Part
 
     defaults = EttaConfig()
     etta = EttaConfig(
@@ -36,7 +37,14 @@ def main(argv: list[str] | None = None) -> None:
         etta=etta if arguments.etta else None,
         window_batch=arguments.window_batch,
         compile=arguments.compile,
+        classes=None if arguments.classes is None else tuple(arguments.classes),
+        save_probabilities=arguments.save_probabilities,
+        statistics=arguments.statistics,
+        preview=arguments.preview,
     )
+    part = None if arguments.part is None else Part.parse(arguments.part)
+    # All parts write the same file.
+    recorded = {key: str(value) for key, value in sorted(vars(arguments).items()) if key != "part"}
     folder = arguments.model or model_folder(
         roots.results, arguments.dataset, arguments.configuration, arguments.network
     )
@@ -47,10 +55,11 @@ def main(argv: list[str] | None = None) -> None:
             arguments.input,
             arguments.output,
             resume=arguments.resume,
-            save_probabilities=arguments.save_probabilities,
-            arguments={key: str(value) for key, value in sorted(vars(arguments).items())},
+            part=part,
+            arguments=recorded,
         )
-    print(f"{len(written)} cases -> {arguments.output}")
+    share = "" if part is None else f"part {part.number} of {part.total}: "
+    print(f"{share}{len(written)} cases -> {arguments.output}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
         "Segment images with a trained model; label maps are written at the geometry of the input files. With --etta "
         "the normalization layers adapt to each case first (entropy test-time adaptation).",
         "  ukbob_predict -i imagesTs -o predictions -d 4 -f 0 --etta\n"
-        "  ukbob_predict -i scan_0000.nii.gz -o scan_labels.nii.gz -m results/Dataset004_X/3d_fullres__swin_unetr",
+        "  ukbob_predict -i scan_0000.nii.gz -o scan_labels.nii.gz -m results/Dataset004_X/3d_fullres__swin_unetr\n"
+        "  ukbob_predict -i imagesTs -o predictions -d 4 --classes liver spleen --statistics --preview\n"
+        "  ukbob_predict -i imagesTs -o predictions -d 4 --part $SLURM_ARRAY_TASK_ID/16 --resume    # in a job array",
     )
     parser.add_argument("-i", "--input", type=Path, required=True, help="folder of CASE_0000.ext files, or one file")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder, or a label file for one input file")
@@ -85,6 +96,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--save-probabilities", action="store_true", help="also write CASE_probabilities.b2nd (float16)"
+    )
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="NAME",
+        help="write only these classes of dataset.json, with the values that they always have; the others become "
+        "background (default: all)",
+    )
+    parser.add_argument(
+        "--statistics",
+        action="store_true",
+        help="also write CASE_statistics.json: voxels, volume in ml, mean and sd of the intensity of each class",
+    )
+    parser.add_argument(
+        "--preview",
+        action="store_true",
+        help="also write CASE_preview.png: axial, coronal and sagittal slices with the outlines of the classes",
+    )
+    parser.add_argument(
+        "--part",
+        metavar="I/N",
+        help="only part I of N of the cases (I from 1), for job arrays; all parts may have the same output folder",
     )
     parser.add_argument("--resume", action="store_true", help="leave cases alone whose label file exists")
     add_roots(parser, "results")
