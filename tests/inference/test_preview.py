@@ -108,7 +108,8 @@ def test_outlines_have_the_colours_of_the_legend():
     assert [text.get_text() for text in legend.get_texts()] == ["head", "face"]
     colors = {line.get_color() for line in legend.get_lines()}
     assert len(colors) == 2
-    assert {line.get_color() for axis in figure.axes for line in axis.lines} == colors
+    drawn = {tuple(color[:3]) for axis in figure.axes for color in axis.collections[0].get_colors()}
+    assert drawn == colors
     texts = [text.get_text() for text in figure.texts]
     assert texts[:2] == ["a$b$", "20 x 60 x 90 voxels of 3 x 1 x 0.7 mm (z, y, x), 2 of 3 classes found"]
 
@@ -117,8 +118,8 @@ def test_an_outline_runs_around_its_class():
     labels = np.zeros((3, 6, 8), np.uint8)
     labels[1, 2:4, 3:7] = 2
     figure = preview_figure("case", np.ones(labels.shape, np.float32), labels, Geometry(labels.shape, SPACING), WRITTEN)
-    (line,) = figure.axes[0].lines  # the axial slice
-    x, y = line.get_data()
+    (path,) = figure.axes[0].collections[0].get_paths()  # the axial slice
+    x, y = path.vertices.T
     assert (np.nanmin(x), np.nanmax(x), np.nanmin(y), np.nanmax(y)) == (2.5, 6.5, 1.5, 3.5)
     assert np.isnan(x).sum() == 2 * (2 + 4)  # a gap behind each pixel edge
 

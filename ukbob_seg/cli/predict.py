@@ -94,31 +94,37 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile the network, for many cases; as it is where that fails"
     )
-    parser.add_argument(
-        "--save-probabilities", action="store_true", help="also write CASE_probabilities.b2nd (float16)"
-    )
-    parser.add_argument(
+    written = parser.add_argument_group("what is written, beside CASE.ext")
+    written.add_argument(
         "--classes",
         nargs="+",
         metavar="NAME",
-        help="write only these classes of dataset.json, with the values that they always have; the others become "
-        "background (default: all)",
+        help="only these classes of dataset.json, with the values that they always have; the others become background "
+        "(default: all)",
     )
-    parser.add_argument(
+    written.add_argument(
         "--statistics",
         action="store_true",
-        help="also write CASE_statistics.json: voxels, volume in ml, mean and sd of the intensity of each class",
+        help="also CASE_statistics.json: voxels, volume in ml, mean and sd of the image's intensity, of each class",
     )
-    parser.add_argument(
+    written.add_argument(
         "--preview",
         action="store_true",
-        help="also write CASE_preview.png: axial, coronal and sagittal slices with the outlines of the classes",
+        help="also CASE_preview.png: axial, coronal and sagittal slices with the outlines of the classes",
     )
-    parser.add_argument(
+    written.add_argument(
+        "--save-probabilities", action="store_true", help="also CASE_probabilities.b2nd (float16), of all classes"
+    )
+    cases = parser.add_argument_group("which cases")
+    cases.add_argument(
         "--part",
         metavar="I/N",
         help="only part I of N of the cases (I from 1), for job arrays; all parts may have the same output folder",
     )
-    parser.add_argument("--resume", action="store_true", help="leave cases alone whose label file exists")
+    cases.add_argument("--resume", action="store_true", help="leave cases alone whose label file exists")
     add_roots(parser, "results")
     return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(None))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
@@ -91,7 +92,9 @@ def preview_figure(
     """The montage: a row per direction, slices spread evenly over those with foreground; see ``write_preview``."""
     rows = _panels(image, labels, geometry)
     low, high = levels or grey_levels(np.concatenate([panel.pixels.ravel() for row in rows for panel in row]))
-    occurring = np.bincount(labels.ravel(), minlength=max(written.values) + 1) > 0
+    occurring = np.zeros(max(written.values) + 1, dtype=bool)
+    for plane in labels:  # one at a time: an index takes 8 bytes per voxel
+        occurring[plane] = True
     shown = [k for k, value in enumerate(written.values) if occurring[value]]
     colors = _colors(written, shown)
     legend = shown if len(shown) <= MOST_IN_LEGEND else []
@@ -201,18 +204,21 @@ def _draw(axis: Axes, panel: _Panel, levels: tuple[float, float], colors: Colors
     for value, color in colors.items():
         table[value] = (*color, _FILL_OF_FEW if few else _FILL_OF_MANY)
     axis.imshow(table[panel.labels], aspect="auto", interpolation="nearest")
+    outlines = {}
     for value, place in enumerate(find_objects(panel.labels), start=1):
         if place is None:
             continue
         segments = outline(panel.labels[place] == value)
         line = np.full((len(segments), 3, 2), np.nan)  # a gap after each segment
         line[:, :2] = segments + np.array([place[1].start, place[0].start])
-        axis.plot(*line.reshape(-1, 2).T, color=colors[value], linewidth=1.1 if few else 0.6)
+        outlines[value] = line.reshape(-1, 2)
+    edges = [colors[value] for value in outlines]
+    axis.add_collection(LineCollection(list(outlines.values()), colors=edges, linewidths=1.1 if few else 0.6))
     rows, columns = panel.labels.shape
     axis.set_xlim(-0.5, columns - 0.5)
     axis.set_ylim(rows - 0.5, -0.5)
     axis.set_axis_off()
-    axis.text(0.5, -0.02, panel.name, ha="center", va="top", fontsize=7, transform=axis.transAxes)
+    axis.annotate(panel.name, (0.5, 0), (0, -2), "axes fraction", "offset points", ha="center", va="top", fontsize=7)
     for letter, place, side in zip(letters, (0.02, 0.98), ("left", "right"), strict=False):
         text = axis.text(place, 0.5, letter, ha=side, va="center", fontsize=8, transform=axis.transAxes)
         text.set(color=_LETTER, path_effects=_EDGE)
