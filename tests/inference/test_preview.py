@@ -48,6 +48,9 @@ ORIENTATIONS = [
 def test_head_up_face_to_the_front_left_on_the_right(order, backwards):
     labels, geometry = _stored(_patient(), order, backwards)
     axial, coronal, sagittal = preview._panels(labels.astype(np.float32), labels, geometry)
+    assert axial[0].size_mm == pytest.approx((60, 63))  # posterior 60 x 1, left 90 x 0.7, superior 20 x 3 mm
+    assert coronal[0].size_mm == pytest.approx((60, 63))
+    assert sagittal[0].size_mm == pytest.approx((60, 60))
     everything = [np.maximum.reduce([panel.labels for panel in row]) for row in (axial, coronal, sagittal)]
 
     def centre(row, value):
