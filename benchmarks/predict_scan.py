@@ -67,7 +67,7 @@ def whole(predictor: Predictor, network: nn.Module, image: np.ndarray, geometry:
     """The same with the logits of all classes at the network's resolution."""
     array, properties = preprocess_image(image, geometry, predictor.plans, predictor.configuration)
     logits = predict_logits(AveragedPasses([network]), torch.from_numpy(array), predictor._windows)
-    return to_file_values(decide_resampled(logits, properties, False), properties, predictor.spec.labels)
+    return to_file_values(decide_resampled(logits, properties, False), properties, predictor.spec.labels.output_values)
 
 
 def alone(options: argparse.Namespace) -> None:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import colorsys
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_rgb
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ANISOTROPIC = 2.0  # coarsest over finest spacing from which slices are looked at as they were acquired
+FEW_CLASSES = 10  # that have outlines and well-known colours of their own
+# matplotlib's ten, but for their grey, which a grey picture hides; then ten that differ from them on grey, too.
+_TWENTY = (
+    *(to_rgb(colormaps["tab10"](k) if k != 7 else "#8ee000") for k in range(10)),
+    *map(to_rgb, ("#ffe119", "#4340ff", "#f032e6", "#aaffc3", "#800000", "#e6beff", "#008068", "#ffb39e", "#6a00a8")),
+    to_rgb("#b4e8ff"),
+)
 
 
 def outline(labels: np.ndarray) -> np.ndarray:
@@ -50,6 +60,21 @@ def fullest_slice(mask: np.ndarray, spacing_mm: np.ndarray) -> tuple[int, int]:
 def slice_name(normal: int, index: int) -> str:
     """Such as ``z = 12``."""
     return f"{'zyx'[normal]} = {index}"
+
+
+def class_color(number: int, count: int) -> tuple[float, float, float]:
+    """RGB of class ``number`` (from 0) of ``count``; beyond the classes, as the ignore label is, grey."""
+    if number >= count:
+        return to_rgb("#8c8c8c")
+    if count <= len(_TWENTY):
+        return _TWENTY[number]
+    return colorsys.hsv_to_rgb((number * 0.6180339887) % 1, 0.55 + 0.4 * (number % 3) / 2, 1 - 0.25 * (number % 2))
+
+
+def grey_levels(pixels: np.ndarray) -> tuple[float, float]:
+    """What is drawn black and white: the 0.5 and 99.5 percentiles, never equal."""
+    low, high = np.percentile(pixels, (0.5, 99.5))
+    return float(low), max(float(high), float(low) + 1e-6)
 
 
 def shorten(text: str, most: int) -> str:

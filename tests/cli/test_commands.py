@@ -88,6 +88,37 @@ def test_the_whole_chain(run, make_dataset, tmp_path):
     assert (tmp_path / "one.nii.gz").is_file()
 
 
+def test_parts_classes_statistics_and_previews(run, make_dataset, tmp_path):
+    folder = make_dataset(cases=5, test_cases=3, shape=(24, 28, 20), spacing_mm=(3.0, 1.0, 0.7))
+    assert run(plan_and_preprocess, "-d", 7, *PLAN)[0] == 0
+    assert run(train, 7, 0, *TRAIN)[0] == 0
+    call = ["-i", folder / "imagesTs", "-d", 7, "--device", "cpu", "--step-size", 1]
+    extras = ["--classes", "second", "--statistics", "--preview"]
+    kept = []
+    for part, count in (("1/2", 2), ("2/2", 1)):
+        code, out, err = run(predict, *call, "-o", tmp_path / "out", *extras, "--part", part)
+        assert code == 0, err
+        assert out.startswith(f"part {part[0]} of 2: {count} cases -> ")
+        kept.append((tmp_path / "out" / "predict_args.json").read_bytes())
+    assert kept[0] == kept[1]
+    assert run(predict, *call, "-o", tmp_path / "whole")[0] == 0
+    for number in (5, 6, 7):
+        name = f"blob_{number:03d}"
+        labels, _ = read_labels(tmp_path / "out" / f"{name}.nii.gz")
+        everything, _ = read_labels(tmp_path / "whole" / f"{name}.nii.gz")
+        assert np.array_equal(labels, np.where(everything == 2, 2, 0))
+        found = json.loads((tmp_path / "out" / f"{name}_statistics.json").read_text())["classes"]
+        assert found["second"]["voxels"] == (labels == 2).sum()
+        assert (tmp_path / "out" / f"{name}_preview.png").read_bytes().startswith(b"\x89PNG")
+    assert not list((tmp_path / "whole").glob("*_statistics.json"))
+    assert run(evaluate, tmp_path / "out", folder / "labelsTs")[0] == 0
+    refused = run(predict, *call, "-o", tmp_path / "no", "--classes", "liver", "second")
+    assert "--classes: no class 'liver'; choose from first, second" in _error(refused)
+    assert "the first is 1/2, the last 2/2" in _error(run(predict, *call, "-o", tmp_path / "no", "--part", "3/2"))
+    assert "--part must look like 2/8" in _error(run(predict, *call, "-o", tmp_path / "no", "--part", "3"))
+    assert not (tmp_path / "no").exists()
+
+
 def test_the_steps_one_by_one(run, make_dataset, tmp_path):
     make_dataset(cases=2)
     assert "no preprocessed" not in run(extract_fingerprint, "-d", 7)[1]
@@ -328,6 +359,19 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
         fill_the_disk()
     assert (tmp_path / "a.txt").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_writers_of_the_same_file_do_not_meet(tmp_path):
+    """Processes of containers may have the same number: both finish, and the last one's content stays."""
+    from ukbob_seg.files import atomic_path
+
+    with atomic_path(tmp_path / "a.txt") as first:
+        with atomic_path(tmp_path / "a.txt") as second:
+            first.write_text("first")
+            second.write_text("second")
+        assert (tmp_path / "a.txt").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "first"
 
 
 def test_parts_of_the_fingerprint_and_kept_plans(make_dataset, tmp_path, capsys):

@@ -92,6 +92,25 @@ def test_both_ways_to_average(run, models, tmp_path):
     assert [model["model"] for model in record["models"]] == [str(model) for model in models]
 
 
+def test_several_models_write_some_classes_and_more_of_a_part(run, models, tmp_path):
+    given = ["-i", tmp_path / "in", "--device", "cpu", "-m", models[0], "-m", models[1]]
+    assert run(predict, *given, "-o", tmp_path / "all")[0] == 0
+    extras = ["--classes", "high", "--statistics", "--preview", "--part", "2/2"]
+    code, out, err = run(predict, *given, "-o", tmp_path / "some", *extras)
+    assert code == 0, err
+    assert out == f"part 2 of 2: 1 cases -> {tmp_path / 'some'}\n"
+    assert sorted(path.name for path in (tmp_path / "some").iterdir()) == [
+        "c1.nii.gz", "c1_preview.png", "c1_statistics.json", "dataset.json", "plans.json", "predict_args.json",
+    ]  # fmt: skip
+    everything, high = (read_labels(tmp_path / name / "c1.nii.gz")[0] for name in ("all", "some"))
+    assert np.array_equal(high, np.where(everything == 7, 7, 0))
+    statistics = json.loads((tmp_path / "some" / "c1_statistics.json").read_text())["classes"]
+    assert {name: entry["voxels"] for name, entry in statistics.items()} == {"high": int((high == 7).sum())}
+    arguments = json.loads((tmp_path / "some" / "predict_args.json").read_text())
+    assert arguments["model"] == f"{models[0]}, {models[1]}"
+    assert "part" not in arguments
+
+
 def test_weights_parts_and_resuming(run, models, tmp_path):
     for name, model in zip("ab", models, strict=True):
         given = ["-i", tmp_path / "in", "-m", model, "-o", tmp_path / name, "--device", "cpu"]

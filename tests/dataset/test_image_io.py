@@ -55,6 +55,18 @@ def test_left_right_axis():
     assert Geometry((1, 1, 1), (1, 1, 1), (0, 0, 0), (half, -half, 0, half, half, 0, 0, 0, 1)).left_right_axis is None
 
 
+def test_patient_axes():
+    assert Geometry((1, 1, 1), (1, 1, 1)).patient_axes == ((0, False), (1, False), (2, False))
+    ras = (-1.0, 0, 0, 0, -1, 0, 0, 0, 1)
+    assert Geometry((1, 1, 1), (1, 1, 1), (0, 0, 0), ras).patient_axes == ((0, False), (1, True), (2, True))
+    # x index runs to the back, y index down, z index to the left
+    sagittal = (0.0, 0, 1, 1, 0, 0, 0, -1, 0)
+    assert Geometry((1, 1, 1), (1, 1, 1), (0, 0, 0), sagittal).patient_axes == ((1, True), (2, False), (0, False))
+    c, s = math.cos(0.7), math.sin(0.7)
+    turned = (c, 0, s, 0, 1, 0, -s, 0, c)  # by 40 degrees about the front-back axis
+    assert Geometry((1, 1, 1), (1, 1, 1), (0, 0, 0), turned).patient_axes == ((0, False), (1, False), (2, False))
+
+
 def test_channels_on_different_grids(tmp_path):
     write_image(np.ones((4, 4, 4), np.float32), Geometry((4, 4, 4), (1, 1, 1)), tmp_path / "a_0000.nii.gz")
     write_image(np.ones((4, 4, 4), np.float32), Geometry((4, 4, 4), (1, 1, 2)), tmp_path / "a_0001.nii.gz")

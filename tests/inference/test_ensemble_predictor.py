@@ -155,11 +155,15 @@ def test_on_the_fly_equals_saved_probabilities_up_to_their_rounding(tmp_path, da
     the other of another: 0.9999 is stored as 1, and the tie goes to the lower class.
     """
     differing = voxels = 0
-    members = {"a": _member((3.0, 1.0, 0.7), (0,), dataset), "b": _member((1.1, 1.6, 1.2), (1,), dataset)}
+    saving = PredictionSettings(save_probabilities=True)
+    members = {
+        "a": _member((3.0, 1.0, 0.7), (0,), dataset, saving),
+        "b": _member((1.1, 1.6, 1.2), (1,), dataset, saving),
+    }
     for name, (image, spacing) in CASES.items():
         write_image(image[0], Geometry(image.shape[1:], spacing), tmp_path / f"in/{name}_0000.nii.gz")
     for name, member in members.items():
-        predict(member, tmp_path / "in", tmp_path / name, save_probabilities=True, quiet=True)
+        predict(member, tmp_path / "in", tmp_path / name, quiet=True)
     afterwards = ensemble([tmp_path / "a", tmp_path / "b"], tmp_path / "after", quiet=True)
     at_once = predict(EnsemblePredictor(members), tmp_path / "in", tmp_path / "once", quiet=True)
     assert [path.name for path in afterwards] == [path.name for path in at_once]
@@ -313,9 +317,10 @@ def test_model_folders_predict_a_folder_and_resume(tmp_path):
     folders = [_model_folder(tmp_path, "a", (3.0, 1.0, 0.7), 0), _model_folder(tmp_path, "b", (1.1, 1.6, 1.2), 1)]
     for name, (image, spacing) in CASES.items():
         write_image(image[0], Geometry(image.shape[1:], spacing), tmp_path / f"in/{name}_0000.nii.gz")
-    with load_predictor(folders) as predictor:
+    with load_predictor(folders, settings=PredictionSettings(save_probabilities=True)) as predictor:
         assert isinstance(predictor, EnsemblePredictor)
-        written = predict(predictor, tmp_path / "in", tmp_path / "out", save_probabilities=True, quiet=True)
+        written = predict(predictor, tmp_path / "in", tmp_path / "out", quiet=True)
+        assert len(list((tmp_path / "out").glob("*_probabilities.b2nd"))) == len(CASES)
         for path in written:
             image, spacing = CASES[path.name.removesuffix(".nii.gz")]
             geometry = Geometry(image.shape[1:], spacing)
@@ -335,7 +340,8 @@ def test_model_folders_predict_a_folder_and_resume(tmp_path):
 
 def test_an_interruption_leaves_no_incomplete_file(tmp_path):
     """One of the models fails in the middle of a case."""
-    members = {"a": _member((3.0, 1.0, 0.7)), "b": _member((1.1, 1.6, 1.2))}
+    saving = PredictionSettings(save_probabilities=True)
+    members = {"a": _member((3.0, 1.0, 0.7), settings=saving), "b": _member((1.1, 1.6, 1.2), settings=saving)}
     image, spacing = CASES["cropped"]
     write_image(image[0], Geometry(image.shape[1:], spacing), tmp_path / "in" / "c_0000.nii.gz")
     calls = itertools.count()
@@ -348,7 +354,7 @@ def test_an_interruption_leaves_no_incomplete_file(tmp_path):
 
     members["b"]._called = [Failing(1, 3).eval()]
     with EnsemblePredictor(members) as predictor, pytest.raises(KeyboardInterrupt):
-        predict(predictor, tmp_path / "in", tmp_path / "out", save_probabilities=True, quiet=True)
+        predict(predictor, tmp_path / "in", tmp_path / "out", quiet=True)
     assert next(calls) == 6
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "dataset.json", "plans.json", "predict_args.json",

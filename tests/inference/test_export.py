@@ -10,14 +10,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ukbob_seg.dataset.image_io import Geometry
-from ukbob_seg.errors import UkbobError
+from ukbob_seg.dataset.labels import LabelScheme
+from ukbob_seg.errors import ConfigError, UkbobError
 from ukbob_seg.inference.export import (
     PROBABILITY,
     ProbabilityStream,
     RowStream,
+    WrittenClasses,
     box_shape,
     decide_resampled,
     probability_planes,
+    to_file_values,
 )
 from ukbob_seg.inference.passes import AveragedPasses, Mirroring
 from ukbob_seg.inference.sliding_window import Slab, WindowSettings, gaussian_weights, iterate_slabs
@@ -175,3 +178,51 @@ def test_a_case_in_slabs_equals_a_case_as_a_whole(shape, box, coarse_axis, regio
     whole = _whole_volume(passes, image, windows)
     assert np.array_equal(found, decide_resampled(whole, properties, regions))
     assert len(np.unique(found)) > 2
+
+
+REGIONS = LabelScheme.from_json({"background": 0, "whole": [2, 4, 9], "core": [4, 9], "active": [9]}, [2, 4, 9])
+CLASSES = LabelScheme.from_json({"background": 0, "spleen": 300, "liver": 7}, None)
+
+
+@pytest.mark.parametrize("names", [n for k in (1, 2, 3) for n in itertools.combinations(REGIONS.names, k)])
+def test_a_kept_region_is_written_where_it_is_the_last_positive_of_the_kept(names):
+    logits = torch.randn(3, 9, 7, 5, generator=torch.Generator().manual_seed(1))
+    properties = _properties((9, 7, 5), (14, 7, 9), margin=(1, 2, 0), coarse_axis=0)
+    written = WrittenClasses.of(REGIONS, names[::-1])  # in whatever order they are asked for
+    decision = decide_resampled(written.deciding(logits), properties, True)
+    found = to_file_values(decision, properties, written.decision_values)
+    expected = np.zeros(properties.geometry.shape, np.uint8)
+    planes = resampling.resample_logits_planes(logits.numpy(), (14, 7, 9), resampling.PlaneRange(0, 14), 0)
+    for name, value, positive in zip(REGIONS.names, (2, 4, 9), planes > 0, strict=True):
+        if name in names:
+            expected[properties.box][positive] = value
+    assert np.array_equal(found, expected)
+    assert written.names == names
+
+
+def test_a_class_that_is_left_out_becomes_background():
+    logits = torch.randn(3, 9, 7, 5, generator=torch.Generator().manual_seed(1))
+    properties = _properties((9, 7, 5), (14, 7, 9), margin=(1, 2, 0))
+    everything = to_file_values(decide_resampled(logits, properties, False), properties, CLASSES.output_values)
+    for name, value in (("spleen", 300), ("liver", 7)):
+        written = WrittenClasses.of(CLASSES, [name])
+        decision = decide_resampled(written.deciding(logits), properties, False)
+        found = to_file_values(decision, properties, written.decision_values)
+        assert np.array_equal(found, np.where(everything == value, value, 0))
+        assert found.any()
+        assert (written.names, written.values) == ((name,), (value,))
+
+
+def test_values_that_belong_to_a_region():
+    assert WrittenClasses.of(REGIONS).members == ((2, 4, 9), (4, 9), (9,))
+    assert WrittenClasses.of(REGIONS, ["active", "whole"]).members == ((2, 9), (9,))
+    assert WrittenClasses.of(CLASSES).members == ((300,), (7,))
+
+
+def test_classes_that_are_not_there():
+    with pytest.raises(ConfigError, match=r"^--classes: no class 'kidney'; choose from spleen, liver$"):
+        WrittenClasses.of(CLASSES, ["liver", "kidney"])
+    with pytest.raises(ConfigError, match="no class 'background'; choose from whole, core, active"):
+        WrittenClasses.of(REGIONS, ["background"])
+    with pytest.raises(ConfigError, match="no class is given; choose from spleen, liver"):
+        WrittenClasses.of(CLASSES, [])

@@ -17,6 +17,7 @@ from ukbob_seg.inference.etta import EttaConfig
 from ukbob_seg.inference.predict import find_jobs, predict
 from ukbob_seg.inference.predictor import PredictionSettings, Predictor
 from ukbob_seg.networks import compiled
+from ukbob_seg.parallel import Part
 from ukbob_seg.preprocessing.normalization import ChannelNormalization
 from ukbob_seg.preprocessing.plans import ConfigurationPlan, NetworkPlan, Plans
 from ukbob_seg.preprocessing.storage import open_array
@@ -211,6 +212,25 @@ def test_logits_that_stay_on_the_device_give_the_same(tmp_path, monkeypatch, reg
     assert np.array_equal(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("tta", [False, True])
+def test_some_classes_only(monkeypatch, on_device, tta):
+    monkeypatch.setattr(export, "_on_device", lambda logits: on_device)
+    image, geometry = _blobs((22, 31, 27)), Geometry((22, 31, 27), (1.0, 1.0, 1.0))
+    truth = _truth(image)
+    exclusive, regions = {}, {"dataset": REGIONS, "networks": [Regions()]}
+    for given, name, expected in (
+        (exclusive, "low", np.where(truth == 2, 2, 0)),
+        (exclusive, "high", np.where(truth == 7, 7, 0)),
+        (regions, "whole", np.where(truth > 0, 2, 0)),  # the core, which is left out, is part of it
+        (regions, "core", np.where(truth == 7, 7, 0)),
+    ):
+        predictor = _predictor(PredictionSettings(classes=(name,), tta=tta), **given)
+        assert np.array_equal(predictor.predict_array(image, geometry).labels, expected)
+    with pytest.raises(ConfigError, match="no class 'liver'; choose from low, high"):
+        _predictor(PredictionSettings(classes=("liver",)))
+
+
 def _model_folder(tmp_path, folds=("0", "1")):
     import sys
 
@@ -248,6 +268,72 @@ def test_a_model_folder_predicts_a_folder_and_resumes(tmp_path):
         assert written[0].stat().st_mtime_ns == before
         predict(predictor, tmp_path / "in", tmp_path / "out", quiet=True)
         assert written[0].stat().st_mtime_ns > before
+
+
+SIDE_FILES = ("probabilities.b2nd", "preview.png", "statistics.json")
+EVERYTHING = PredictionSettings(save_probabilities=True, preview=True, statistics=True, step=1.0)
+
+
+def _images(folder, count, spacing=(3.0, 1.0, 0.7)):
+    for i in range(count):
+        write_image(_blobs((20, 20, 20), i)[0], Geometry((20, 20, 20), spacing), folder / f"c{i}_0000.nii.gz")
+
+
+def test_parts_share_the_cases_and_one_output_folder(tmp_path):
+    _images(tmp_path / "in", 5)
+    predictor = _predictor(PredictionSettings(step=1.0))
+    out, note = tmp_path / "out", {"folds": None}
+    expected = {1: ["c0", "c2", "c4"], 2: ["c1", "c3"]}
+    kept = None
+    for number in (2, 1):
+        written = predict(predictor, tmp_path / "in", out, part=Part(number, 2), arguments=note, quiet=True)
+        assert [path.name for path in written] == [f"{name}.nii.gz" for name in expected[number]]
+        model = {name: (out / name).read_bytes() for name in ("dataset.json", "plans.json", "predict_args.json")}
+        assert kept in (None, model)
+        kept = model
+    whole = predict(predictor, tmp_path / "in", tmp_path / "whole", arguments=note, quiet=True)
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in (tmp_path / "whole").iterdir())
+    for path in whole:
+        assert (out / path.name).read_bytes() == path.read_bytes()
+    (out / "c1.nii.gz").unlink()
+    (out / "c2.nii.gz").unlink()
+    predict(predictor, tmp_path / "in", out, part=Part(2, 2), resume=True, quiet=True)
+    assert (out / "c1.nii.gz").is_file()
+    assert not (out / "c2.nii.gz").exists()  # of the other part
+    assert predict(predictor, tmp_path / "in", out, part=Part(7, 9), quiet=True) == []  # more parts than cases
+
+
+@pytest.mark.parametrize("stopped_by", ["write_labels", "case_statistics"])
+def test_the_label_file_is_written_last_of_all(tmp_path, monkeypatch, stopped_by):
+    _images(tmp_path / "in", 1)
+    predictor, out = _predictor(EVERYTHING), tmp_path / "out"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"ukbob_seg.inference.case_predictor.{stopped_by}", stop)
+        with pytest.raises(KeyboardInterrupt):
+            predict(predictor, tmp_path / "in", out, quiet=True)
+    assert not (out / "c0.nii.gz").exists()
+    assert all((out / f"c0_{name}").is_file() for name in SIDE_FILES) == (stopped_by == "write_labels")
+    predict(predictor, tmp_path / "in", out, resume=True, quiet=True)
+    names = {"c0.nii.gz", *(f"c0_{name}" for name in SIDE_FILES), "dataset.json", "plans.json", "predict_args.json"}
+    assert {path.name for path in out.iterdir()} == names
+
+
+def test_statistics_are_those_of_the_written_labels_and_the_file(tmp_path):
+    _images(tmp_path / "in", 1)
+    settings = PredictionSettings(step=1.0, statistics=True, classes=("high",))
+    predict(_predictor(settings), tmp_path / "in", tmp_path / "out", quiet=True)
+    found = json.loads((tmp_path / "out" / "c0_statistics.json").read_text())
+    image, labels = _blobs((20, 20, 20), 0)[0], read_labels(tmp_path / "out" / "c0.nii.gz")[0]
+    assert found["spacing_mm"] == pytest.approx([3, 1, 0.7])
+    assert set(found["classes"]) == {"high"}
+    high = found["classes"]["high"]
+    assert high["voxels"] == (labels == 7).sum() > 0
+    assert high["volume_ml"] == pytest.approx(high["voxels"] * 2.1e-3)
+    assert high["mean"] == pytest.approx([image[labels == 7].mean()])
 
 
 def test_etta_leaves_a_record_and_any_order_gives_the_same(tmp_path):
@@ -294,6 +380,9 @@ def test_a_model_folders_postprocessing_is_done_unless_declined(tmp_path, caplog
     assert "stray pieces are removed of high (postprocessing.json)" in caplog.text
     with Predictor.from_model_folder(folder, settings=PredictionSettings(postprocessing=False)) as predictor:
         assert (predictor.predict_array(image, geometry).labels == 7).sum() == 6**3 + 2**3
+    for names, voxels in ((("high",), 6**3), (("low",), 0)):
+        with Predictor.from_model_folder(folder, settings=PredictionSettings(classes=names)) as predictor:
+            assert (predictor.predict_array(image, geometry).labels == 7).sum() == voxels
 
 
 def test_threads_may_share_a_predictor():

@@ -111,11 +111,14 @@ def test_a_cascade_from_first_stage_to_prediction(roots, tmp_path):
         train(7, 0, roots, more, dataclasses.replace(QUIET, resume=True), configuration="3d_cascade_fullres")
     image = roots.raw / "Dataset007_Blobs" / "imagesTr" / "blob_000_0000.nii.gz"
     for etta in (False, True):
-        settings = PredictionSettings(etta=EttaConfig(steps=1) if etta else None)
+        settings = PredictionSettings(etta=EttaConfig(steps=1) if etta else None, classes=("second",))
         with Predictor.from_model_folder(folder.parent, ["0"], settings=settings) as predictor:
             result = predictor.predict_case([image], tmp_path / "out.nii.gz")
             assert result.labels.shape == (12, 28, 20)
             assert result.previous_stage.labels.shape == (12, 28, 20)
+            assert predictor.written.names == ("second",)
+            assert set(np.unique(result.labels)) <= {0, 2}
+            assert predictor._previous_stage.written.names == ("first", "second")  # what the second stage has learnt on
     record = json.loads((tmp_path / "out_etta.json").read_text())
     assert len(record["folds"]) == 1
     assert len(record["previous_stage"]["folds"]) == 5  # every trained fold of the first stage

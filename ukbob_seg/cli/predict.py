@@ -25,7 +25,8 @@ def main(argv: list[str] | None = None) -> None:
     from ukbob_seg.inference.ensemble_predictor import load_predictor
     from ukbob_seg.inference.etta import EttaConfig
     from ukbob_seg.inference.predict import model_folder, predict
-    from ukbob_seg.inference.predictor import PredictionSettings
+    from ukbob_seg.inference.settings import PredictionSettings
+    from ukbob_seg.parallel import Part
 
     etta = EttaConfig.of_mode(
         arguments.etta_mode or "guarded", steps=arguments.etta_steps, learning_rate=arguments.etta_lr
@@ -38,11 +39,18 @@ def main(argv: list[str] | None = None) -> None:
         skip_empty=arguments.skip_empty,
         postprocessing=not arguments.no_postprocessing,
         compile=arguments.compile,
+        classes=None if arguments.classes is None else tuple(arguments.classes),
+        save_probabilities=arguments.save_probabilities,
+        statistics=arguments.statistics,
+        preview=arguments.preview,
     )
+    part = None if arguments.part is None else Part.parse(arguments.part)
     folders = arguments.model or [
         model_folder(roots.results, arguments.dataset, arguments.configuration, arguments.network)
     ]
     arguments.model = arguments.model and ", ".join(map(str, arguments.model))  # for predict_args.json
+    # All parts write the same file.
+    recorded = {key: str(value) for key, value in sorted(vars(arguments).items()) if key != "part"}
     device = choose_device(arguments.device)
     with load_predictor(folders, arguments.folds, arguments.checkpoint, device, settings) as predictor:
         written = predict(
@@ -50,10 +58,11 @@ def main(argv: list[str] | None = None) -> None:
             arguments.input,
             arguments.output,
             resume=arguments.resume,
-            save_probabilities=arguments.save_probabilities,
-            arguments={key: str(value) for key, value in sorted(vars(arguments).items())},
+            part=part,
+            arguments=recorded,
         )
-    print(f"{len(written)} cases -> {arguments.output}")
+    share = "" if part is None else f"part {part.number} of {part.total}: "
+    print(f"{share}{len(written)} cases -> {arguments.output}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         "  ukbob_predict -i imagesTs -o predictions -d 4 -f 0 --etta\n"
         "  ukbob_predict -i scan_0000.nii.gz -o scan_labels.nii.gz -m results/Dataset004_X/3d_fullres__swin_unetr\n"
         "  ukbob_predict -i imagesTs -o predictions -m results/Dataset004_X/3d_fullres__swin_unetr "
-        "-m results/Dataset004_X/2d__swin_unetr",
+        "-m results/Dataset004_X/2d__swin_unetr\n"
+        "  ukbob_predict -i imagesTs -o predictions -d 4 --classes liver spleen --statistics --preview\n"
+        "  ukbob_predict -i imagesTs -o predictions -d 4 --part $SLURM_ARRAY_TASK_ID/16 --resume    # in a job array",
     )
     parser.add_argument("-i", "--input", type=Path, required=True, help="folder of CASE_0000.ext files, or one file")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder, or a label file for one input file")
@@ -82,6 +93,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-f", "--folds", nargs="+", metavar="FOLD", help="folds to average (default: all trained)")
     parser.add_argument("--checkpoint", choices=("best", "final"), default="best", help="default: best")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    _add_ways(parser)
+    _add_outputs(parser)
+    add_roots(parser, "results")
+    return parser
+
+
+def _add_ways(parser: argparse.ArgumentParser) -> None:
+    """How cases are predicted."""
     parser.add_argument("--etta", action="store_true", help="adapt normalization layers to each case")
     parser.add_argument(
         "--etta-mode", metavar="MODE",
@@ -111,9 +130,39 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile the network, for many cases; as it is where that fails"
     )
-    parser.add_argument(
-        "--save-probabilities", action="store_true", help="also write CASE_probabilities.b2nd (float16)"
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    """What is written, of which cases."""
+    written = parser.add_argument_group("what is written, beside CASE.ext")
+    written.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="NAME",
+        help="only these classes of dataset.json, with the values that they always have; the others become background "
+        "(default: all)",
     )
-    parser.add_argument("--resume", action="store_true", help="leave cases alone whose label file exists")
-    add_roots(parser, "results")
-    return parser
+    written.add_argument(
+        "--statistics",
+        action="store_true",
+        help="also CASE_statistics.json: voxels, volume in ml, mean and sd of the image's intensity, of each class",
+    )
+    written.add_argument(
+        "--preview",
+        action="store_true",
+        help="also CASE_preview.png: axial, coronal and sagittal slices with the outlines of the classes",
+    )
+    written.add_argument(
+        "--save-probabilities", action="store_true", help="also CASE_probabilities.b2nd (float16), of all classes"
+    )
+    cases = parser.add_argument_group("which cases")
+    cases.add_argument(
+        "--part",
+        metavar="I/N",
+        help="only part I of N of the cases (I from 1), for job arrays; all parts may have the same output folder",
+    )
+    cases.add_argument("--resume", action="store_true", help="leave cases alone whose label file exists")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(None))

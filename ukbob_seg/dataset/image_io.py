@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,19 @@ class Geometry:
         to_left = np.abs(np.asarray(self.direction).reshape(3, 3)[0])
         axis = int(np.argmax(to_left))
         return 2 - axis if to_left[axis] > 0.8 else None
+
+    @property
+    def patient_axes(self) -> tuple[tuple[int, bool], tuple[int, bool], tuple[int, bool]]:
+        """For superior, posterior and left in turn: the array axis that runs most nearly there, and whether backwards.
+
+        Oblique axes are told apart by the assignment whose directions fit best together. An axial scan in LPS has
+        ``((0, False), (1, False), (2, False))``.
+        """
+        # Rows: superior, posterior, left; columns: z, y, x.
+        toward = np.asarray(self.direction).reshape(3, 3)[::-1, ::-1]
+        best = max(permutations(range(3)), key=lambda axes: float(np.abs(toward[range(3), list(axes)]).sum()))
+        superior, posterior, left = ((axis, bool(toward[row, axis] < 0)) for row, axis in enumerate(best))
+        return superior, posterior, left
 
 
 def _short(values: Sequence[float]) -> str:

@@ -14,6 +14,9 @@ from ukbob_seg.dataset.image_io import Geometry, read_image, write_labels
 from ukbob_seg.dataset.spec import DatasetSpec
 from ukbob_seg.errors import DatasetError
 from ukbob_seg.files import write_json
+from ukbob_seg.inference.export import WrittenClasses
+from ukbob_seg.inference.settings import PredictionSettings
+from ukbob_seg.inference.statistics import case_statistics
 from ukbob_seg.preprocessing.plans import Plans
 
 Progress = Callable[[int, int], None]
@@ -51,10 +54,14 @@ class CasePredictor(ABC):
     Attributes:
         spec: channels, labels and file ending.
         plans: of the model.
+        settings: how to predict, and what is written beside label maps.
+        written: classes that label maps show.
     """
 
     spec: DatasetSpec
     plans: Plans
+    settings: PredictionSettings
+    written: WrittenClasses
 
     @abstractmethod
     def predict_array(
@@ -80,15 +87,12 @@ class CasePredictor(ABC):
     def close(self) -> None:
         """Let go of the networks and their memory."""
 
-    def predict_case(
-        self, images: Sequence[Path], output: Path, save_probabilities: bool = False, progress: Progress | None = None
-    ) -> Prediction:
-        """Segment the files of one case and write the label map at their geometry.
+    def predict_case(self, images: Sequence[Path], output: Path, progress: Progress | None = None) -> Prediction:
+        """Segment the files of one case and write the label map at their geometry, last of all files.
 
         Args:
             images: one file per channel.
-            output: label file; with ETTA its record goes beside it (``CASE_etta.json``).
-            save_probabilities: also write ``CASE_probabilities.b2nd``.
+            output: label file; beside it go ``CASE_etta.json`` with ETTA, and what the settings ask for.
             progress: called with (windows done, windows in all).
         """
         channels = len(self.spec.channel_names)
@@ -96,11 +100,20 @@ class CasePredictor(ABC):
             raise DatasetError(f"{images[0]}: {len(images)} channel files for a model of {channels} channels")
         image, geometry = read_image(images)
         stem = _stem(output, self.spec.file_ending)
-        path = output.with_name(f"{stem}{PROBABILITIES}") if save_probabilities else None
+        path = output.with_name(f"{stem}{PROBABILITIES}") if self.settings.save_probabilities else None
         prediction = self.predict_array(image, geometry, path, progress)
         if prediction.etta:
             write_json(output.with_name(f"{stem}_etta.json"), prediction.etta_record())
-        write_labels(prediction.labels, geometry, output)
+        if self.settings.statistics:
+            numbers = case_statistics(image, prediction.labels, geometry, self.written, self.spec.channel_names)
+            write_json(output.with_name(f"{stem}_statistics.json"), numbers)
+        if self.settings.preview:
+            from ukbob_seg.inference.preview import write_preview  # drawing takes a second to load
+
+            levels = self.plans.normalization[0].clip_range
+            title = f"{stem}_preview.png"
+            write_preview(output.with_name(title), stem, image[0], prediction.labels, geometry, self.written, levels)
+        write_labels(prediction.labels, geometry, output)  # the case is finished when it has this file
         return prediction
 
     def __enter__(self) -> Self:

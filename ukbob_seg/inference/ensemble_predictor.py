@@ -27,7 +27,8 @@ from ukbob_seg.inference.export import (
     probability_stream,
     to_file_values,
 )
-from ukbob_seg.inference.predictor import CaseStream, PredictionSettings, Predictor
+from ukbob_seg.inference.predictor import CaseStream, Predictor
+from ukbob_seg.inference.settings import PredictionSettings
 
 
 class EnsemblePrediction(Prediction):
@@ -41,8 +42,9 @@ class EnsemblePrediction(Prediction):
 class EnsemblePredictor(CasePredictor):
     """Models of the same channels and labels, whose probabilities are averaged.
 
-    With ETTA each model adapts to the case by itself. ``spec`` and ``plans`` are those of the first model; label maps
-    are not postprocessed, as what helps was judged on each model alone. Threads may share an ensemble.
+    With ETTA each model adapts to the case by itself. ``spec``, ``plans``, ``settings`` and ``written`` are those of
+    the first model; probabilities of all classes are averaged, whatever is written. Label maps are not postprocessed,
+    as what helps was judged on each model alone. Threads may share an ensemble.
 
     Args:
         members: by name, for messages and records.
@@ -63,6 +65,7 @@ class EnsemblePredictor(CasePredictor):
         for name, other in others:
             _check_same(first, other, (first_name, name))
         self.spec, self.plans = first.spec, first.plans
+        self.settings, self.written = first.settings, first.written
 
     @classmethod
     def from_model_folders(
@@ -83,7 +86,7 @@ class EnsemblePredictor(CasePredictor):
             settings: how to predict, with every model.
 
         Raises:
-            ConfigError: a folder is given twice.
+            ConfigError: a folder is given twice, or classes that the models do not have.
             CheckpointError: as ``Predictor.from_model_folder``, or models of other channels or labels.
         """
         places = [Path(folder).resolve() for folder in folders]
@@ -123,7 +126,7 @@ class EnsemblePredictor(CasePredictor):
             for blocks in zip(*streams, strict=True):
                 total = _sum(blocks)
                 stop = start + total.shape[1]
-                found = decide_probabilities(total, count / 2 if scheme.has_regions else None)
+                found = decide_probabilities(self.written.deciding(total), count / 2 if scheme.has_regions else None)
                 decision[start:stop] = found.cpu().numpy()
                 if stream is not None:
                     stream.append(total / count)
@@ -131,7 +134,8 @@ class EnsemblePredictor(CasePredictor):
         records = [
             {"model": name, **fold_records(case.etta, case.previous_stage)} for name, case in cases.items() if case.etta
         ]
-        return EnsemblePrediction(to_file_values(decision, properties, scheme), tuple(records))
+        labels = to_file_values(decision, properties, self.written.decision_values)
+        return EnsemblePrediction(labels, tuple(records))
 
     def close(self) -> None:
         """Let go of all networks and their memory."""

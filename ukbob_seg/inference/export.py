@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ukbob_seg.dataset.labels import LabelScheme
+from ukbob_seg.errors import ConfigError
 from ukbob_seg.inference.sliding_window import Slab
 from ukbob_seg.preprocessing import resampling, resampling_torch
 from ukbob_seg.preprocessing.preprocessor import CaseProperties
@@ -21,6 +23,58 @@ from ukbob_seg.preprocessing.storage import PlaneWriter, plane_writer
 PLANES_AT_ONCE = 8
 PROBABILITY = np.dtype(np.float16)
 Logits = np.ndarray | Tensor
+
+
+@dataclass(frozen=True)
+class WrittenClasses:
+    """Which classes or regions of dataset.json label maps show; the others become background.
+
+    Exclusive classes compete as always, and a voxel that a left-out class wins is background: dropping the class before
+    would give its voxels to the next best one. Regions do not compete, so left-out ones take no part in the decision:
+    each voxel has the value of the last positive one among the kept.
+
+    Attributes:
+        names: in the order of dataset.json.
+        values: the file value of each name.
+        members: the file values in a written map that belong to each name; several for a region that others overwrite.
+        regions: outputs that decide, for region models; None for exclusive classes, where all do.
+        decision_values: (decisions,) file value of each decision, 0 first.
+    """
+
+    names: tuple[str, ...]
+    values: tuple[int, ...]
+    members: tuple[tuple[int, ...], ...]
+    regions: tuple[int, ...] | None
+    decision_values: np.ndarray
+
+    @classmethod
+    def of(cls, scheme: LabelScheme, names: Sequence[str] | None = None) -> WrittenClasses:
+        """Those named, or all.
+
+        Raises:
+            ConfigError: a name that dataset.json does not have, or none at all.
+        """
+        wanted = scheme.names if names is None else tuple(names)
+        unknown = [name for name in wanted if name not in scheme.names]
+        if unknown or not wanted:
+            raise ConfigError(
+                f"--classes: {f'no class {unknown[0]!r}' if unknown else 'no class is given'}; choose from "
+                + ", ".join(scheme.names)
+            )
+        kept = [k for k, name in enumerate(scheme.names) if name in wanted]
+        written = scheme.region_values or tuple(group[0] for group in scheme.members)
+        values = tuple(written[k] for k in kept)
+        members = tuple(
+            tuple(sorted({value for value in (written[k], *scheme.members[k]) if value in values})) for k in kept
+        )
+        shown, every = tuple(scheme.names[k] for k in kept), scheme.output_values
+        if scheme.has_regions:
+            return cls(shown, values, members, tuple(kept), every[[0, *(k + 1 for k in kept)]])
+        return cls(shown, values, members, None, every * np.isin(every, values))
+
+    def deciding(self, outputs: Tensor) -> Tensor:
+        """Those of all outputs (K, ...), logits or probabilities, that take part in the decision."""
+        return outputs if self.regions is None or len(self.regions) == len(outputs) else outputs[list(self.regions)]
 
 
 class RowStream:
@@ -77,19 +131,19 @@ def decide_resampled(
     return on_host(np.asarray(logits), shape, axis, planes)
 
 
-def to_file_values(decision: np.ndarray, properties: CaseProperties, scheme: LabelScheme) -> np.ndarray:
+def to_file_values(decision: np.ndarray, properties: CaseProperties, decision_values: np.ndarray) -> np.ndarray:
     """Put a decision for the kept box back into the whole file's grid, as the user's label values.
 
     Args:
         decision: (Z, Y, X) of the box, at the file's resolution.
         properties: where the box lies.
-        scheme: which value stands for which decision.
+        decision_values: (decisions,) the file value that each decision stands for.
 
     Returns:
         (Z, Y, X) uint8 or uint16 of the file's shape, 0 outside the box.
     """
-    values = np.zeros(properties.geometry.shape, dtype=scheme.output_values.dtype)
-    values[properties.box] = scheme.output_values[decision]
+    values = np.zeros(properties.geometry.shape, dtype=decision_values.dtype)
+    values[properties.box] = decision_values[decision]
     return values
 
 

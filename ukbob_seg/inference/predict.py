@@ -12,6 +12,7 @@ from ukbob_seg.dataset.spec import DatasetSpec, group_channels
 from ukbob_seg.errors import ConfigError, DatasetError, listing
 from ukbob_seg.files import ensure_writable, write_json
 from ukbob_seg.inference.case_predictor import CasePredictor
+from ukbob_seg.parallel import Cluster, Part
 
 LABEL_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
 
@@ -77,23 +78,23 @@ def predict(
     source: Path,
     output: Path,
     resume: bool = False,
-    save_probabilities: bool = False,
+    part: Part | None = None,
     arguments: dict[str, Any] | None = None,
     quiet: bool = False,
 ) -> list[Path]:
     """Predict every case of a folder, or one file.
 
     Args:
-        predictor: loaded model, or several.
+        predictor: loaded model, or several; its settings say which classes are written, and what beside the label maps.
         source: see ``find_jobs``.
         output: see ``find_jobs``; gets dataset.json, plans.json and predict_args.json as well when it is a folder.
         resume: leave cases alone whose label file exists (files are complete once they have their name).
-        save_probabilities: also write class probabilities.
-        arguments: recorded in predict_args.json.
+        part: only these of the cases, sorted by name; parts may run at once, into the same output folder.
+        arguments: recorded in predict_args.json; the same for all parts, or the last one's remain.
         quiet: no progress bar.
 
     Returns:
-        The label files of all cases.
+        The label files of all cases of the part.
 
     Raises:
         DatasetError: a case cannot be read; finished ones are kept.
@@ -113,6 +114,7 @@ def predict(
         write_json(folder / "dataset.json", predictor.spec.content)
         write_json(folder / "plans.json", predictor.plans.to_json())
         write_json(folder / "predict_args.json", arguments or {})
+    jobs = Cluster(part=part).share(jobs)
     todo = [job for job in jobs if not (resume and job.output.is_file())]
     with tqdm(total=len(todo), desc="predicting", unit="case", disable=quiet) as bar:
         for job in todo:
@@ -120,7 +122,7 @@ def predict(
             def show(done: int, total: int, name: str = job.name) -> None:
                 bar.set_postfix_str(f"{name}: window {done}/{total}", refresh=total > 8)
 
-            predictor.predict_case(job.images, job.output, save_probabilities, show)
+            predictor.predict_case(job.images, job.output, show)
             bar.update()
     return [job.output for job in jobs]
 

@@ -19,9 +19,10 @@ from ukbob_seg.dataset.image_io import Geometry
 from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError, listing
 from ukbob_seg.filtering.body import body_mask
 from ukbob_seg.inference.case_predictor import CasePredictor, Prediction, Progress
-from ukbob_seg.inference.etta import EttaConfig, OutputMeaning, adapted
+from ukbob_seg.inference.etta import OutputMeaning, adapted
 from ukbob_seg.inference.export import (
     RowStream,
+    WrittenClasses,
     box_shape,
     decide_resampled,
     probability_planes,
@@ -30,6 +31,7 @@ from ukbob_seg.inference.export import (
 )
 from ukbob_seg.inference.passes import INTENSITY_CHANGES, AveragedPasses, Mirroring
 from ukbob_seg.inference.postprocessing import POSTPROCESSING, Postprocessing
+from ukbob_seg.inference.settings import PredictionSettings
 from ukbob_seg.inference.sliding_window import EmptySpace, Slab, WindowSettings, choose_accumulation, iterate_slabs
 from ukbob_seg.networks.compiled import maybe_compiled
 from ukbob_seg.preprocessing.preprocessor import CaseProperties, preprocess_image, preprocess_labels
@@ -38,36 +40,6 @@ from ukbob_seg.training.left_right import label_swap, output_swap
 
 log = logging.getLogger(__name__)
 SURE = 10.0  # logit of background where nothing was predicted
-
-
-@dataclass(frozen=True)
-class PredictionSettings:
-    """How predictions are made.
-
-    Attributes:
-        step: distance of neighbouring windows as a share of the patch.
-        tta: average over flips along the axes that training mirrored, if any, and small changes of intensity.
-        etta: adapt to each case, or None.
-        window_batch: windows per forward pass.
-        skip_empty: leave out windows outside of the body (``filtering/body.py``, of the first channel): background.
-        postprocessing: do what ``postprocessing.json`` of the model folder says, where there is one.
-        compile: call the networks through ``torch.compile``; as they are, with a warning, where that fails. ETTA adapts
-            the networks as they are.
-    """
-
-    step: float = 0.5
-    tta: bool = False
-    etta: EttaConfig | None = None
-    window_batch: int = 1
-    skip_empty: bool = False
-    postprocessing: bool = True
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 < self.step <= 1:
-            raise ConfigError(f"--step-size must lie in (0, 1], got {self.step}")
-        if self.window_batch < 1:
-            raise ConfigError(f"--window-batch must be at least 1, got {self.window_batch}")
 
 
 @dataclass(frozen=True)
@@ -101,7 +73,7 @@ class Predictor(CasePredictor):
         postprocessing: of its label maps, None for none.
 
     Raises:
-        ConfigError: a first stage is lacking.
+        ConfigError: classes that the model does not have, or a first stage is lacking.
     """
 
     def __init__(
@@ -118,6 +90,7 @@ class Predictor(CasePredictor):
         self.device = device
         self.description = description
         self.spec = description.spec()
+        self.written = WrittenClasses.of(self.spec.labels, self.settings.classes)
         self.plans = description.parsed_plans()
         self.configuration = self.plans.configuration(description.configuration)
         self._serving = threading.Lock()  # adaptation changes the networks for the time of a case
@@ -188,7 +161,7 @@ class Predictor(CasePredictor):
         previous = None
         if stage is not None:
             beside = folder.resolve().with_name(f"{stage}__{first.network.replace(':', '.')}")
-            plain = dataclasses.replace(settings or PredictionSettings(), postprocessing=False)
+            plain = dataclasses.replace(settings or PredictionSettings(), postprocessing=False, classes=None)
             previous = cls.from_model_folder(beside, previous_folds, checkpoint, device, plain)
         after = None
         if settings is None or settings.postprocessing:
@@ -207,7 +180,7 @@ class Predictor(CasePredictor):
         """Segment one image; see ``CasePredictor.predict_array``."""
         with self.stream(image, geometry, progress) as case:
             decision = self._decide(case, probabilities)
-        labels = to_file_values(decision, case.properties, self.spec.labels)
+        labels = to_file_values(decision, case.properties, self.written.decision_values)
         labels = self._postprocessing.apply(labels, self.spec.labels)
         return Prediction(labels, case.etta, case.previous_stage)
 
@@ -278,7 +251,8 @@ class Predictor(CasePredictor):
             for slab in case.slabs:
                 logits, planes = rows.push(slab)
                 # On the device they stay there: only the decision comes back.
-                result[planes.start : planes.stop] = decide_resampled(logits, properties, regions, planes)
+                deciding = self.written.deciding(logits)
+                result[planes.start : planes.stop] = decide_resampled(deciding, properties, regions, planes)
                 if stream is not None:
                     for values in probability_planes(logits, properties, self.description.head, planes):
                         stream.append(values)

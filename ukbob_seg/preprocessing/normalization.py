@@ -50,6 +50,11 @@ class ChannelNormalization:
         if self.clip_low is not None and self.clip_high is not None and not self.clip_low <= self.clip_high:
             raise ConfigError(f"clip_low must not exceed clip_high, got {self.clip_low} and {self.clip_high}")
 
+    @property
+    def clip_range(self) -> tuple[float, float] | None:
+        """Lower and upper clip, where there are both."""
+        return None if self.clip_low is None or self.clip_high is None else (self.clip_low, self.clip_high)
+
 
 def normalize(image: np.ndarray, schemes: Sequence[ChannelNormalization], mask: np.ndarray | None = None) -> np.ndarray:
     """Normalise every channel.

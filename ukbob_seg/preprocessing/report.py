@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ukbob_seg.dataset.spec import Case, DatasetSpec, find_cases
+from ukbob_seg.drawing import FEW_CLASSES
 from ukbob_seg.errors import listing
 from ukbob_seg.preprocessing.fingerprint import MAX_SAMPLES, Fingerprint
 from ukbob_seg.preprocessing.fingerprint_cases import STORE, CaseReading, load_readings
@@ -16,7 +17,6 @@ from ukbob_seg.preprocessing.plans import Plans
 from ukbob_seg.preprocessing.preprocessor import arrays_folder
 from ukbob_seg.preprocessing.records import record_path
 from ukbob_seg.preprocessing.report_figures import (
-    FEW_CLASSES,
     class_rows_figures,
     histogram_figure,
     patch_figure,

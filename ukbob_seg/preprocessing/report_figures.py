@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from ukbob_seg.drawing import hide_spines, outline, shorten_middle
+from ukbob_seg.drawing import FEW_CLASSES, class_color, hide_spines, outline, shorten_middle
 from ukbob_seg.preprocessing.fingerprint_cases import CaseFingerprint
 from ukbob_seg.preprocessing.normalization import ChannelNormalization
 from ukbob_seg.preprocessing.plans import ConfigurationPlan
 from ukbob_seg.preprocessing.report_numbers import ChannelHistogram
 
-FEW_CLASSES = 10
 _BEFORE, _AFTER, _MARK, _INK, _GREY = "#c3ccd6", "#3b6ea5", "#d62728", "#1d2733", "#dfe5eb"
 _PATCHES = ("#d62728", "#1f6feb", "#2ca02c", "#9467bd")
 _CLASSES_PER_FIGURE = 40
@@ -223,15 +219,6 @@ def slices_figure(views: Sequence[SliceView], normal: int, channels: Sequence[st
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
-
-
-def class_color(number: int, count: int) -> tuple[float, float, float]:
-    """RGB of class ``number`` (from 0) of ``count``; beyond the classes, as the ignore label is, grey."""
-    if number >= count:
-        return to_rgb("#8c8c8c")
-    if count <= FEW_CLASSES:
-        return to_rgb(colormaps["tab10"](number))
-    return colorsys.hsv_to_rgb((number * 0.6180339887) % 1, 0.55 + 0.4 * (number % 3) / 2, 1 - 0.25 * (number % 2))
 
 
 def _index_name(index: int, names: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from ukbob_seg.dataset.labels import LabelScheme
 from ukbob_seg.dataset.spec import Case, DatasetSpec
 from ukbob_seg.dataset.verify import LoadedCase, inspect_case
-from ukbob_seg.drawing import fullest_slice, slice_name
+from ukbob_seg.drawing import fullest_slice, grey_levels, slice_name
 from ukbob_seg.errors import DatasetError
 from ukbob_seg.files import read_json
 from ukbob_seg.preprocessing.fingerprint_cases import CaseFingerprint
@@ -96,10 +96,7 @@ def _shown_configurations(plans: Plans, folder: Path) -> list[str]:
 def _raw_view(loaded: LoadedCase, normal: int, index: int, schemes: Sequence[ChannelNormalization]) -> SliceView:
     pixels = loaded.image[:MAX_CHANNELS].take(index, normal + 1)
     step = np.delete(np.asarray(loaded.geometry.spacing_mm), normal)
-    windows = tuple(
-        _window(plane) if scheme.clip_low is None or scheme.clip_high is None else (scheme.clip_low, scheme.clip_high)
-        for plane, scheme in zip(pixels, schemes, strict=False)
-    )
+    windows = tuple(scheme.clip_range or grey_levels(plane) for plane, scheme in zip(pixels, schemes, strict=False))
     note = _describe(loaded.labels.shape, loaded.geometry.spacing_mm)
     labels = loaded.labels.take(index, normal)
     return SliceView("before", pixels, labels, (float(step[0]), float(step[1])), (0.0, 0.0), windows, note)
@@ -121,17 +118,12 @@ def _array_view(folder: Path, name: str, normal: int, index: int, spacing: np.nd
     cut[normal] = at
     pixels = np.stack([image[(channel, *cut)] for channel in range(min(MAX_CHANNELS, image.shape[0]))])
     (high, wide), (top, left) = np.delete(step, normal), np.delete(start * spacing, normal)
-    windows = tuple(_window(plane) for plane in pixels)
+    windows = tuple(grey_levels(plane) for plane in pixels)
     note = f"{_describe(tuple(shape), tuple(step))}, {slice_name(normal, at)}"
     return SliceView(
         f"after ({folder.name})", pixels, labels[tuple(cut)], (float(high), float(wide)), (float(top), float(left)),
         windows, note,
     )  # fmt: skip
-
-
-def _window(plane: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(plane, (0.5, 99.5))
-    return float(low), max(float(high), float(low) + 1e-6)
 
 
 def _describe(shape: Sequence[int], spacing_mm: Sequence[float]) -> str:

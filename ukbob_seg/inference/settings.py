@@ -1,0 +1,47 @@
+"""How predictions are made, and what is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ukbob_seg.errors import ConfigError
+from ukbob_seg.inference.etta_config import EttaConfig
+
+
+@dataclass(frozen=True)
+class PredictionSettings:
+    """How predictions are made, and what is written beside label maps.
+
+    Attributes:
+        step: distance of neighbouring windows as a share of the patch.
+        tta: average over flips along the axes that training mirrored, if any, and small changes of intensity.
+        etta: adapt to each case, or None.
+        window_batch: windows per forward pass.
+        skip_empty: leave out windows outside of the body (``filtering/body.py``, of the first channel): background.
+        postprocessing: do what ``postprocessing.json`` of the model folder says, where there is one.
+        compile: call the networks through ``torch.compile``; as they are, with a warning, where that fails. ETTA adapts
+            the networks as they are.
+        classes: names that label maps show, the others become background; None for all. A cascade's first stage always
+            has all.
+        save_probabilities: also write ``CASE_probabilities.b2nd``, of all classes.
+        statistics: also write ``CASE_statistics.json``.
+        preview: also write ``CASE_preview.png``.
+    """
+
+    step: float = 0.5
+    tta: bool = False
+    etta: EttaConfig | None = None
+    window_batch: int = 1
+    skip_empty: bool = False
+    postprocessing: bool = True
+    compile: bool = False
+    classes: tuple[str, ...] | None = None
+    save_probabilities: bool = False
+    statistics: bool = False
+    preview: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.step <= 1:
+            raise ConfigError(f"--step-size must lie in (0, 1], got {self.step}")
+        if self.window_batch < 1:
+            raise ConfigError(f"--window-batch must be at least 1, got {self.window_batch}")
