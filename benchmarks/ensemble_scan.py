@@ -34,18 +34,16 @@ STEPS = ("a", "b", "at once", "from files", "from files, saving")
 def work(options: argparse.Namespace) -> None:
     """Do one step in the common folder; print seconds and GiB."""
     folder, geometry = options.folder, Geometry(tuple(options.shape), (1.0, 1.0, 1.0))
-    members = {}
-    for seed, (name, spacing) in enumerate(SPACINGS.items()):
-        options.spacing = spacing
-        members[name] = make_predictor(options, seed)
-    image = np.random.default_rng(0).standard_normal((options.channels, *options.shape), dtype=np.float32)
-    if options.step.startswith("from"):
-        del image, members
-    else:
+    if not options.step.startswith("from"):
+        members = {}
+        for seed, (name, spacing) in enumerate(SPACINGS.items()):
+            options.spacing = spacing
+            members[name] = make_predictor(options, seed)
+        image = np.random.default_rng(0).standard_normal((options.channels, *options.shape), dtype=np.float32)
         with torch.no_grad():
             members["a"]._networks[0](torch.zeros(1, options.channels, *options.patch))
     start, before = time.perf_counter(), peak_gib()
-    if options.step in members:
+    if options.step in SPACINGS:
         target = folder / options.step
         labels = members[options.step].predict_array(image, geometry, target / "scan_probabilities.b2nd").labels
         write_labels(labels, geometry, target / "scan.nii.gz")
