@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from ukbob_seg.errors import ConfigError
-from ukbob_seg.inference.etta import EttaConfig, OutputMeaning, adapt, adapted, norm_layers, voxel_entropy
+from ukbob_seg.inference.etta import (
+    EttaConfig,
+    OutputMeaning,
+    adapt,
+    adapted,
+    choose_share,
+    norm_layers,
+    voxel_entropy,
+)
 from ukbob_seg.inference.sliding_window import WindowSettings
 
 WINDOWS = WindowSettings((8, 8, 8))
@@ -192,3 +200,21 @@ def test_unknown_modes_are_refused():
         EttaConfig.of_mode("plain")
     assert EttaConfig.of_mode("paper", steps=None, learning_rate=0.1).learning_rate == 0.1
     assert EttaConfig.of_mode("guarded") == EttaConfig()
+
+
+def test_distant_cases_take_more_of_their_own_statistics(image):
+    shares = [choose_share(distance) for distance in (0.0, 0.002, 0.004, 0.0045, 0.005, 1.0)]
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (0.75, 1.0)
+    network = _network(NORMS["batch"]())
+    network.train()
+    for _ in range(60):  # statistics of such images
+        network(image[None] + 0.01 * torch.randn(1, *image.shape))
+    network.eval()
+    _, near = adapt(network, image[:, :8, :8, :8], WINDOWS, SOFTMAX)
+    _, far = adapt(network, 5 * image[:, :8, :8, :8] + 3, WINDOWS, SOFTMAX)
+    assert near.statistics_distance < far.statistics_distance
+    assert far.statistics_share == 1.0
+    assert near.statistics_share == choose_share(near.statistics_distance)
+    _, instance = adapt(_network(NORMS["instance"]()), image, WINDOWS, SOFTMAX)
+    assert instance.statistics_distance is instance.statistics_share is None

@@ -53,9 +53,19 @@ def test_a_model_folder_says_which(tmp_path):
     assert (cleaned == 300).sum() == 3
     assert (cleaned == 3).sum() == 2  # no other class
     assert Postprocessing().apply(labels, SCHEME) is labels
-    for wrong in ({"largest_component": ["kidney"]}, {"largest_component": "aorta"}, [], {}):
+    for wrong in (
+        {"largest_component": ["kidney"]},
+        {"largest_component": ["background"]},
+        {"largest_component": "aorta"},
+        [],
+        {},
+    ):
         path.write_text(json.dumps(wrong))
         with pytest.raises(
             CheckpointError, match=r"of class names \(liver, spleen, aorta\); make it with ukbob_find_p"
         ):
             Postprocessing.of_model(tmp_path, SCHEME)
+    regions = LabelScheme.from_json({"background": 0, "whole": [1, 2], "core": [2]}, [1, 2])
+    path.write_text(json.dumps({"largest_component": ["core"]}))
+    with pytest.raises(CheckpointError, match=r"class names \(none: regions\)"):
+        Postprocessing.of_model(tmp_path, regions)

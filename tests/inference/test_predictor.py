@@ -1,7 +1,10 @@
 """Prediction end to end: geometry, folds, probabilities, resume, bad input; with networks that need no training."""
 
+import _thread
 import json
 import math
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,7 +15,7 @@ from torch import nn
 from ukbob_seg.dataset.image_io import Geometry, read_image, read_labels, write_image
 from ukbob_seg.dataset.spec import DatasetSpec
 from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError
-from ukbob_seg.inference import export
+from ukbob_seg.inference import case_predictor, export
 from ukbob_seg.inference.etta import EttaConfig
 from ukbob_seg.inference.predict import find_jobs, predict
 from ukbob_seg.inference.predictor import PredictionSettings, Predictor
@@ -334,6 +337,74 @@ def test_statistics_are_those_of_the_written_labels_and_the_file(tmp_path):
     assert high["voxels"] == (labels == 7).sum() > 0
     assert high["volume_ml"] == pytest.approx(high["voxels"] * 2.1e-3)
     assert high["mean"] == pytest.approx([image[labels == 7].mean()])
+
+
+def _many_cases(folder, count=4):
+    for number in range(count):
+        image = _blobs((16, 15, 14), number).astype(np.float32)
+        write_image(image[0], Geometry((16, 15, 14), (3.0, 1.0, 0.7)), folder / f"case_{number}_0000.nii.gz")
+
+
+def test_the_next_case_is_read_while_the_networks_work(tmp_path, monkeypatch):
+    """The first case waits inside the network until the second has been read; one at a time that would never happen."""
+    _many_cases(tmp_path / "in")
+    read, second_is_read, waited = [], threading.Event(), []
+
+    def noting(images):
+        read.append(images[0].name)
+        if len(read) == 2:
+            second_is_read.set()
+        return read_image(images)
+
+    class Waiting(Identity):
+        def forward(self, x):
+            if not waited:
+                waited.append(second_is_read.wait(20))
+            return super().forward(x)
+
+    monkeypatch.setattr(case_predictor, "read_image", noting)
+    predictor = _predictor(networks=[Waiting(1, 3).eval()])
+    written = predict(predictor, tmp_path / "in", tmp_path / "out", quiet=True)
+    assert waited == [True]
+    alone = _predictor(PredictionSettings(overlap=False))
+    expected = predict(alone, tmp_path / "in", tmp_path / "alone", quiet=True)
+    assert [path.name for path in written] == [path.name for path in expected]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(written, expected, strict=True))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_failing_case_ends_the_others_and_finished_ones_stay(tmp_path, overlap):
+    _many_cases(tmp_path / "in", 6)
+    (tmp_path / "in" / "case_2_0000.nii.gz").write_bytes(b"broken")
+    predictor = _predictor(PredictionSettings(overlap=overlap))
+    with pytest.raises(DatasetError, match="case_2_0000"):
+        predict(predictor, tmp_path / "in", tmp_path / "out", quiet=True)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "case_0.nii.gz" in names
+    assert "case_5.nii.gz" not in names
+    assert not any(name.startswith(".") for name in names)
+    _many_cases(tmp_path / "in", 3)
+    predict(predictor, tmp_path / "in", tmp_path / "out", resume=True, quiet=True)
+    assert sum(path.name.endswith(".nii.gz") for path in (tmp_path / "out").iterdir()) == 6
+
+
+def test_an_interrupt_ends_prediction_at_the_next_window(tmp_path, monkeypatch):
+    _many_cases(tmp_path / "in")
+    windows = []
+
+    class Endless(Identity):
+        def forward(self, x):
+            windows.append(1)
+            if len(windows) == 1:
+                _thread.interrupt_main()
+            time.sleep(0.2)
+            return super().forward(x)
+
+    predictor = _predictor(networks=[Endless(1, 3).eval()])
+    with pytest.raises(KeyboardInterrupt):
+        predict(predictor, tmp_path / "in", tmp_path / "out", quiet=True)
+    assert len(windows) < 8
+    assert not list((tmp_path / "out").glob("*.nii.gz"))
 
 
 def test_etta_leaves_a_record_and_any_order_gives_the_same(tmp_path):

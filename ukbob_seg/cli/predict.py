@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         window_batch=arguments.window_batch,
         skip_empty=arguments.skip_empty,
         postprocessing=not arguments.no_postprocessing,
+        overlap=not arguments.no_overlap,
         compile=arguments.compile,
         classes=None if arguments.classes is None else tuple(arguments.classes),
         save_probabilities=arguments.save_probabilities,
@@ -107,7 +108,7 @@ def _add_ways(parser: argparse.ArgumentParser) -> None:
         help="guarded (default: how far is decided per case, and undone where it fails) or paper (the plain recipe)",
     )  # fmt: skip
     parser.add_argument("--etta-steps", type=int, metavar="N", help="entropy steps at most (default: 5)")
-    parser.add_argument("--etta-lr", type=float, metavar="RATE", help="rate of the entropy steps (default: 4e-3)")
+    parser.add_argument("--etta-lr", type=float, metavar="RATE", help="rate of the entropy steps (default: 1e-3)")
     parser.add_argument(
         "--tta",
         action="store_true",
@@ -126,6 +127,10 @@ def _add_ways(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-postprocessing", action="store_true",
         help="keep stray pieces also where ukbob_find_postprocessing found that removing them helps",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-overlap", action="store_true",
+        help="do not read the next case while the network works on another: less memory, slower",
     )  # fmt: skip
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile the network, for many cases; as it is where that fails"

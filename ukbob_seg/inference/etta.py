@@ -25,7 +25,7 @@ from ukbob_seg.inference.sliding_window import WindowSettings
 
 __all__ = ["EttaConfig", "EttaRecord", "OutputMeaning", "adapt", "adapted", "norm_layers", "voxel_entropy"]
 
-LEAST_SHARE, FAR = 0.5, 1.0  # share of the case's statistics where they are near, distance at which it is 1
+LEAST_SHARE, FAR = 0.75, 0.005  # share of the case's statistics where they are near, distance at which it is 1
 NORM_LAYERS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 
 

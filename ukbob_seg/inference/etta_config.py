@@ -28,7 +28,7 @@ class EttaConfig:
 
     mode: str = "guarded"
     steps: int = 5
-    learning_rate: float = 4e-3
+    learning_rate: float = 1e-3
     max_patches: int = 2
     candidates: int = 6
     statistics_share: float | None = None

@@ -38,10 +38,11 @@ class Postprocessing:
             return cls()
         content = read_json(path, "postprocessing")
         names = content.get("largest_component") if isinstance(content, dict) else None
-        if not isinstance(names, list) or not set(names) <= set(scheme.output_names):
+        classes = () if scheme.has_regions else scheme.output_names[1:]
+        if not isinstance(names, list) or not set(names) <= set(classes):
             raise CheckpointError(
-                f"{path} must have a list 'largest_component' of class names ({', '.join(scheme.output_names[1:])}); "
-                "make it with ukbob_find_postprocessing, or remove it"
+                f"{path} must have a list 'largest_component' of class names "
+                f"({', '.join(classes) or 'none: regions'}); make it with ukbob_find_postprocessing, or remove it"
             )
         return cls(tuple(names))
 

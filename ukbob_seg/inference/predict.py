@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from ukbob_seg.files import ensure_writable, write_json
 from ukbob_seg.inference.case_predictor import CasePredictor
 from ukbob_seg.parallel import Cluster, Part
 
+CASES_AT_ONCE = 2  # one in the networks, one that is read or written
 LABEL_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
 
 
@@ -117,14 +121,38 @@ def predict(
     jobs = Cluster(part=part).share(jobs)
     todo = [job for job in jobs if not (resume and job.output.is_file())]
     with tqdm(total=len(todo), desc="predicting", unit="case", disable=quiet) as bar:
-        for job in todo:
-
-            def show(done: int, total: int, name: str = job.name) -> None:
-                bar.set_postfix_str(f"{name}: window {done}/{total}", refresh=total > 8)
-
-            predictor.predict_case(job.images, job.output, show)
-            bar.update()
+        _predict_jobs(predictor, todo, bar)
     return [job.output for job in jobs]
+
+
+class _AbandonedError(Exception):
+    """Another case failed, or the user interrupted: nobody waits for this one."""
+
+
+def _predict_jobs(predictor: CasePredictor, jobs: Sequence[PredictionJob], bar: tqdm) -> None:
+    """One case after the other through the networks; meanwhile the next is read, and the last one written."""
+    given_up = threading.Event()
+
+    def work(job: PredictionJob) -> None:
+        def show(done: int, total: int) -> None:
+            if given_up.is_set():
+                raise _AbandonedError
+            bar.set_postfix_str(f"{job.name}: window {done}/{total}", refresh=total > 8)
+
+        predictor.predict_case(job.images, job.output, show)
+
+    at_once = CASES_AT_ONCE if predictor.settings.overlap else 1
+    with ThreadPoolExecutor(min(at_once, max(1, len(jobs)))) as pool:
+        waiting = [pool.submit(work, job) for job in jobs]
+        try:
+            for finished in as_completed(waiting):
+                finished.result()
+                bar.update()
+        except BaseException:  # also an interrupt: the pool would go on with all that is left
+            given_up.set()
+            for case in waiting:
+                case.cancel()
+            raise
 
 
 def model_folder(results: Path, dataset: str, configuration: str, network: str | None = None) -> Path:

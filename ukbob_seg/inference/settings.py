@@ -21,6 +21,7 @@ class PredictionSettings:
         postprocessing: do what ``postprocessing.json`` of the model folder says, where there is one.
         compile: call the networks through ``torch.compile``; as they are, with a warning, where that fails. ETTA adapts
             the networks as they are.
+        overlap: read the next case and write the last one while the networks work on another; two are in memory then.
         classes: names that label maps show, the others become background; None for all. A cascade's first stage always
             has all.
         save_probabilities: also write ``CASE_probabilities.b2nd``, of all classes.
@@ -35,6 +36,7 @@ class PredictionSettings:
     skip_empty: bool = False
     postprocessing: bool = True
     compile: bool = False
+    overlap: bool = True
     classes: tuple[str, ...] | None = None
     save_probabilities: bool = False
     statistics: bool = False
