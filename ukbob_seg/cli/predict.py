@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         save_probabilities=arguments.save_probabilities,
         statistics=arguments.statistics,
         preview=arguments.preview,
+        save_entropy=arguments.save_entropy,
     )
     part = None if arguments.part is None else Part.parse(arguments.part)
     folders = arguments.model or [
@@ -160,6 +161,10 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
     written.add_argument(
         "--save-probabilities", action="store_true", help="also CASE_probabilities.b2nd (float16), of all classes"
     )
+    written.add_argument(
+        "--save-entropy", action="store_true",
+        help="also CASE_entropy: how uncertain the prediction of each voxel is, in nats (float32)",
+    )  # fmt: skip
     cases = parser.add_argument_group("which cases")
     cases.add_argument(
         "--part",

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ukbob_seg.dataset.image_io import Geometry, read_image, write_labels
+from ukbob_seg.dataset.image_io import Geometry, read_image, write_image, write_labels
 from ukbob_seg.dataset.spec import DatasetSpec
 from ukbob_seg.errors import DatasetError
 from ukbob_seg.files import write_json
@@ -31,11 +31,13 @@ class Prediction:
         labels: (Z, Y, X) label values of dataset.json on the input's grid.
         etta: one record per network, empty without adaptation.
         previous_stage: of a cascade, or None.
+        entropy: (Z, Y, X) float32 in nats, where the settings ask for it.
     """
 
     labels: np.ndarray
     etta: tuple[dict[str, Any], ...]
     previous_stage: Prediction | None = None
+    entropy: np.ndarray | None = None
 
     def etta_record(self) -> dict[str, Any]:
         """What adaptation did, as plain values, first stages included."""
@@ -104,6 +106,8 @@ class CasePredictor(ABC):
         prediction = self.predict_array(image, geometry, path, progress)
         if prediction.etta:
             write_json(output.with_name(f"{stem}_etta.json"), prediction.etta_record())
+        if prediction.entropy is not None:
+            write_image(prediction.entropy, geometry, output.with_name(f"{stem}_entropy{self.spec.file_ending}"))
         if self.settings.statistics:
             numbers = case_statistics(image, prediction.labels, geometry, self.written, self.spec.channel_names)
             write_json(output.with_name(f"{stem}_statistics.json"), numbers)

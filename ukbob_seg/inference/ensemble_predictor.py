@@ -18,6 +18,7 @@ from torch import Tensor
 from ukbob_seg.dataset.image_io import Geometry
 from ukbob_seg.errors import CheckpointError, ConfigError
 from ukbob_seg.inference.case_predictor import CasePredictor, Prediction, Progress, fold_records
+from ukbob_seg.inference.entropy_map import EntropyMap
 from ukbob_seg.inference.export import (
     PLANES_AT_ONCE,
     RowStream,
@@ -122,20 +123,24 @@ class EnsemblePredictor(CasePredictor):
             decision: np.ndarray = np.empty(box_shape(properties), dtype=np.uint16)
             streams = [in_blocks(_planes(self._members[name], case), PLANES_AT_ONCE) for name, case in cases.items()]
             stream = stack.enter_context(probability_stream(probabilities, properties, scheme))
+            heads = {member.description.head for member in self._members.values()}
+            head = "sigmoid" if "sigmoid" in heads else "softmax"
+            entropy = EntropyMap(properties, head) if self.settings.save_entropy else None
+            sinks = [sink for sink in (stream, entropy) if sink is not None]
             start = 0
             for blocks in zip(*streams, strict=True):
                 total = _sum(blocks)
                 stop = start + total.shape[1]
                 found = decide_probabilities(self.written.deciding(total), count / 2 if scheme.has_regions else None)
                 decision[start:stop] = found.cpu().numpy()
-                if stream is not None:
-                    stream.append(total / count)
+                for sink in sinks:
+                    sink.append(total / count)
                 start = stop
         records = [
             {"model": name, **fold_records(case.etta, case.previous_stage)} for name, case in cases.items() if case.etta
         ]
         labels = to_file_values(decision, properties, self.written.decision_values)
-        return EnsemblePrediction(labels, tuple(records))
+        return EnsemblePrediction(labels, tuple(records), entropy=None if entropy is None else entropy.values)
 
     def close(self) -> None:
         """Let go of all networks and their memory."""

@@ -19,6 +19,7 @@ from ukbob_seg.dataset.image_io import Geometry
 from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError, listing
 from ukbob_seg.filtering.body import body_mask
 from ukbob_seg.inference.case_predictor import CasePredictor, Prediction, Progress
+from ukbob_seg.inference.entropy_map import EntropyMap
 from ukbob_seg.inference.etta import OutputMeaning, adapted
 from ukbob_seg.inference.export import (
     RowStream,
@@ -161,7 +162,9 @@ class Predictor(CasePredictor):
         previous = None
         if stage is not None:
             beside = folder.resolve().with_name(f"{stage}__{first.network.replace(':', '.')}")
-            plain = dataclasses.replace(settings or PredictionSettings(), postprocessing=False, classes=None)
+            plain = dataclasses.replace(
+                settings or PredictionSettings(), postprocessing=False, classes=None, save_entropy=False
+            )
             previous = cls.from_model_folder(beside, previous_folds, checkpoint, device, plain)
         after = None
         if settings is None or settings.postprocessing:
@@ -179,10 +182,11 @@ class Predictor(CasePredictor):
     ) -> Prediction:
         """Segment one image; see ``CasePredictor.predict_array``."""
         with self.stream(image, geometry, progress) as case:
-            decision = self._decide(case, probabilities)
+            entropy = EntropyMap(case.properties, self.description.head) if self.settings.save_entropy else None
+            decision = self._decide(case, probabilities, entropy)
         labels = to_file_values(decision, case.properties, self.written.decision_values)
         labels = self._postprocessing.apply(labels, self.spec.labels)
-        return Prediction(labels, case.etta, case.previous_stage)
+        return Prediction(labels, case.etta, case.previous_stage, None if entropy is None else entropy.values)
 
     @contextmanager
     def stream(self, image: np.ndarray, geometry: Geometry, progress: Progress | None = None) -> Iterator[CaseStream]:
@@ -242,7 +246,7 @@ class Predictor(CasePredictor):
         empty = self._empty_space(image) if self.settings.skip_empty else None
         yield from iterate_slabs(passes, image, self._windows, progress, sums, empty)
 
-    def _decide(self, case: CaseStream, probabilities: Path | None) -> np.ndarray:
+    def _decide(self, case: CaseStream, probabilities: Path | None, entropy: EntropyMap | None) -> np.ndarray:
         """Decision for the kept box at the file's resolution; all classes are held for a few rows only."""
         regions, properties = self.spec.labels.has_regions, case.properties
         result: np.ndarray = np.empty(box_shape(properties), dtype=np.uint16)
@@ -253,9 +257,11 @@ class Predictor(CasePredictor):
                 # On the device they stay there: only the decision comes back.
                 deciding = self.written.deciding(logits)
                 result[planes.start : planes.stop] = decide_resampled(deciding, properties, regions, planes)
-                if stream is not None:
+                sinks = [sink for sink in (stream, entropy) if sink is not None]
+                if sinks:
                     for values in probability_planes(logits, properties, self.description.head, planes):
-                        stream.append(values)
+                        for sink in sinks:
+                            sink.append(values)
         return result
 
     def _empty_space(self, image: torch.Tensor) -> EmptySpace:

@@ -27,6 +27,7 @@ class PredictionSettings:
         save_probabilities: also write ``CASE_probabilities.b2nd``, of all classes.
         statistics: also write ``CASE_statistics.json``.
         preview: also write ``CASE_preview.png``.
+        save_entropy: also write the entropy of each voxel's prediction, ``CASE_entropy`` with the file's ending.
     """
 
     step: float = 0.5
@@ -41,6 +42,7 @@ class PredictionSettings:
     save_probabilities: bool = False
     statistics: bool = False
     preview: bool = False
+    save_entropy: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.step <= 1:
