@@ -1,8 +1,9 @@
 """Prediction end to end: geometry, folds, probabilities, resume, bad input; with networks that need no training."""
 
-import _thread
 import json
 import math
+import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -396,7 +397,7 @@ def test_an_interrupt_ends_prediction_at_the_next_window(tmp_path, monkeypatch):
         def forward(self, x):
             windows.append(1)
             if len(windows) == 1:
-                _thread.interrupt_main()
+                os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.2)
             return super().forward(x)
 
