@@ -135,18 +135,20 @@ def draw(means: pd.DataFrame, path: Path) -> None:
     kinds = list(means.index.unique("kind"))
     figure = Figure(figsize=(4.2 * len(kinds), 4.4))
     colours = dict(zip(means.columns, ("#8a939d", "#e3a857", "#7bb274", "#d1495b", "#1f6feb", "#123a7a"), strict=False))
-    for axis, kind in zip(np.atleast_1d(figure.subplots(1, len(kinds), sharey=True)), kinds, strict=True):
+    axes = np.atleast_1d(figure.subplots(1, len(kinds), sharey=True))
+    for axis, kind in zip(axes, kinds, strict=True):
         part = means.loc[kind].reindex(SHIFTS)
         for offset, method in enumerate(part.columns):
             places = np.arange(len(part)) + (offset - len(part.columns) / 2) * 0.13
             axis.plot(part[method], places, "o", ms=5, color=colours[method], label=method)
         axis.set_yticks(range(len(part)), part.index)
-        axis.invert_yaxis()
         axis.grid(alpha=0.25)
         axis.set_title(kind)
         axis.set_xlabel("mean Dice")
-    axis.legend(frameon=False, fontsize=8, loc="lower left")
-    figure.tight_layout()
+    axes[0].invert_yaxis()  # of all, which share it
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, ncol=len(names), frameon=False, loc="lower center")
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=110)
     print(f"-> {path}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -216,6 +217,15 @@ def test_paths_that_cannot_be_used(folders: tuple[Path, Path], tmp_path: Path) -
     with pytest.raises(UkbobError, match="cannot write"):
         evaluate(predictions, references, output=tmp_path / "file" / "scores")
     assert len(list(predictions.iterdir())) == 3
+
+
+def test_entropy_maps_beside_label_maps_are_no_predictions(folders: tuple[Path, Path]) -> None:
+    predictions, references = folders
+    first = sorted(predictions.iterdir())[0]
+    shutil.copy(first, first.with_name(first.name.replace(".nii.gz", "_entropy.nii.gz")))
+    assert evaluate(predictions, references).unmatched == ()
+    shutil.copy(first, predictions / "alone_entropy.nii.gz")  # a case of that name
+    assert evaluate(predictions, references).unmatched == ("alone_entropy",)
 
 
 def test_maps_without_any_foreground(folders: tuple[Path, Path]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ukbob_seg.cli import find_postprocessing as command
-from ukbob_seg.dataset.image_io import Geometry, write_image, write_labels
+from ukbob_seg.dataset.image_io import Geometry, read_labels, write_image, write_labels
 from ukbob_seg.errors import ConfigError, DatasetError
 from ukbob_seg.evaluation.postprocessing import find_postprocessing
 
@@ -63,6 +63,19 @@ def test_the_command_and_its_refusals(folders, tmp_path, capsys):
     (raw / "labelsTr" / "case_3.nii.gz").unlink()
     assert command.main(["-d", "3", *flags]) == 2
     assert "case_3" in capsys.readouterr().err
+
+
+def test_ignored_voxels_do_not_cut_organs_into_pieces(folders):
+    """Prediction knows no ignored voxels: there the organ is one part, and only the stray piece goes."""
+    raw, model = folders
+    (raw / "dataset.json").write_text(json.dumps({**DATASET, "labels": {**DATASET["labels"], "ignore": 9}}))
+    for path in (raw / "labelsTr").iterdir():
+        truth, _ = read_labels(path)
+        truth[4] = 9  # through the middle of 'one'
+        write_labels(truth, GEOMETRY, path)
+    found = find_postprocessing(model, raw, workers=1, quiet=True)
+    assert found.table.loc["one", "after"] == 1.0
+    assert found.table.loc["one", "kept"]
 
 
 def test_regions_stay_as_they_are(folders):

@@ -119,7 +119,7 @@ def test_resuming_leaves_finished_cases_alone(two, tmp_path):
     assert ensemble(two, out, resume=True, quiet=True) == [first, second]
     assert first.read_bytes() == b"a finished label map"
     assert second.read_bytes() == right
-    with pytest.raises(ConfigError, match=r"out holds an ensemble of other folders or weights; resume it with those"):
+    with pytest.raises(ConfigError, match=r"out holds an ensemble of other folders or weights; go on with those"):
         ensemble(two, out, (2, 1), resume=True, quiet=True)
     ensemble(two, out, quiet=True)
     assert read_labels(first)[0].max() == 300
@@ -156,6 +156,8 @@ def test_other_weights_remove_the_label_maps_of_the_first(two, tmp_path, monkeyp
 def test_parts_do_all_cases_once(two, tmp_path):
     parts = [ensemble(two, tmp_path / "out", part=Part(n, 3), quiet=True) for n in (1, 2, 3)]
     assert [[path.name for path in part] for part in parts] == [["c0.nii.gz"], ["c1.nii.gz"], []]
+    with pytest.raises(ConfigError, match="other folders or weights"):  # the other parts' label maps would stay
+        ensemble(two, tmp_path / "out", weights=(1, 9), part=Part(1, 3), quiet=True)
 
 
 def test_folders_and_weights_that_do_not_fit(two, tmp_path):

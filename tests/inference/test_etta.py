@@ -191,7 +191,7 @@ def test_statistics_alone(image):
     assert torch.equal(own[1].weight, network[1].weight)
     assert not torch.equal(own[1].running_mean, network[1].running_mean)
     _, none = adapt(_network(NORMS["instance"]()), image, WINDOWS, SOFTMAX, EttaConfig(steps=0))
-    assert none.decision == "unchanged: the entropy did not fall"
+    assert none.decision == "unchanged: no steps, and no statistics"
     assert none.voxels_changed == 0
 
 

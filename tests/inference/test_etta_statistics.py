@@ -43,6 +43,17 @@ def test_measuring_leaves_no_trace():
     torch.testing.assert_close(statistics.own[1][1], torch.stack([f.var((0, 2, 3, 4)) for f in second]).mean(0))
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm3d, nn.InstanceNorm3d])
+def test_every_layer_that_keeps_statistics_is_measured(norm):
+    layer = norm(2, track_running_stats=True).eval()
+    windows = [torch.randn(1, 2, 5, 6, 7) * 5 + 20 + 3 * number for number in range(3)]
+    _, statistics = _measured(layer, windows)
+    expected = torch.stack([window.mean((0, 2, 3, 4)) for window in windows]).mean(0)
+    torch.testing.assert_close(statistics.own[0][0], expected)
+    torch.testing.assert_close(statistics.own[0][1], torch.stack([w.var((0, 2, 3, 4)) for w in windows]).mean(0))
+    assert statistics.distance() > 1
+
+
 def test_restored_when_the_network_fails():
     network = _network()
     before = {name: value.clone() for name, value in network.state_dict().items()}

@@ -19,8 +19,8 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 MORE_MEMORY = (
-    "plan again with a smaller --memory-gb, lower --workers or --window-batch where they were given, or end what else "
-    "uses this memory"
+    "plan again with a smaller --memory-gb, lower --workers or --window-batch where they were given, predict with "
+    "--no-overlap, or end what else uses this memory"
 )
 
 

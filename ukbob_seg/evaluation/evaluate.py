@@ -186,7 +186,8 @@ def label_files(folder: Path) -> dict[str, Path]:
         other = found.setdefault(case_name(path), path)
         if other != path:
             raise DatasetError(f"case {case_name(path)}: both {other.name} and {path.name} in {folder}; keep one")
-    return found
+    # What ukbob_predict --save-entropy writes beside a label map is none.
+    return {name: path for name, path in found.items() if name.removesuffix("_entropy") not in found.keys() - {name}}
 
 
 def case_name(path: Path) -> str:

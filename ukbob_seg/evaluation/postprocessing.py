@@ -63,7 +63,7 @@ def find_postprocessing(
     folds = []
     for folder in sorted(model_folder.glob("fold_*/validation")):
         fold = folder.parent.name.removeprefix("fold_")
-        files = {path.name.removesuffix(spec.file_ending): path for path in folder.glob(f"*{spec.file_ending}")}
+        files = {path.name.removesuffix(spec.file_ending): path for path in folder.glob(f"[!.]*{spec.file_ending}")}
         if fold != "all" and files:
             folds.append(fold)
             predicted |= files
@@ -72,7 +72,10 @@ def find_postprocessing(
             f"{model_folder} holds no validation predictions of a fold; train one with its final validation"
         )
     if unknown := sorted(set(predicted) - set(truth)):
-        raise DatasetError(f"case {unknown[0]} in {model_folder} has no labels in {raw_folder}")
+        raise DatasetError(
+            f"case {unknown[0]}, which {model_folder} validated, has no labels in {raw_folder}; put them back, or "
+            "train and validate that fold again"
+        )
     pairs = [(predicted[name], truth[name]) for name in sorted(predicted)]
     scores = map_cases(
         partial(_scores, scheme=spec.labels), pairs, choose_workers(workers, len(pairs)), "comparing", quiet
@@ -92,9 +95,10 @@ def find_postprocessing(
 def _scores(pair: tuple[Path, Path], scheme: LabelScheme) -> np.ndarray:
     """(classes, 2) Dice before and after; NaN where a class is in neither map."""
     (labels, _), (truth, _) = read_labels(pair[0]), read_labels(pair[1])
+    maps = [labels, keep_largest(labels, scheme.values)]  # as in prediction, which knows no ignored voxels
     if scheme.ignore_value is not None:
-        labels, truth = (np.where(truth == scheme.ignore_value, 0, x) for x in (labels, truth))
-    before, after = (_dice(x, truth, scheme.values) for x in (labels, keep_largest(labels, scheme.values)))
+        *maps, truth = (np.where(truth == scheme.ignore_value, 0, x) for x in (*maps, truth))
+    before, after = (_dice(x, truth, scheme.values) for x in maps)
     return np.stack([before, after], axis=1)
 
 

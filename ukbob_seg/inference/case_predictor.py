@@ -101,9 +101,12 @@ class CasePredictor(ABC):
         if len(images) != channels:
             raise DatasetError(f"{images[0]}: {len(images)} channel files for a model of {channels} channels")
         image, geometry = read_image(images)
-        stem = _stem(output, self.spec.file_ending)
+        stem = case_stem(output, self.spec.file_ending)
         path = output.with_name(f"{stem}{PROBABILITIES}") if self.settings.save_probabilities else None
-        prediction = self.predict_array(image, geometry, path, progress)
+        try:
+            prediction = self.predict_array(image, geometry, path, progress)
+        except DatasetError as error:
+            raise DatasetError(f"{images[0]}: {error}") from error
         if prediction.etta:
             write_json(output.with_name(f"{stem}_etta.json"), prediction.etta_record())
         if prediction.entropy is not None:
@@ -127,5 +130,6 @@ class CasePredictor(ABC):
         self.close()
 
 
-def _stem(path: Path, ending: str) -> str:
+def case_stem(path: Path, ending: str) -> str:
+    """Name of a file without its ending, which need not be the model's."""
     return path.name.removesuffix(ending) if path.name.endswith(ending) else path.name.split(".")[0]

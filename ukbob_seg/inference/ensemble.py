@@ -90,8 +90,8 @@ def ensemble(
     if output.resolve() in [folder.resolve() for folder in members.folders]:
         raise ConfigError(f"the output folder {output} is one of the folders to average; give another one with -o")
     is_other = (output / RECORD).is_file() and read_json(output / RECORD, "record") != members.to_json()
-    if is_other and resume:
-        raise ConfigError(f"{output} holds an ensemble of other folders or weights; resume it with those, or change -o")
+    if is_other and (resume or part is not None):  # parts cannot know which label maps another part has replaced
+        raise ConfigError(f"{output} holds an ensemble of other folders or weights; go on with those, or change -o")
     cases = Cluster(part=part).share(common_cases(members))
     files = [output / f"{case}{members.spec.file_ending}" for case in cases]
     todo = [(case, file) for case, file in zip(cases, files, strict=True) if not (resume and file.is_file())]

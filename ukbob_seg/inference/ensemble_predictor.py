@@ -6,6 +6,7 @@ models advance in step: beyond what each needs for itself, a few planes of all c
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -45,7 +46,8 @@ class EnsemblePredictor(CasePredictor):
 
     With ETTA each model adapts to the case by itself. ``spec``, ``plans``, ``settings`` and ``written`` are those of
     the first model; probabilities of all classes are averaged, whatever is written. Label maps are not postprocessed,
-    as what helps was judged on each model alone. Threads may share an ensemble.
+    as what helps was judged on each model alone. Threads may share an ensemble, but not two of the same models in
+    different orders.
 
     Args:
         members: by name, for messages and records.
@@ -93,6 +95,8 @@ class EnsemblePredictor(CasePredictor):
         places = [Path(folder).resolve() for folder in folders]
         if twice := [str(folder) for folder, place in zip(folders, places, strict=True) if places.count(place) > 1]:
             raise ConfigError(f"model folder {twice[0]} is given twice; give each model once")
+        # What a model's own postprocessing removes was found in its own predictions, not in averages.
+        settings = dataclasses.replace(settings or PredictionSettings(), postprocessing=False)
         with ExitStack() as loaded:
             members = {}
             for folder in folders:
@@ -133,8 +137,10 @@ class EnsemblePredictor(CasePredictor):
                 stop = start + total.shape[1]
                 found = decide_probabilities(self.written.deciding(total), count / 2 if scheme.has_regions else None)
                 decision[start:stop] = found.cpu().numpy()
-                for sink in sinks:
-                    sink.append(total / count)
+                if sinks:
+                    average = total / count
+                    for sink in sinks:
+                        sink.append(average)
                 start = stop
         records = [
             {"model": name, **fold_records(case.etta, case.previous_stage)} for name, case in cases.items() if case.etta

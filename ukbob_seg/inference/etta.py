@@ -159,7 +159,7 @@ def _adapt_in_place(
                 value.copy_(start[name])
         after, record.entropy_after = before, record.entropy_before
     elif record.steps == 0 and not with_statistics:
-        record.decision = "unchanged: the entropy did not fall"
+        record.decision = f"unchanged: {'the entropy did not fall' if config.steps else 'no steps, and no statistics'}"
     record.voxels_changed = sum(int((a != b).sum()) for a, b in zip(before, after, strict=True))
     return record
 

@@ -48,9 +48,10 @@ class CaseStatistics:
         try:
             for layer in kept:
                 layer.reset_running_stats()
-                layer.momentum = None  # cumulative average over the windows
                 layer.train()
-            for window in windows:
+            for number, window in enumerate(windows, start=1):
+                for layer in kept:
+                    layer.momentum = 1 / number  # the mean over windows; None would mean 0 to InstanceNorm
                 forward(window)
             own = tuple((layer.running_mean.clone(), layer.running_var.clone()) for layer in kept)
         finally:

@@ -39,7 +39,7 @@ class Postprocessing:
         content = read_json(path, "postprocessing")
         names = content.get("largest_component") if isinstance(content, dict) else None
         classes = () if scheme.has_regions else scheme.output_names[1:]
-        if not isinstance(names, list) or not set(names) <= set(classes):
+        if not isinstance(names, list) or not all(name in classes for name in names):
             raise CheckpointError(
                 f"{path} must have a list 'largest_component' of class names "
                 f"({', '.join(classes) or 'none: regions'}); make it with ukbob_find_postprocessing, or remove it"

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ukbob_seg.dataset.spec import DatasetSpec, group_channels
 from ukbob_seg.errors import ConfigError, DatasetError, listing
 from ukbob_seg.files import ensure_writable, write_json
-from ukbob_seg.inference.case_predictor import CasePredictor
+from ukbob_seg.inference.case_predictor import CasePredictor, case_stem
 from ukbob_seg.parallel import Cluster, Part
 
 CASES_AT_ONCE = 2  # one in the networks, one that is read or written
@@ -55,7 +55,7 @@ def find_jobs(source: Path, output: Path, spec: DatasetSpec) -> list[PredictionJ
         return [PredictionJob(name, files, output / f"{name}{ending}") for name, files in sorted(grouped.cases.items())]
     if not source.is_file():
         raise DatasetError(f"input {source} does not exist")
-    stem = source.name.removesuffix(ending) if source.name.endswith(ending) else source.name.split(".")[0]
+    stem = case_stem(source, ending)
     name, separator, number = stem.rpartition("_")
     if separator and len(number) == 4 and number.isdigit():
         suffix = source.name.removeprefix(stem)
@@ -126,7 +126,7 @@ def predict(
 
 
 class _AbandonedError(Exception):
-    """Another case failed, or the user interrupted: nobody waits for this one."""
+    """The user interrupted: nobody waits for this case."""
 
 
 def _predict_jobs(predictor: CasePredictor, jobs: Sequence[PredictionJob], bar: tqdm) -> None:
@@ -137,7 +137,8 @@ def _predict_jobs(predictor: CasePredictor, jobs: Sequence[PredictionJob], bar: 
         def show(done: int, total: int) -> None:
             if given_up.is_set():
                 raise _AbandonedError
-            bar.set_postfix_str(f"{job.name}: window {done}/{total}", refresh=total > 8)
+            doing = f"window {done}/{total}" if total else "adapting"
+            bar.set_postfix_str(f"{job.name}: {doing}", refresh=not total or total > 8)
 
         predictor.predict_case(job.images, job.output, show)
 
@@ -148,8 +149,9 @@ def _predict_jobs(predictor: CasePredictor, jobs: Sequence[PredictionJob], bar: 
             for finished in as_completed(waiting):
                 finished.result()
                 bar.update()
-        except BaseException:  # also an interrupt: the pool would go on with all that is left
-            given_up.set()
+        except BaseException as error:  # also an interrupt: the pool would go on with all that is left
+            if not isinstance(error, Exception):  # else a case that has begun may end: it is not the one that failed
+                given_up.set()
             for case in waiting:
                 case.cancel()
             raise

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 
 from ukbob_seg.dataset.image_io import Geometry
 from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError, listing
-from ukbob_seg.filtering.body import body_mask
+from ukbob_seg.filtering.body import body_mask, otsu_threshold
 from ukbob_seg.inference.case_predictor import CasePredictor, Prediction, Progress
 from ukbob_seg.inference.entropy_map import EntropyMap
 from ukbob_seg.inference.etta import OutputMeaning, adapted
@@ -94,7 +95,8 @@ class Predictor(CasePredictor):
         self.written = WrittenClasses.of(self.spec.labels, self.settings.classes)
         self.plans = description.parsed_plans()
         self.configuration = self.plans.configuration(description.configuration)
-        self._serving = threading.Lock()  # adaptation changes the networks for the time of a case
+        # Adaptation changes the networks for the time of a case. The stages of a cascade take turns, too.
+        self._serving: threading.Lock = threading.Lock() if previous_stage is None else previous_stage._serving
         self._networks = list(networks)
         self._called = [maybe_compiled(network, self.settings.compile) for network in self._networks]
         network_plan = self.configuration.network(description.network)
@@ -211,7 +213,7 @@ class Predictor(CasePredictor):
             first = self._previous_stage.predict_array(image, geometry, progress=progress)
             indices = preprocess_labels(self.spec.labels.to_indices(first.labels, "the first stage"), properties)
             tensor = torch.cat([tensor, torch.from_numpy(indices.astype(np.float32))[None].to(self.device)])
-        with self._serving, self._adapted_networks(tensor) as (networks, records):
+        with self._serving, self._adapted_networks(tensor, progress) as (networks, records):
             changes = INTENSITY_CHANGES if self.settings.tta else ()
             passes = AveragedPasses(networks, self._mirroring, changes, len(self.spec.channel_names))
             yield CaseStream(properties, self._slabs(passes, tensor, progress), tuple(records), first)
@@ -230,14 +232,25 @@ class Predictor(CasePredictor):
             torch.cuda.empty_cache()
 
     @contextmanager
-    def _adapted_networks(self, image: torch.Tensor) -> Iterator[tuple[list[nn.Module], list[dict[str, Any]]]]:
-        """The networks as trained, or adapted to this image for the duration of the block."""
+    def _adapted_networks(
+        self, image: torch.Tensor, progress: Progress | None
+    ) -> Iterator[tuple[list[nn.Module], list[dict[str, Any]]]]:
+        """The networks as trained, or adapted to this image for the duration of the block.
+
+        ``progress`` is called before every pass of the adaptation too, so that it can end that by raising.
+        """
+        if not self._networks:
+            raise ConfigError("this predictor is closed; load the model again")
+        adapting = self._networks if self.settings.etta is not None else []
+        meaning = OutputMeaning(self.description.head, self.spec.labels.has_regions)
         with ExitStack() as stack:
-            meaning = OutputMeaning(self.description.head, self.spec.labels.has_regions)
-            records = [
-                stack.enter_context(adapted(network, image, self._windows, meaning, self.settings.etta)).to_json()
-                for network in (self._networks if self.settings.etta is not None else [])
-            ]
+            with ExitStack() as hooks:
+                for network in adapting:
+                    hooks.callback(network.register_forward_pre_hook(partial(_tell, progress)).remove)
+                records = [
+                    stack.enter_context(adapted(network, image, self._windows, meaning, self.settings.etta)).to_json()
+                    for network in adapting
+                ]
             yield self._called, records
 
     def _slabs(self, passes: AveragedPasses, image: torch.Tensor, progress: Progress | None) -> Iterator[Slab]:
@@ -267,7 +280,9 @@ class Predictor(CasePredictor):
     def _empty_space(self, image: torch.Tensor) -> EmptySpace:
         """What lies outside of the body, with the logits of sure background (of no region)."""
         try:
-            occupied = torch.from_numpy(body_mask(image[0].float().cpu().numpy()))
+            channel = image[0].float().cpu().numpy()
+            # The body, with its dark cavities; and everything bright beside it, such as arms and legs.
+            occupied = torch.from_numpy(body_mask(channel) | (channel > otsu_threshold(channel)))
         except DatasetError as error:  # a constant image
             raise DatasetError(f"--skip-empty: {error}; predict this case without it") from error
         logits = torch.full((self.spec.labels.num_outputs,), -SURE)
@@ -285,6 +300,12 @@ def find_folds(folder: Path, checkpoint: str) -> dict[str, Path]:
     if not folder.is_dir():
         raise CheckpointError(f"model folder {folder} does not exist; train first, or give it with -m")
     return {path.parent.name.removeprefix("fold_"): path for path in sorted(folder.glob(f"fold_*/{NAMES[checkpoint]}"))}
+
+
+def _tell(progress: Progress | None, *_: Any) -> None:
+    """As a hook before a pass: nothing of the windows is done yet."""
+    if progress is not None:
+        progress(0, 0)
 
 
 def _table(swap: torch.Tensor | None) -> tuple[int, ...] | None:

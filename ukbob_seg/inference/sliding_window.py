@@ -127,7 +127,7 @@ def choose_accumulation(
     """
     if image.device.type != "cuda" and free_bytes is None:
         return Accumulation()
-    free = free_bytes() if free_bytes is not None else torch.cuda.mem_get_info(image.device)[0]
+    free = free_bytes() if free_bytes is not None else _free_on(image.device)
     window = settings.window(image.shape[1:])
     _, y, x = (max(p, n) for p, n in zip(window, image.shape[1:], strict=True))
     # The sums, the finished rows that are handed on in float32, and as much again for the network's windows.
@@ -192,6 +192,12 @@ def iterate_slabs(
             logits = sums.mean(slice(first_row - z, last_row - z), inner[1], inner[2])
             yield Slab(first_row - inner[0].start, last_row - inner[0].start, logits)
         sums.move_down(ready)
+
+
+def _free_on(device: torch.device) -> int:
+    """Bytes on a GPU, with those that PyTorch keeps of earlier cases and would use again."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 class _Sums:
