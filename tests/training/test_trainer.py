@@ -243,8 +243,8 @@ def test_a_marginal_loss_contradicts_the_policy_background(roots):
     _flag(roots, (0, 2), policy="background")
     with pytest.raises(ConfigError, match="run ukbob_filter with --policy ignore"):
         prepare(7, "all", roots, marginal, "3d_fullres", "tests_tiny:Tiny", use_filter=True)
-    setup = prepare(7, "all", roots, marginal, "3d_fullres", "tests_tiny:Tiny", use_filter=False)
-    assert setup.flag_codes is None
+    with pytest.raises(ConfigError, match="about the flags that --no-filter ignores"):
+        prepare(7, "all", roots, marginal, "3d_fullres", "tests_tiny:Tiny", use_filter=False)
 
 
 def test_a_marginal_loss_of_a_sigmoid_head(roots):
