@@ -65,6 +65,15 @@ def test_all_commands_are_installed():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+def test_commands_run_as_modules_too(command):
+    """As torchrun starts them; a module without its last lines would do nothing and say nothing."""
+    module = [sys.executable, "-m", f"ukbob_seg.cli.{command}"]
+    result = subprocess.run([*module, "--no-such-option"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches_and_loads_nothing_heavy(command):
     code = (
         f"import sys; from ukbob_seg.cli.{command} import main\n"

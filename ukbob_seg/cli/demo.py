@@ -49,3 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(f"time                {sum(result.seconds.values()) / 60:.1f} min")
     print(f"report              {result.report}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(None))

@@ -49,3 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         scheduler=arguments.scheduler,
     )
     print(f"{len(fingerprint.cases)} cases -> {folder / 'fingerprint.json'}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(None))

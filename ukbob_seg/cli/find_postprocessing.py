@@ -44,3 +44,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{row['worse']:>5}{mark}"
         )
     print(f"folds {', '.join(found.folds)} -> {folder / 'postprocessing.json'}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(None))

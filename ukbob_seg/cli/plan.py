@@ -33,3 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     plans.save(folder / "plans.json")
     print(describe(plans))
     print(f"-> {folder / 'plans.json'}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(None))

@@ -76,3 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         current = prepared.cases_total - prepared.cases_done
         print(f"preprocessed {prepared.cases_done} cases ({current} were up to date)")
     print(f"-> {prepared.folder / 'report.html' if arguments.report else prepared.folder}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(None))

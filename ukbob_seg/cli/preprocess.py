@@ -57,3 +57,7 @@ def main(argv: list[str] | None = None) -> None:
             cluster=cluster,
         )
         print(f"{name}: {done} cases preprocessed -> {arrays}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(None))
