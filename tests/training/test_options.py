@@ -313,6 +313,12 @@ def test_an_interrupt_says_what_is_kept_and_how_to_go_on(roots, monkeypatch, cap
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("interrupted")]
         assert said in line
     assert _command(roots, 0, "--resume", "--no-validation", epochs=3) == 0
+    with monkeypatch.context() as patched:  # a run that is being extended is stopped: its record knows the new length
+        patched.setattr(trainer, "augment", interrupted(1))
+        assert _command(roots, 0, "--resume", "--no-validation", epochs=6) == 130
+    description = next(roots.results.rglob("training.json"))
+    content = json.loads(description.read_text())
+    assert (content["epochs"], content.get("ended")) == (6, None)
 
 
 def test_mistakes_are_told_before_training(roots, capsys, caplog):

@@ -154,8 +154,9 @@ def start(
     if is_first():  # only now, when nothing refuses the run any more
         (setup.folder / STOPPED).unlink(missing_ok=True)
         _describe(setup, config, report, options)
-        if not state.is_finished(config):  # predictions of the network as it was
-            shutil.rmtree(setup.folder / "validation", ignore_errors=True)
+        if not state.is_finished(config):
+            write_description(setup, config)  # a run that is extended has more epochs from here on, also when stopped
+            shutil.rmtree(setup.folder / "validation", ignore_errors=True)  # of the network as it was
     return state
 
 
@@ -170,7 +171,6 @@ def _describe(setup: TrainingSetup, config: TrainingConfig, report: TransferRepo
             (setup.folder / name).unlink(missing_ok=True)
         shutil.rmtree(setup.folder / "tensorboard", ignore_errors=True)
         write_record(setup, report, options.pretrained_dataset)
-        write_description(setup, config)
 
 
 def write_description(setup: TrainingSetup, config: TrainingConfig, ended: str | None = None) -> None:

@@ -86,7 +86,7 @@ class RandomLinearIntensity:
         if not bool(record.scale.value.any() | record.shift.value.any()):
             return batch
         image = batch.writable_image()
-        # Element by element: addcmul, which could take all at once, is ten times as slow where it broadcasts.
+        # Element by element: addcmul, which could take all at once, is much slower where it broadcasts.
         pairs = zip(record.scale.value.tolist(), record.shift.value.to(image), strict=True)
         for element, (scale, offset) in zip(image, pairs, strict=True):
             torch.add(offset, element, alpha=1 + scale, out=element)
