@@ -89,7 +89,7 @@ def make_small(plans_file: Path, network: StudyNetwork) -> None:
     plans_file.write_text(json.dumps(plans, indent=2))
 
 
-def train_network(network: StudyNetwork, work: Path, roots: Roots, dataset: str) -> Path:
+def train_network(network: StudyNetwork, work: Path, roots: Roots, dataset: str, device: str) -> Path:
     """Train, unless that was done; returns the model folder."""
     folder = network.model_folder(work, dataset)
     fold = folder / "fold_all"
@@ -100,7 +100,7 @@ def train_network(network: StudyNetwork, work: Path, roots: Roots, dataset: str)
         epochs=10, iterations_per_epoch=network.steps // 10, learning_rate=network.rate, schedule="one_cycle",
         mirror_axes=(), validation_every=10, validation_cases=1, seed=network.seed,
     )  # fmt: skip
-    options = RunOptions(resume=(fold / "checkpoint_latest.pt").is_file())
+    options = RunOptions(device=device, resume=(fold / "checkpoint_latest.pt").is_file())
     own = Roots(roots.raw, roots.preprocessed, work / "models" / network.name)
     train(dataset, "all", own, config, options, network=network.registry_name)
     return folder
@@ -112,13 +112,14 @@ def main() -> None:
     parser.add_argument("--dataset", type=Path, required=True, help="raw hippocampus dataset")
     parser.add_argument("--work", type=Path, required=True, help="everything is written here")
     parser.add_argument("--only", nargs="+", choices=[network.name for network in NETWORKS])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
     roots = Roots(options.dataset.parent, options.work / "preprocessed", options.work / "models")
     prepare(roots, options.dataset.name)
     for network in NETWORKS:
         if options.only is None or network.name in options.only:
             start = time.perf_counter()
-            folder = train_network(network, options.work, roots, options.dataset.name)
+            folder = train_network(network, options.work, roots, options.dataset.name, options.device)
             print(f"{network.name}: {folder} ({(time.perf_counter() - start) / 60:.1f} min)", flush=True)
 
 

@@ -188,6 +188,14 @@ class _InBlocks:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
+    def read(self, size: int = -1) -> bytes:
+        """Of the stream; like ``write`` written out, as nibabel looks for both in the class (from Python 3.12 on)."""
+        return self._stream.read(size)
+
+    def write(self, data: Any) -> int:
+        """Of the stream, which is open for reading."""
+        return self._stream.write(data)
+
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer as far as the stream goes; returns the bytes read."""
         view, done = memoryview(buffer).cast("B"), 0
