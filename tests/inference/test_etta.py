@@ -14,6 +14,7 @@ from ukbob_seg.inference.etta import (
     adapted,
     choose_share,
     norm_layers,
+    possible_foreground,
     voxel_entropy,
 )
 from ukbob_seg.inference.sliding_window import WindowSettings
@@ -152,7 +153,7 @@ def test_layer_norm_counts():
     "change",
     [
         {"steps": -1}, {"learning_rate": 0.0}, {"statistics_share": 1.5}, {"candidates": 1, "max_patches": 2},
-        {"mode": "plain"},
+        {"mode": "plain"}, {"certain_background": 0.0}, {"certain_background": 1.1}, {"least_field_gain": -0.1},
     ],
 )  # fmt: skip
 def test_bad_configurations(change):
@@ -218,3 +219,52 @@ def test_distant_cases_take_more_of_their_own_statistics(image):
     assert near.statistics_share == choose_share(near.statistics_distance)
     _, instance = adapt(_network(NORMS["instance"]()), image, WINDOWS, SOFTMAX)
     assert instance.statistics_distance is instance.statistics_share is None
+
+
+def test_voxels_of_certain_background_do_not_count(image):
+    """Entropy of two voxels only: the others may become as uncertain as they like."""
+    logits = torch.tensor([[4.0, 0, 0], [0.0, 1, 0], [2.9, 0, -9]]).T.reshape(1, 3, 3, 1, 1)
+    counted = possible_foreground(logits, SOFTMAX, 0.95)
+    assert (
+        counted.flatten().tolist() == [bool(p < 0.95) for p in logits.softmax(1)[0, 0].flatten()] == [False, True, True]
+    )
+    regions = OutputMeaning("sigmoid", has_regions=True)
+    assert possible_foreground(
+        torch.tensor([[-4.0, -2.0], [-4.0, -4.0]]).T.reshape(1, 2, 2, 1, 1), regions, 0.95
+    ).flatten().tolist() == [True, False]
+
+
+def test_the_steps_lower_the_entropy_of_the_voxels_that_count():
+    """A network that is sure of background almost everywhere: one step with each objective, against its gradient."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.GroupNorm(1, 1), nn.Conv3d(1, 2, 1)).eval()
+    with torch.no_grad():
+        network[1].weight.copy_(torch.tensor([-0.3, 0.3]).view(2, 1, 1, 1, 1))
+        network[1].bias.copy_(torch.tensor([0.6, -0.6]))
+    image = torch.randn(1, 8, 8, 8)
+    logits = network(image[None])
+    counted = logits.softmax(1)[:, 0] < 0.5
+    assert 0.002 < counted.float().mean() < 0.8
+    signs = []
+    for limit, voxels in ((0.5, counted), (1.0, torch.ones_like(counted))):
+        value = voxel_entropy(network(image[None]), "softmax")[voxels].mean()
+        gradient = torch.autograd.grad(value, network[0].bias)[0]
+        config = EttaConfig.of_mode("paper", steps=1, learning_rate=0.01, certain_background=limit)
+        own, _ = adapt(network, image, WINDOWS, SOFTMAX, config)
+        assert own[0].bias.item() == pytest.approx(-0.01 * gradient.sign().item(), rel=1e-3)  # Adam's first step
+        signs.append(gradient.sign().item())
+    assert signs == [-1, 1]  # over all voxels background pulls the other way
+
+
+def test_without_any_possible_foreground_nothing_moves():
+    network = nn.Sequential(nn.GroupNorm(1, 1), nn.Conv3d(1, 2, 1)).eval()
+    with torch.no_grad():
+        network[1].bias.copy_(torch.tensor([50.0, -50.0]))
+    own, record = adapt(network, torch.randn(1, 8, 8, 8), WINDOWS, SOFTMAX)
+    assert record.steps == 0
+    assert all(torch.equal(a, b) for a, b in zip(own.parameters(), network.parameters(), strict=True))
+
+
+def test_the_rate_depends_on_stored_statistics():
+    assert EttaConfig().rate(True) < EttaConfig().rate(False)
+    assert EttaConfig(learning_rate=0.1).rate(True) == EttaConfig(learning_rate=0.1).rate(False) == 0.1

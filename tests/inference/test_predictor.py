@@ -1,5 +1,6 @@
 """Prediction end to end: geometry, folds, probabilities, resume, bad input; with networks that need no training."""
 
+import dataclasses
 import json
 import math
 import os
@@ -449,6 +450,34 @@ def test_etta_leaves_a_record_and_any_order_gives_the_same(tmp_path):
     (record,) = json.loads((tmp_path / "one_etta.json").read_text())["folds"]
     assert record["adapted_parameters"] == 2
     assert set(record) >= {"decision", "entropy_before", "entropy_after", "voxels_changed", "steps"}
+
+
+def test_etta_divides_a_field_out_before_anything_else():
+    """The network only compares with thresholds, so what helps is the image that it is given."""
+    rng = np.random.default_rng(0)
+    kinds = rng.integers(0, 3, (5, 5, 5)).repeat(8, 0).repeat(8, 1).repeat(8, 2)
+    clean = np.array([0.3, 1.0, 2.2])[kinds] + rng.normal(scale=0.02, size=kinds.shape)
+    shaded = clean * np.exp(np.linspace(-1, 1, 40)[:, None, None] + np.linspace(-0.5, 0.5, 40))
+    plans = _plans().to_json()
+    plans["normalization"] = [dataclasses.asdict(ChannelNormalization("zscore"))]
+    geometry = Geometry(clean.shape, (1.0, 1.0, 1.0))
+    found = {}
+    for name, image, etta in (
+        ("clean", clean, None), ("shaded", shaded, None), ("flat", shaded, EttaConfig(steps=0)),
+        ("left", shaded, EttaConfig(steps=0, least_field_gain=None)), ("small", clean, EttaConfig(steps=0)),
+    ):  # fmt: skip
+        description = ModelDescription("identity", {}, "3d_fullres", "0", "softmax", (0,), plans, DATASET)
+        with Predictor([Identity(1, 3).eval()], description, settings=PredictionSettings(etta=etta)) as predictor:
+            found[name] = predictor.predict_array(image[None].astype(np.float32), geometry)
+    clear, shade, flat, left, small = (found[name].labels for name in ("clean", "shaded", "flat", "left", "small"))
+    assert (shade != clear).mean() > 0.15
+    assert (flat != clear).mean() < 0.5 * (shade != clear).mean()
+    assert np.array_equal(left, shade)
+    assert np.array_equal(small, clear)
+    assert found["flat"].etta[0]["fields_removed"] == (0,)
+    assert found["small"].etta[0]["fields_removed"] == ()
+    assert 0 <= found["small"].etta[0]["field_gains"][0] < 0.12 < found["flat"].etta[0]["field_gains"][0]
+    assert found["left"].etta[0]["field_gains"] is None
 
 
 def test_folds_that_are_not_there(tmp_path):

@@ -149,7 +149,8 @@ def _adapt_in_place(
     if with_statistics:
         _take_statistics(network, with_statistics, patches, config, record)
     if parameters and config.steps:
-        record.steps = _descend(network, parameters, patches, meaning.head, config)
+        rate = config.rate(bool(with_statistics))
+        record.steps = _descend(network, parameters, patches, meaning, config, rate)
     record.entropy_after, after = _measure(network, patches, meaning)
     record.foreground_after = _foreground(after)
     if record.foreground_after < config.least_foreground * record.foreground_before:
@@ -229,25 +230,63 @@ def _foreground(decisions: Sequence[Tensor]) -> int:
     return sum(int((decision > 0).sum()) for decision in decisions)
 
 
+def possible_foreground(logits: Tensor, meaning: OutputMeaning, certain_background: float) -> Tensor:
+    """Where background is less probable than a limit: (B, K, z, y, x) -> (B, z, y, x) bool.
+
+    With regions: where any region is more probable than what the limit leaves.
+    """
+    logits = logits.float()
+    if meaning.has_regions:
+        return (logits.sigmoid() > 1 - certain_background).any(dim=1)
+    background = logits.softmax(dim=1)[:, 0] if meaning.head == "softmax" else logits[:, 0].sigmoid()
+    return background < certain_background
+
+
+def _weights(
+    network: nn.Module, patches: Sequence[Tensor], meaning: OutputMeaning, config: EttaConfig
+) -> list[Tensor | None]:
+    """What each voxel counts for in the entropy that the steps lower, with a sum of 1 over a patch; None for the mean.
+
+    Most voxels are background that nobody doubts. In a mean over all voxels they would outvote the others, and whole
+    organs are cheaply made certain by calling them background.
+    """
+    if config.certain_background >= 1:
+        return [None] * len(patches)
+    weights: list[Tensor | None] = []
+    with torch.no_grad():
+        for patch in patches:
+            counted = possible_foreground(_forward(network, patch), meaning, config.certain_background).float()
+            weights.append(counted / counted.sum().clamp_min(1))
+    return weights
+
+
 def _descend(
-    network: nn.Module, parameters: Sequence[nn.Parameter], patches: Sequence[Tensor], head: str, config: EttaConfig
+    network: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    patches: Sequence[Tensor],
+    meaning: OutputMeaning,
+    config: EttaConfig,
+    rate: float,
 ) -> int:
     """Minimise the mean entropy over the patches; returns the steps that led to the parameters that are kept.
 
-    In mode ``guarded`` these are the best seen, and the steps end once the entropy no longer falls.
+    In mode ``guarded`` these are the best seen, and the steps end once the entropy no longer falls. Which voxels count
+    is decided before the first step.
     """
+    weights = _weights(network, patches, meaning, config)
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
+    optimizer = torch.optim.Adam(parameters, lr=rate)
     best_entropy, best_step = float("inf"), 0
     best = [p.detach().clone() for p in parameters]
     for step in range(config.steps + 1):
         optimizer.zero_grad(set_to_none=True)
         entropy = 0.0
         last = step == config.steps
-        for patch in patches:
+        for patch, weight in zip(patches, weights, strict=True):
             with torch.set_grad_enabled(not last):
-                value = voxel_entropy(_forward(network, patch), head).mean() / len(patches)
+                voxels = voxel_entropy(_forward(network, patch), meaning.head)
+                value = (voxels.mean() if weight is None else (voxels * weight).sum()) / len(patches)
             if not last:
                 value.backward()
             entropy += float(value.detach())

@@ -9,6 +9,7 @@ from typing import Any
 from ukbob_seg.errors import ConfigError
 
 MODES = ("guarded", "paper")
+RATE, RATE_AFTER_STATISTICS = 4e-3, 1e-3
 
 
 @dataclass(frozen=True)
@@ -19,19 +20,26 @@ class EttaConfig:
         mode: ``guarded``, or ``paper`` for the paper's plain recipe: statistics of the case alone, every step taken,
             nothing undone.
         steps: entropy steps, in mode ``guarded`` at most; 0 for the statistics alone.
-        learning_rate: of Adam on the affine parameters.
+        learning_rate: of Adam on the affine parameters; None for 4e-3, and 1e-3 for networks whose stored statistics
+            were replaced before.
         max_patches: windows that the steps look at.
         candidates: windows among which they are chosen (foreground first, then highest entropy).
         statistics_share: weight of the case's statistics against the stored ones, None to decide per case.
+        certain_background: voxels whose probability of background reaches this are left out of the entropy that the
+            steps lower (with regions: whose every region is as improbable); 1 for the entropy of all voxels.
+        least_field_gain: divide a smooth field out of the image where the entropy of its intensities falls by at least
+            this, in nats; None to leave every image as it is.
         least_foreground: undo everything when predicted foreground shrinks below this share of the unadapted one.
     """
 
     mode: str = "guarded"
-    steps: int = 5
-    learning_rate: float = 1e-3
+    steps: int = 4
+    learning_rate: float | None = None
     max_patches: int = 2
     candidates: int = 6
     statistics_share: float | None = None
+    certain_background: float = 0.95
+    least_field_gain: float | None = 0.12
     least_foreground: float = 0.5
 
     @classmethod
@@ -42,6 +50,12 @@ class EttaConfig:
         given = {key: value for key, value in changes.items() if value is not None}
         return cls(**{**_DEFAULTS[mode], **given})
 
+    def rate(self, has_statistics: bool) -> float:
+        """Of the entropy steps, for a network with layers that keep statistics or one without."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return RATE_AFTER_STATISTICS if has_statistics else RATE
+
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ConfigError(f"--etta-mode must be one of {', '.join(MODES)}, got {self.mode!r}")
@@ -50,10 +64,14 @@ class EttaConfig:
                 "ETTA needs no negative number of steps (--etta-steps), a patch, and as many candidates as patches; "
                 f"got {self.steps}, {self.max_patches} and {self.candidates}"
             )
-        if not self.learning_rate > 0:
+        if self.learning_rate is not None and not self.learning_rate > 0:
             raise ConfigError(f"the ETTA learning rate must be positive, got {self.learning_rate}")
         if self.statistics_share is not None and not 0 <= self.statistics_share <= 1:
             raise ConfigError(f"statistics_share must lie in [0, 1], got {self.statistics_share}")
+        if not 0 < self.certain_background <= 1:
+            raise ConfigError(f"certain_background must lie in (0, 1], got {self.certain_background}")
+        if self.least_field_gain is not None and not self.least_field_gain >= 0:
+            raise ConfigError(f"least_field_gain must not be negative, got {self.least_field_gain}")
 
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -65,6 +83,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "max_patches": 8,
         "candidates": 8,
         "statistics_share": 1.0,
+        "certain_background": 1.0,
+        "least_field_gain": None,
         "least_foreground": 0.0,
     },
 }
@@ -76,6 +96,8 @@ class EttaRecord:
 
     mode: str = "guarded"
     decision: str = "adapted"
+    field_gains: tuple[float, ...] | None = None  # of each channel; None where no field was looked for
+    fields_removed: tuple[int, ...] = ()  # channels
     adapted_parameters: int = 0
     statistics_layers: int = 0
     statistics_distance: float | None = None  # of the case's statistics from the stored ones
@@ -88,6 +110,6 @@ class EttaRecord:
     foreground_after: int = 0
     voxels_changed: int = 0
 
-    def to_json(self) -> dict[str, float | int | str | None]:
+    def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return dataclasses.asdict(self)

@@ -22,6 +22,7 @@ from ukbob_seg.filtering.body import body_mask, otsu_threshold
 from ukbob_seg.inference.case_predictor import CasePredictor, Prediction, Progress
 from ukbob_seg.inference.entropy_map import EntropyMap
 from ukbob_seg.inference.etta import OutputMeaning, adapted
+from ukbob_seg.inference.etta_field import remove_fields
 from ukbob_seg.inference.export import (
     RowStream,
     WrittenClasses,
@@ -208,6 +209,7 @@ class Predictor(CasePredictor):
             raise DatasetError("the image has NaN or infinite voxels; replace them (for example by 0)")
         array, properties = preprocess_image(image, geometry, self.plans, self.configuration)
         tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        tensor, fields = self._without_fields(tensor)
         first = None
         if self._previous_stage is not None:
             first = self._previous_stage.predict_array(image, geometry, progress=progress)
@@ -216,7 +218,8 @@ class Predictor(CasePredictor):
         with self._serving, self._adapted_networks(tensor, progress) as (networks, records):
             changes = INTENSITY_CHANGES if self.settings.tta else ()
             passes = AveragedPasses(networks, self._mirroring, changes, len(self.spec.channel_names))
-            yield CaseStream(properties, self._slabs(passes, tensor, progress), tuple(records), first)
+            etta = tuple({**record, **fields} for record in records)
+            yield CaseStream(properties, self._slabs(passes, tensor, progress), etta, first)
 
     def stages(self) -> list[Predictor]:
         """This predictor and, in a cascade, those of the stages before it."""
@@ -230,6 +233,14 @@ class Predictor(CasePredictor):
             self._previous_stage.close()
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
+
+    def _without_fields(self, image: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The image as ETTA wants it, and what its record says of that."""
+        etta = self.settings.etta
+        if etta is None or etta.least_field_gain is None:
+            return image, {}
+        image, gains, removed = remove_fields(image, self.plans.normalization, etta.least_field_gain)
+        return image, {"field_gains": gains, "fields_removed": removed}
 
     @contextmanager
     def _adapted_networks(
