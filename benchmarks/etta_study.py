@@ -4,6 +4,7 @@
     python benchmarks/etta_study.py --dataset DIR/Dataset004_Hippocampus --work DIR
     python benchmarks/etta_study.py --dataset DIR/Dataset004_Hippocampus --work DIR --report
     python benchmarks/etta_study.py ... --networks batch_0 --cases 4 --methods none default    # a quick look
+    python benchmarks/etta_study.py ... --cases 8 --methods ablations    # the defaults without one of their parts each
 
 Test cases are drawn by seed. Each is shifted (``ukbob_seg/evaluation/shifts.py``) and predicted by every network with
 every method, through the package's ``Predictor``; the score is the mean Dice of the two classes at the file's
@@ -37,6 +38,17 @@ METHODS = {
     "default": PredictionSettings(etta=EttaConfig()),
     "default + TTA": PredictionSettings(etta=EttaConfig(), tta=True),
 }
+ABLATIONS = {
+    "no field step": EttaConfig(least_field_gain=None),
+    "field step always": EttaConfig(least_field_gain=0.0),
+    "statistics of the case alone": EttaConfig(statistics_share=1.0),
+    "no entropy steps": EttaConfig(steps=0),
+    "entropy of all voxels": EttaConfig(certain_background=1.0),
+    "twice the steps": EttaConfig(steps=2 * EttaConfig().steps),
+    "every step is taken": EttaConfig(mode="paper"),
+    "no fall-back": EttaConfig(least_foreground=0.0),
+}
+SETTINGS = {**METHODS, **{name: PredictionSettings(etta=config) for name, config in ABLATIONS.items()}}
 COLUMNS = ("network", "shift", "case", "method", "dice", "decision", "share", "steps", "seconds")
 WORST_LOSS = 0.05
 
@@ -66,7 +78,7 @@ def run(network: StudyNetwork, options: argparse.Namespace, cases: list[str]) ->
     done = set(zip(known["shift"], known["case"], known["method"], strict=True))
     folder = network.model_folder(options.work, options.dataset.name)
     predictors = {
-        method: Predictor.from_model_folder(folder, ["all"], "final", settings=METHODS[method])
+        method: Predictor.from_model_folder(folder, ["all"], "final", options.device, SETTINGS[method])
         for method in options.methods
     }
     for case in cases:
@@ -93,6 +105,8 @@ def report(work: Path) -> None:
     """Print means by network, shift and method, and the bars; draw the picture."""
     rows = pd.concat([pd.read_csv(path) for path in sorted((work / "study").glob("*.csv"))])
     rows["kind"] = rows["network"].str.split("_").str[0]
+    ablations(rows)
+    rows = rows[rows["method"].isin(METHODS)]
     methods = [method for method in METHODS if method in set(rows["method"])]
     cases = rows.groupby("network")["case"].nunique()
     print("networks and cases:", ", ".join(f"{name} {count}" for name, count in cases.items()), "\n")
@@ -108,6 +122,31 @@ def report(work: Path) -> None:
     print("median seconds per case\n", seconds.round(2).to_string(), "\n")
     bars(rows, means)
     draw(means, work / "study" / "study.png")
+
+
+def ablations(rows: pd.DataFrame) -> None:
+    """What each part of the defaults is good for, on the networks and cases that were predicted without it."""
+    wide = rows.pivot_table(index=["kind", "network", "shift", "case"], columns="method", values="dice")
+    names = [name for name in ABLATIONS if name in wide]
+    wide = wide.dropna(subset=[*names, "default", "none"])
+    if not names or wide.empty:
+        return
+    gain = wide[["default", *names]].sub(wide["none"], axis=0)
+    for kind, part in gain.groupby(level="kind"):
+        cases = part.index.unique("case")
+        print(f"| {kind}: gain over no adaptation, {len(cases)} cases | no shift | bias field | mean of the shifts |")
+        print("|---|---|---|---|")
+        means = part.groupby(level="shift").mean()
+        for name in means:
+            shifts = means[name].drop("none").mean()
+            print(f"| {name} | {means[name]['none']:+.4f} | {means[name]['bias field']:+.4f} | {shifts:+.4f} |")
+        print()
+    for name in gain:
+        lost = (wide["none"] >= 0.5) & (gain[name] < -WORST_LOSS)
+        print(
+            f"{name}: {int(lost.sum())} of {len(gain)} lose more than {WORST_LOSS}; the worst {gain[name].min():+.3f}"
+        )
+    print()
 
 
 def bars(rows: pd.DataFrame, means: pd.DataFrame) -> None:
@@ -161,13 +200,16 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True, help="the folder of etta_networks.py")
     parser.add_argument("--networks", nargs="+", default=[network.name for network in NETWORKS])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=[*SETTINGS, "ablations"])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--cases", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="draws the cases")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if "ablations" in options.methods:
+        options.methods = ["none", "default", *ABLATIONS]
     if not options.report:
         cases = draw_cases(options.dataset, options.cases, options.seed)
         for network in NETWORKS:

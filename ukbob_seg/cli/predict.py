@@ -108,7 +108,7 @@ def _add_ways(parser: argparse.ArgumentParser) -> None:
         "--etta-mode", metavar="MODE",
         help="guarded (default: how far is decided per case, and undone where it fails) or paper (the plain recipe)",
     )  # fmt: skip
-    parser.add_argument("--etta-steps", type=int, metavar="N", help="entropy steps at most (default: 4; mode paper: 8)")
+    parser.add_argument("--etta-steps", type=int, metavar="N", help="entropy steps at most (default: 5; mode paper: 8)")
     parser.add_argument(
         "--etta-lr",
         type=float,

@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from ukbob_seg.errors import ConfigError
 
-BIAS_LOG_AMPLITUDE = 1.1  # a factor between 1/3 and 3
+BIAS_LOG_AMPLITUDE, BIAS_GRID = 1.2, 16  # factors from 1/3.3 up or to 3.3; voxels along an axis of its coarse grid
 BLUR_SIGMA_MM = 1.2
 NOISE_SHARE = 0.1  # standard deviation, as a share of the image's range
 GHOST_LINES = 0.5  # what is left of every second line
@@ -56,10 +56,14 @@ def apply_shift(image: np.ndarray, name: str, spacing_mm: Spacing, seed: int = 0
 
 
 def bias_field(x: Channel, spacing_mm: Spacing, generator: np.random.Generator) -> Channel:
-    """Multiplied by a smooth field: exp of a random polynomial of second degree over the image."""
-    z, y, x_axis = np.meshgrid(*(np.linspace(-1, 1, n) if n > 1 else np.zeros(1) for n in x.shape), indexing="ij")
-    terms = [z, y, x_axis, z * y, z * x_axis, y * x_axis, z * z, y * y, x_axis * x_axis]
-    field = sum(weight * term for weight, term in zip(generator.normal(size=len(terms)), terms, strict=True))
+    """Multiplied by a smooth field: exp of smoothed noise, a quarter of the field of view wide.
+
+    No family of functions that a correction may assume; the noise is smoothed on a coarse grid and interpolated.
+    """
+    coarse = [min(n, BIAS_GRID) for n in x.shape]
+    field = ndimage.gaussian_filter(generator.normal(size=coarse), [n / 4 if n > 1 else 0 for n in coarse])
+    factors = [n / m for n, m in zip(x.shape, coarse, strict=True)]
+    field = ndimage.zoom(field, factors, order=3, grid_mode=True, mode="nearest")
     field = field - field.mean()
     return x * np.exp(BIAS_LOG_AMPLITUDE * field / max(float(np.abs(field).max()), 1e-6))
 

@@ -33,7 +33,7 @@ class EttaConfig:
     """
 
     mode: str = "guarded"
-    steps: int = 4
+    steps: int = 5
     learning_rate: float | None = None
     max_patches: int = 2
     candidates: int = 6
