@@ -128,9 +128,9 @@ def ablations(rows: pd.DataFrame) -> None:
     """What each part of the defaults is good for, on the networks and cases that were predicted without it."""
     wide = rows.pivot_table(index=["kind", "network", "shift", "case"], columns="method", values="dice")
     names = [name for name in ABLATIONS if name in wide]
-    wide = wide.dropna(subset=[*names, "default", "none"])
-    if not names or wide.empty:
+    if not names:
         return
+    wide = wide.dropna(subset=[*names, "default", "none"])
     gain = wide[["default", *names]].sub(wide["none"], axis=0)
     for kind, part in gain.groupby(level="kind"):
         cases = part.index.unique("case")
