@@ -7,10 +7,12 @@ from scipy import ndimage
 from scipy.stats import entropy
 
 from ukbob_seg.inference import etta_field
+from ukbob_seg.inference.etta_config import EttaConfig
 from ukbob_seg.inference.etta_field import find_field, flatten, remove_fields
 from ukbob_seg.preprocessing.normalization import ChannelNormalization
 
 ZSCORE = ChannelNormalization("zscore")
+LIMITS = EttaConfig().least_field_gain, EttaConfig().least_field_spread
 
 
 def tissues(shape=(40, 44, 36), seed=0):
@@ -40,9 +42,10 @@ def unlike(a, b):
 def test_a_coils_field_is_divided_out(shape):
     clean = tissues(shape)
     spoilt = clean * coil(shape)
-    image, gains, removed = remove_fields(zscored(spoilt)[None], [ZSCORE], 0.12)
+    image, (field,), removed = remove_fields(zscored(spoilt)[None], [ZSCORE], *LIMITS)
     assert removed == (0,)
-    assert gains[0] > 0.12
+    assert field.gain > 0.1
+    assert field.spread == pytest.approx(float(field.logarithm(shape).std()), rel=0.1)
     assert unlike(image[0], clean) < 0.1 * unlike(spoilt, clean)
     assert image.mean() == pytest.approx(0, abs=1e-3)
     assert image.std() == pytest.approx(1, abs=1e-3)
@@ -50,7 +53,8 @@ def test_a_coils_field_is_divided_out(shape):
 
 def test_an_exact_field_is_recovered():
     clean = tissues()
-    truth = etta_field.Field((0.3, -0.2, 0.25, 0.1, -0.1, 0.15, 0.2, -0.15, 0.1), 0, 0)
+    weights = np.random.default_rng(0).normal(scale=[0.2 if sum(term) < 3 else 0.1 for term in etta_field.TERMS])
+    truth = etta_field.Field(tuple(weights), 0, 0)
     spoilt = (clean - clean.min()) * np.exp(-truth.logarithm(clean.shape).numpy())
     found = find_field(torch.from_numpy(spoilt)).logarithm(clean.shape).numpy()
     error = found - truth.logarithm(clean.shape).numpy()
@@ -59,25 +63,25 @@ def test_an_exact_field_is_recovered():
 
 def test_without_a_field_nothing_is_changed():
     image = torch.stack([zscored(tissues()), zscored(tissues(seed=1))])
-    result, gains, removed = remove_fields(image, [ZSCORE, ZSCORE], 0.12)
+    result, fields, removed = remove_fields(image, [ZSCORE, ZSCORE], *LIMITS)
     assert result is image
     assert removed == ()
-    assert max(gains) < 0.12
+    assert max(field.spread for field in fields) < 0.15
 
 
 def test_each_channel_has_its_own_and_others_stay():
     clean = tissues()
     image = torch.stack([zscored(clean), zscored(clean * coil(clean.shape)), torch.ones(clean.shape) * 3])
     before = image.clone()
-    result, gains, removed = remove_fields(image, [ZSCORE, ZSCORE], 0.12)  # the third: labels of a previous stage
+    result, fields, removed = remove_fields(image, [ZSCORE, ZSCORE], *LIMITS)  # the third: labels of a previous stage
     assert removed == (1,)
     assert torch.equal(image, before)
     assert torch.equal(result[[0, 2]], image[[0, 2]])
     assert not torch.equal(result[1], image[1])
     ct = ChannelNormalization("ct", -100, 300, 50, 60)
-    result, gains, removed = remove_fields(image, [ct, ct], 0.12)
+    result, fields, removed = remove_fields(image, [ct, ct], *LIMITS)
     assert result is image
-    assert gains == (0.0, 0.0)
+    assert fields == (None, None)
 
 
 def test_voxels_outside_of_the_mask_stay_zero():
@@ -86,7 +90,7 @@ def test_voxels_outside_of_the_mask_stay_zero():
     spoilt = clean * coil(clean.shape)
     values = (spoilt - spoilt[inside].mean()) / spoilt[inside].std()
     image = torch.from_numpy(np.where(inside, values, 0).astype(np.float32))
-    result, _, removed = remove_fields(image[None], [ChannelNormalization("zscore", mask_nonzero=True)], 0.12)
+    result, _, removed = remove_fields(image[None], [ChannelNormalization("zscore", mask_nonzero=True)], *LIMITS)
     assert removed == (0,)
     assert not result[0][~torch.from_numpy(inside)].any()
     assert unlike(result[0].numpy()[inside], clean[inside]) < 0.2 * unlike(spoilt[inside], clean[inside])
@@ -102,9 +106,9 @@ def test_a_constant_image_has_no_field(image):
 
 def test_the_entropy_is_that_of_a_histogram_with_overlapping_bins():
     values = np.exp(np.random.default_rng(0).normal(size=500))
-    found, _ = etta_field._entropy(np.zeros(1), values, np.zeros((1, len(values))), ridge=0)
-    centres = np.linspace(np.log(0.05), np.log(10.05), 64)
-    places = np.minimum(np.log(values / values.mean() + 0.05), centres[-1])
+    found, _ = etta_field._entropy(np.zeros(1), values, np.zeros((1, len(values))), np.zeros(1))
+    centres = np.linspace(np.log(0.2), np.log(10.2), 192)
+    places = np.minimum(np.log(values / values.mean() + 0.2), centres[-1])
     triangles = np.clip(1 - np.abs(places - centres[:, None]) / (centres[1] - centres[0]), 0, None)
     smooth = ndimage.convolve1d(triangles.sum(1), [1, 4, 6, 4, 1], mode="constant")
     assert found == pytest.approx(entropy(smooth), rel=1e-3)  # which normalises: a trace is lost at the ends
@@ -112,8 +116,8 @@ def test_the_entropy_is_that_of_a_histogram_with_overlapping_bins():
 
 def test_the_gradient_is_that_of_finite_differences():
     rng = np.random.default_rng(0)
-    values, terms, weights = np.abs(rng.normal(size=4000)), rng.normal(size=(9, 4000)) * 0.3, rng.normal(size=9) * 0.1
+    values, terms, weights = np.abs(rng.normal(size=4000)), rng.normal(size=(19, 4000)) * 0.2, rng.normal(size=19) * 0.1
     _, gradient = etta_field._entropy(weights, values, terms)
-    for number, step in enumerate(1e-5 * np.eye(9)):
+    for number, step in enumerate(1e-5 * np.eye(19)):
         up, down = (etta_field._entropy(weights + sign * step, values, terms)[0] for sign in (1, -1))
         assert gradient[number] == pytest.approx((up - down) / 2e-5, abs=2e-3)

@@ -28,7 +28,8 @@ class EttaConfig:
         certain_background: voxels whose probability of background reaches this are left out of the entropy that the
             steps lower (with regions: whose every region is as improbable); 1 for the entropy of all voxels.
         least_field_gain: divide a smooth field out of the image where the entropy of its intensities falls by at least
-            this, in nats; None to leave every image as it is.
+            this, in nats, and where the field is strong enough; None to leave every image as it is.
+        least_field_spread: standard deviation of a field's logarithm from which on it is strong enough.
         least_foreground: undo everything when predicted foreground shrinks below this share of the unadapted one.
     """
 
@@ -39,7 +40,8 @@ class EttaConfig:
     candidates: int = 6
     statistics_share: float | None = None
     certain_background: float = 0.95
-    least_field_gain: float | None = 0.12
+    least_field_gain: float | None = 0.1
+    least_field_spread: float = 0.17
     least_foreground: float = 0.5
 
     @classmethod
@@ -72,6 +74,8 @@ class EttaConfig:
             raise ConfigError(f"certain_background must lie in (0, 1], got {self.certain_background}")
         if self.least_field_gain is not None and not self.least_field_gain >= 0:
             raise ConfigError(f"least_field_gain must not be negative, got {self.least_field_gain}")
+        if not self.least_field_spread >= 0:
+            raise ConfigError(f"least_field_spread must not be negative, got {self.least_field_spread}")
 
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -96,7 +100,8 @@ class EttaRecord:
 
     mode: str = "guarded"
     decision: str = "adapted"
-    field_gains: tuple[float, ...] | None = None  # of each channel; None where no field was looked for
+    field_gains: tuple[float | None, ...] | None = None  # of each channel; None where no field was looked for
+    field_spreads: tuple[float | None, ...] | None = None
     fields_removed: tuple[int, ...] = ()  # channels
     adapted_parameters: int = 0
     statistics_layers: int = 0

@@ -19,19 +19,20 @@ from torch import Tensor
 from ukbob_seg.preprocessing.normalization import ChannelNormalization
 
 SAMPLES = 60_000  # voxels that the field is found from, evenly spread
-DEGREE = 2
+DEGREE = 3
 TERMS = [
     term for term in itertools.product(range(DEGREE + 1), repeat=3) if 0 < sum(term) <= DEGREE
 ]  # powers of z, y, x
-ITERATIONS = 40
-OFFSET, TOP, BINS = 0.05, 10.0, 64  # of the histogram: log(intensity + offset), up to a value, in units of the mean
+ITERATIONS = 60
+OFFSET, TOP, BINS = 0.2, 10.0, 192  # of the histogram: log(intensity + offset), up to a value, in units of the mean
 SMOOTHING = np.array([1, 4, 6, 4, 1]) / 16
-RIDGE = 0.1  # of the squared coefficients, in nats
+BOUND = 2.0  # of the coefficients: what a field may change by along an axis, in units of the logarithm
+RIDGE = np.where([sum(term) < DEGREE for term in TERMS], 0.1, 0.3)  # of the squared coefficients, in nats
 
 
 @dataclass(frozen=True)
 class Field:
-    """A smooth factor over an image, whose logarithm is a polynomial of second degree.
+    """A smooth factor over an image, whose logarithm is a polynomial of third degree.
 
     Attributes:
         weights: of the Legendre products ``TERMS``; the image times exp of their sum is free of the field.
@@ -48,6 +49,12 @@ class Field:
         """What the entropy falls by, in nats."""
         return self.entropy_before - self.entropy_after
 
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the logarithm over the image's box (exact: Legendre polynomials are orthogonal)."""
+        norms = [np.prod([1 / (2 * power + 1) for power in term]) for term in TERMS]
+        return float(np.sqrt(np.square(self.weights) @ norms))
+
     def logarithm(self, shape: Sequence[int]) -> Tensor:
         """What to add to the logarithm of the image: (Z, Y, X) float32."""
         weights = torch.zeros(3 * (DEGREE + 1,))
@@ -58,8 +65,8 @@ class Field:
 
 
 def remove_fields(
-    image: Tensor, schemes: Sequence[ChannelNormalization], least_gain: float
-) -> tuple[Tensor, tuple[float, ...], tuple[int, ...]]:
+    image: Tensor, schemes: Sequence[ChannelNormalization], least_gain: float, least_spread: float
+) -> tuple[Tensor, tuple[Field | None, ...], tuple[int, ...]]:
     """Divide the fields out of those channels that show a distinct one; each channel has its own.
 
     Args:
@@ -67,25 +74,27 @@ def remove_fields(
         schemes: how the channels were normalised. Only ``zscore`` channels are looked at: the others have a scale of
             their own (CT), on which no coil lays a field.
         least_gain: the intensity entropy has to fall by this, in nats.
+        least_spread: the logarithm of the field has to vary by this (standard deviation).
 
     Returns:
-        The image (the same tensor where there is nothing to remove), what the entropy would fall by in each channel
-        (0 for those that are not looked at), and the channels that were changed.
+        The image (the same tensor where there is nothing to remove), the field of each channel (None for those that are
+        not looked at), and the channels that were changed.
     """
-    gains, changed = [0.0] * len(schemes), {}
+    fields: list[Field | None] = [None] * len(schemes)
+    changed = {}
     for number, scheme in enumerate(schemes):
         if scheme.scheme != "zscore":
             continue
         inside = image[number] != 0 if scheme.mask_nonzero else None
         field = find_field(image[number], inside)
-        gains[number] = field.gain
-        if field.gain >= least_gain:
+        fields[number] = field
+        if field.gain >= least_gain and field.spread >= least_spread:
             changed[number] = flatten(image[number], field, inside)
     if changed:
         image = image.clone()
         for number, channel in changed.items():
             image[number] = channel
-    return image, tuple(gains), tuple(changed)
+    return image, tuple(fields), tuple(changed)
 
 
 def find_field(channel: Tensor, inside: Tensor | None = None) -> Field:
@@ -111,9 +120,10 @@ def find_field(channel: Tensor, inside: Tensor | None = None) -> Field:
     values, terms = values[counts], terms[:, counts]
     start = np.zeros(len(TERMS))
     found = minimize(
-        _entropy, start, args=(values, terms), jac=True, method="L-BFGS-B", options={"maxiter": ITERATIONS}
-    )
-    before, after = (_entropy(weights, values, terms, ridge=0.0)[0] for weights in (start, found.x))
+        _entropy, start, (values, terms), "L-BFGS-B", True, bounds=[(-BOUND, BOUND)] * len(TERMS),
+        options={"maxiter": ITERATIONS},
+    )  # fmt: skip
+    before, after = (_entropy(weights, values, terms, 0 * RIDGE)[0] for weights in (start, found.x))
     return Field(tuple(float(weight) for weight in found.x), before, after)
 
 
@@ -138,7 +148,7 @@ def _legendre(count: int) -> np.ndarray:
 
 
 def _entropy(
-    weights: np.ndarray, values: np.ndarray, terms: np.ndarray, ridge: float = RIDGE
+    weights: np.ndarray, values: np.ndarray, terms: np.ndarray, ridge: np.ndarray = RIDGE
 ) -> tuple[float, np.ndarray]:
     """Entropy of the histogram of log(y + offset), y the values times the factor in units of their mean; its gradient.
 
@@ -160,4 +170,4 @@ def _entropy(
     by_log = by_place * scale * y / (y + OFFSET)  # the mean of y stays 1
     gradient = terms @ by_log - (terms @ y / len(y)) * by_log.sum()
     entropy = -float(shares @ logs)
-    return entropy + ridge * float(weights @ weights), gradient + 2 * ridge * weights
+    return entropy + float(ridge @ weights**2), gradient + 2 * ridge * weights

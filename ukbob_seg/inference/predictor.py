@@ -239,8 +239,13 @@ class Predictor(CasePredictor):
         etta = self.settings.etta
         if etta is None or etta.least_field_gain is None:
             return image, {}
-        image, gains, removed = remove_fields(image, self.plans.normalization, etta.least_field_gain)
-        return image, {"field_gains": gains, "fields_removed": removed}
+        limits = etta.least_field_gain, etta.least_field_spread
+        image, fields, removed = remove_fields(image, self.plans.normalization, *limits)
+        return image, {
+            "field_gains": tuple(None if field is None else field.gain for field in fields),
+            "field_spreads": tuple(None if field is None else field.spread for field in fields),
+            "fields_removed": removed,
+        }
 
     @contextmanager
     def _adapted_networks(
