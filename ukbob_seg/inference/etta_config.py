@@ -41,7 +41,7 @@ class EttaConfig:
     statistics_share: float | None = None
     certain_background: float = 0.95
     least_field_gain: float | None = 0.1
-    least_field_spread: float = 0.17
+    least_field_spread: float = 0.15
     least_foreground: float = 0.5
 
     @classmethod
