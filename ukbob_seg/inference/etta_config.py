@@ -116,5 +116,5 @@ class EttaRecord:
     voxels_changed: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return dataclasses.asdict(self)
+        """Plain values, as they come back from a JSON file."""
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}

@@ -242,9 +242,9 @@ class Predictor(CasePredictor):
         limits = etta.least_field_gain, etta.least_field_spread
         image, fields, removed = remove_fields(image, self.plans.normalization, *limits)
         return image, {
-            "field_gains": tuple(None if field is None else field.gain for field in fields),
-            "field_spreads": tuple(None if field is None else field.spread for field in fields),
-            "fields_removed": removed,
+            "field_gains": [None if field is None else field.gain for field in fields],
+            "field_spreads": [None if field is None else field.spread for field in fields],
+            "fields_removed": list(removed),
         }
 
     @contextmanager
