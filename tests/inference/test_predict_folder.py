@@ -1,0 +1,263 @@
+"""Prediction of folders: folds, resuming, parts, interruption, what is written last, bad input."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+from threshold_network import DATASET, Identity, blobs, model_folder, predictor_of, truth_of
+
+from ukbob_seg.dataset.image_io import Geometry, read_image, read_labels, write_image
+from ukbob_seg.dataset.spec import DatasetSpec
+from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError
+from ukbob_seg.inference import case_predictor
+from ukbob_seg.inference.etta import EttaConfig
+from ukbob_seg.inference.predict import find_jobs, predict
+from ukbob_seg.inference.predictor import PredictionSettings, Predictor
+from ukbob_seg.parallel import Part
+
+
+def test_a_model_folder_predicts_a_folder_and_resumes(tmp_path):
+    folder = model_folder(tmp_path)
+    for i in range(3):
+        write_image(blobs((20, 20, 20), i)[0], Geometry((20, 20, 20), (1, 1, 1)), tmp_path / f"in/c{i}_0000.nii.gz")
+    with Predictor.from_model_folder(folder) as predictor:
+        written = predict(predictor, tmp_path / "in", tmp_path / "out", quiet=True, arguments={"folds": None})
+        assert [path.name for path in written] == ["c0.nii.gz", "c1.nii.gz", "c2.nii.gz"]
+        for i, path in enumerate(written):
+            assert np.array_equal(read_labels(path)[0], truth_of(blobs((20, 20, 20), i)))
+        assert json.loads((tmp_path / "out" / "dataset.json").read_text()) == DATASET
+        assert (tmp_path / "out" / "plans.json").is_file()
+        assert json.loads((tmp_path / "out" / "predict_args.json").read_text()) == {"folds": None}
+        written[1].unlink()
+        before = written[0].stat().st_mtime_ns
+        predict(predictor, tmp_path / "in", tmp_path / "out", resume=True, quiet=True)
+        assert written[1].is_file()
+        assert written[0].stat().st_mtime_ns == before
+        predict(predictor, tmp_path / "in", tmp_path / "out", quiet=True)
+        assert written[0].stat().st_mtime_ns > before
+
+
+SIDE_FILES = ("probabilities.b2nd", "preview.png", "statistics.json")
+EVERYTHING = PredictionSettings(save_probabilities=True, preview=True, statistics=True, step=1.0)
+
+
+def _images(folder, count, spacing=(3.0, 1.0, 0.7)):
+    for i in range(count):
+        write_image(blobs((20, 20, 20), i)[0], Geometry((20, 20, 20), spacing), folder / f"c{i}_0000.nii.gz")
+
+
+def test_parts_share_the_cases_and_one_output_folder(tmp_path):
+    _images(tmp_path / "in", 5)
+    predictor = predictor_of(PredictionSettings(step=1.0))
+    out, note = tmp_path / "out", {"folds": None}
+    expected = {1: ["c0", "c2", "c4"], 2: ["c1", "c3"]}
+    kept = None
+    for number in (2, 1):
+        written = predict(predictor, tmp_path / "in", out, part=Part(number, 2), arguments=note, quiet=True)
+        assert [path.name for path in written] == [f"{name}.nii.gz" for name in expected[number]]
+        model = {name: (out / name).read_bytes() for name in ("dataset.json", "plans.json", "predict_args.json")}
+        assert kept in (None, model)
+        kept = model
+    whole = predict(predictor, tmp_path / "in", tmp_path / "whole", arguments=note, quiet=True)
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in (tmp_path / "whole").iterdir())
+    for path in whole:
+        assert (out / path.name).read_bytes() == path.read_bytes()
+    (out / "c1.nii.gz").unlink()
+    (out / "c2.nii.gz").unlink()
+    predict(predictor, tmp_path / "in", out, part=Part(2, 2), resume=True, quiet=True)
+    assert (out / "c1.nii.gz").is_file()
+    assert not (out / "c2.nii.gz").exists()  # of the other part
+    assert predict(predictor, tmp_path / "in", out, part=Part(7, 9), quiet=True) == []  # more parts than cases
+
+
+@pytest.mark.parametrize("stopped_by", ["write_labels", "case_statistics"])
+def test_the_label_file_is_written_last_of_all(tmp_path, monkeypatch, stopped_by):
+    _images(tmp_path / "in", 1)
+    predictor, out = predictor_of(EVERYTHING), tmp_path / "out"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"ukbob_seg.inference.case_predictor.{stopped_by}", stop)
+        with pytest.raises(KeyboardInterrupt):
+            predict(predictor, tmp_path / "in", out, quiet=True)
+    assert not (out / "c0.nii.gz").exists()
+    assert all((out / f"c0_{name}").is_file() for name in SIDE_FILES) == (stopped_by == "write_labels")
+    predict(predictor, tmp_path / "in", out, resume=True, quiet=True)
+    names = {"c0.nii.gz", *(f"c0_{name}" for name in SIDE_FILES), "dataset.json", "plans.json", "predict_args.json"}
+    assert {path.name for path in out.iterdir()} == names
+
+
+def test_statistics_are_those_of_the_written_labels_and_the_file(tmp_path):
+    _images(tmp_path / "in", 1)
+    settings = PredictionSettings(step=1.0, statistics=True, classes=("high",))
+    predict(predictor_of(settings), tmp_path / "in", tmp_path / "out", quiet=True)
+    found = json.loads((tmp_path / "out" / "c0_statistics.json").read_text())
+    image, labels = blobs((20, 20, 20), 0)[0], read_labels(tmp_path / "out" / "c0.nii.gz")[0]
+    assert found["spacing_mm"] == pytest.approx([3, 1, 0.7])
+    assert set(found["classes"]) == {"high"}
+    high = found["classes"]["high"]
+    assert high["voxels"] == (labels == 7).sum() > 0
+    assert high["volume_ml"] == pytest.approx(high["voxels"] * 2.1e-3)
+    assert high["mean"] == pytest.approx([image[labels == 7].mean()])
+
+
+def _many_cases(folder, count=4):
+    for number in range(count):
+        image = blobs((16, 15, 14), number).astype(np.float32)
+        write_image(image[0], Geometry((16, 15, 14), (3.0, 1.0, 0.7)), folder / f"case_{number}_0000.nii.gz")
+
+
+def test_the_next_case_is_read_while_the_networks_work(tmp_path, monkeypatch):
+    """The first case waits inside the network until the second has been read; one at a time that would never happen."""
+    _many_cases(tmp_path / "in")
+    read, second_is_read, waited = [], threading.Event(), []
+
+    def noting(images):
+        read.append(images[0].name)
+        if len(read) == 2:
+            second_is_read.set()
+        return read_image(images)
+
+    class Waiting(Identity):
+        def forward(self, x):
+            if not waited:
+                waited.append(second_is_read.wait(20))
+            return super().forward(x)
+
+    monkeypatch.setattr(case_predictor, "read_image", noting)
+    predictor = predictor_of(networks=[Waiting(1, 3).eval()])
+    written = predict(predictor, tmp_path / "in", tmp_path / "out", quiet=True)
+    assert waited == [True]
+    alone = predictor_of(PredictionSettings(overlap=False))
+    expected = predict(alone, tmp_path / "in", tmp_path / "alone", quiet=True)
+    assert [path.name for path in written] == [path.name for path in expected]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(written, expected, strict=True))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_failing_case_ends_the_others_and_finished_ones_stay(tmp_path, overlap):
+    _many_cases(tmp_path / "in", 6)
+    (tmp_path / "in" / "case_2_0000.nii.gz").write_bytes(b"broken")
+    predictor = predictor_of(PredictionSettings(overlap=overlap))
+    with pytest.raises(DatasetError, match="case_2_0000"):
+        predict(predictor, tmp_path / "in", tmp_path / "out", quiet=True)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "case_0.nii.gz" in names
+    assert "case_5.nii.gz" not in names
+    assert not any(name.startswith(".") for name in names)
+    _many_cases(tmp_path / "in", 3)
+    predict(predictor, tmp_path / "in", tmp_path / "out", resume=True, quiet=True)
+    assert sum(path.name.endswith(".nii.gz") for path in (tmp_path / "out").iterdir()) == 6
+
+
+def test_an_interrupt_ends_adaptation_too(tmp_path):
+    _many_cases(tmp_path / "in", 3)
+    passes = []
+
+    class Endless(Identity):
+        def forward(self, x):
+            passes.append(1)
+            if len(passes) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+            return super().forward(x)
+
+    settings = PredictionSettings(etta=EttaConfig.of_mode("paper", steps=50))
+    with pytest.raises(KeyboardInterrupt):
+        predict(predictor_of(settings, networks=[Endless(1, 3).eval()]), tmp_path / "in", tmp_path / "out", quiet=True)
+    assert len(passes) < 6
+
+
+def test_an_interrupt_ends_prediction_at_the_next_window(tmp_path, monkeypatch):
+    _many_cases(tmp_path / "in", 8)
+    windows = []
+
+    class Endless(Identity):
+        def forward(self, x):
+            windows.append(1)
+            if len(windows) == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+            return super().forward(x)
+
+    predictor = predictor_of(networks=[Endless(1, 3).eval()])
+    with pytest.raises(KeyboardInterrupt):
+        predict(predictor, tmp_path / "in", tmp_path / "out", quiet=True)
+    assert len(windows) < 6  # one in each case: those that were begun end, no other begins
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) < 6
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_etta_leaves_a_record_and_any_order_gives_the_same(tmp_path):
+    folder = model_folder(tmp_path, ("0",))
+    cases = [blobs((20, 20, 20), i) for i in range(2)]
+    geometry = Geometry((20, 20, 20), (1.0, 1.0, 1.0))
+    with Predictor.from_model_folder(folder, settings=PredictionSettings(etta=EttaConfig(steps=1))) as predictor:
+        first = [predictor.predict_array(case, geometry) for case in cases]
+        second = [predictor.predict_array(case, geometry) for case in reversed(cases)][::-1]
+        for a, b in zip(first, second, strict=True):
+            assert np.array_equal(a.labels, b.labels)
+            assert a.etta == b.etta
+        write_image(cases[0][0], geometry, tmp_path / "one_0000.nii.gz")
+        predictor.predict_case([tmp_path / "one_0000.nii.gz"], tmp_path / "one.nii.gz")
+    (record,) = json.loads((tmp_path / "one_etta.json").read_text())["folds"]
+    assert record["adapted_parameters"] == 2
+    assert set(record) >= {"decision", "entropy_before", "entropy_after", "voxels_changed", "steps"}
+
+
+def test_folds_that_are_not_there(tmp_path):
+    folder = model_folder(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no checkpoint_best\.pt for fold 3 \(trained: 0, 1\)"):
+        Predictor.from_model_folder(folder, ["0", "3"])
+    with pytest.raises(ConfigError, match="fold 0 is given twice"):
+        Predictor.from_model_folder(folder, ["0", "1", "0"])
+    with pytest.raises(CheckpointError, match=r"no checkpoint_final\.pt for fold any \(trained: none\)"):
+        Predictor.from_model_folder(folder, checkpoint="final")
+    with pytest.raises(CheckpointError, match="does not exist; train first"):
+        Predictor.from_model_folder(tmp_path / "nothing")
+    (folder / "fold_1" / "checkpoint_best.pt").write_bytes(b"broken")
+    with pytest.raises(CheckpointError, match="damaged"):
+        Predictor.from_model_folder(folder)
+
+
+def test_a_model_folders_postprocessing_is_done_unless_declined(tmp_path, caplog):
+    folder = model_folder(tmp_path)
+    (folder / "postprocessing.json").write_text(json.dumps({"largest_component": ["high"]}))
+    image = np.zeros((1, 24, 24, 24), np.float32)
+    image[0, 2:8, 2:8, 2:8] = 2.0
+    image[0, 20:22, 20:22, 20:22] = 2.0
+    geometry = Geometry((24, 24, 24), (1, 1, 1))
+    with caplog.at_level("INFO", logger="ukbob_seg"), Predictor.from_model_folder(folder) as predictor:
+        assert (predictor.predict_array(image, geometry).labels == 7).sum() == 6**3
+    assert "stray pieces are removed of high (postprocessing.json)" in caplog.text
+    with Predictor.from_model_folder(folder, settings=PredictionSettings(postprocessing=False)) as predictor:
+        assert (predictor.predict_array(image, geometry).labels == 7).sum() == 6**3 + 2**3
+    for names, voxels in ((("high",), 6**3), (("low",), 0)):
+        with Predictor.from_model_folder(folder, settings=PredictionSettings(classes=names)) as predictor:
+            assert (predictor.predict_array(image, geometry).labels == 7).sum() == voxels
+
+
+def test_finding_jobs(tmp_path):
+    spec = DatasetSpec.from_json({**DATASET, "channel_names": {"0": "fat", "1": "water"}}, "Dataset001_X")
+    for name in ("a_0000", "a_0001", "b_0000"):
+        write_image(np.ones((2, 2, 2), np.float32), Geometry((2, 2, 2), (1, 1, 1)), tmp_path / f"in/{name}.nii.gz")
+    with pytest.raises(DatasetError, match=r"case b: missing channel b_0001\.nii\.gz"):
+        find_jobs(tmp_path / "in", tmp_path / "out", spec)
+    (job,) = find_jobs(tmp_path / "in" / "a_0000.nii.gz", tmp_path / "out.nii.gz", spec)
+    assert [path.name for path in job.images] == ["a_0000.nii.gz", "a_0001.nii.gz"]
+    assert job.output == tmp_path / "out.nii.gz"
+    with pytest.raises(DatasetError, match=r"out\.png ends like a file .* ends in \.mha, \.nii, \.nii\.gz, \.nrrd"):
+        find_jobs(tmp_path / "in" / "a_0000.nii.gz", tmp_path / "out.png", spec)
+    with pytest.raises(DatasetError, match="takes 2 channels; missing"):
+        find_jobs(tmp_path / "in" / "b_0000.nii.gz", tmp_path / "out", spec)
+    with pytest.raises(DatasetError, match="does not exist"):
+        find_jobs(tmp_path / "none", tmp_path / "out", spec)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetError, match="no cases in"):
+        find_jobs(tmp_path / "empty", tmp_path / "out", spec)
