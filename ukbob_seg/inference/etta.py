@@ -21,6 +21,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from ukbob_seg.errors import ConfigError
 from ukbob_seg.inference.etta_config import EttaConfig, EttaRecord
 from ukbob_seg.inference.etta_statistics import CaseStatistics
+from ukbob_seg.inference.passes import forward
 from ukbob_seg.inference.sliding_window import WindowSettings
 
 __all__ = ["EttaConfig", "EttaRecord", "OutputMeaning", "adapt", "adapted", "norm_layers", "voxel_entropy"]
@@ -169,7 +170,7 @@ def _take_statistics(
     network: nn.Module, layers: Sequence[nn.Module], patches: Sequence[Tensor], config: EttaConfig, record: EttaRecord
 ) -> None:
     """Give layers a share of the case's own statistics; all of them, or as their distance says."""
-    statistics = CaseStatistics.measure(layers, patches, lambda patch: _forward(network, patch))
+    statistics = CaseStatistics.measure(layers, patches, lambda patch: forward(network, patch))
     record.statistics_distance = statistics.distance()
     share = config.statistics_share
     record.statistics_share = choose_share(record.statistics_distance) if share is None else share
@@ -181,21 +182,13 @@ def choose_share(distance: float) -> float:
     return float(min(1.0, max(LEAST_SHARE, distance / FAR)))
 
 
-def _forward(network: nn.Module, patch: Tensor) -> Tensor:
-    with torch.autocast(patch.device.type, torch.bfloat16, enabled=patch.device.type == "cuda"):
-        outputs = network(patch)
-    return outputs if isinstance(outputs, Tensor) else outputs[0]
-
-
 @torch.no_grad()
 def _choose_patches(
     network: nn.Module, image: Tensor, windows: WindowSettings, meaning: OutputMeaning, config: EttaConfig
 ) -> list[Tensor]:
     """Windows (1, C, z, y, x) that show foreground and are uncertain, from evenly spread candidates."""
     patch = windows.window(image.shape[1:])
-    padding = [max(0, p - n) for p, n in zip(patch, image.shape[1:], strict=True)]
-    flat = [side for p in reversed(padding) for side in (p // 2, p - p // 2)]
-    padded = F.pad(image, flat)
+    padded, _ = windows.pad(image)
     starts = windows.starts(padded.shape[1:])
     corners = [(z, y, x) for z in starts[0] for y in starts[1] for x in starts[2]]
     count = min(config.candidates, len(corners))
@@ -208,7 +201,7 @@ def _choose_patches(
         return patches
     scores = []
     for position, candidate in enumerate(patches):
-        logits = _forward(network, candidate)
+        logits = forward(network, candidate)
         entropy = float(voxel_entropy(logits, meaning.head).mean())
         scores.append((_foreground([meaning.decide(logits)]) > 0, entropy, -position))
     best = sorted(range(len(patches)), key=lambda i: scores[i], reverse=True)[: config.max_patches]
@@ -220,7 +213,7 @@ def _measure(network: nn.Module, patches: Sequence[Tensor], meaning: OutputMeani
     """Mean entropy over the patches, and the decision of each."""
     entropies, decisions = [], []
     for patch in patches:
-        logits = _forward(network, patch)
+        logits = forward(network, patch)
         entropies.append(float(voxel_entropy(logits, meaning.head).mean()))
         decisions.append(meaning.decide(logits))
     return sum(entropies) / len(entropies), decisions
@@ -255,7 +248,7 @@ def _weights(
     weights: list[Tensor | None] = []
     with torch.no_grad():
         for patch in patches:
-            counted = possible_foreground(_forward(network, patch), meaning, config.certain_background).float()
+            counted = possible_foreground(forward(network, patch), meaning, config.certain_background).float()
             weights.append(counted / counted.sum().clamp_min(1))
     return weights
 
@@ -285,7 +278,7 @@ def _descend(
         last = step == config.steps
         for patch, weight in zip(patches, weights, strict=True):
             with torch.set_grad_enabled(not last):
-                voxels = voxel_entropy(_forward(network, patch), meaning.head)
+                voxels = voxel_entropy(forward(network, patch), meaning.head)
                 value = (voxels.mean() if weight is None else (voxels * weight).sum()) / len(patches)
             if not last:
                 value.backward()

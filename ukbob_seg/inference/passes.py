@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+
+from ukbob_seg.networks.compiled import CompiledNetwork
+from ukbob_seg.networks.convolution import quick_convolutions
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,18 @@ class AveragedPasses:
                 turned = turned.clone()
                 turned[:, : self.image_channels].mul_(change[0]).add_(change[1])
             for network in self.networks:
-                with torch.autocast(windows.device.type, torch.bfloat16, enabled=windows.device.type == "cuda"):
-                    outputs = network(turned)
-                logits = (outputs if isinstance(outputs, Tensor) else outputs[0]).float()
+                logits = forward(network, turned).float()
                 logits = self.mirroring.undo(logits, flipped) if flipped else logits
                 total = logits if total is None else total.add_(logits)
         assert total is not None
         count = len(views) * len(self.networks)
         return total if count == 1 else total / count
+
+
+def forward(network: nn.Module, windows: Tensor) -> Tensor:
+    """(B, C, z, y, x) -> (B, K, z, y, x) logits at full resolution: half precision on CUDA, quick on CPUs."""
+    kind = windows.device.type
+    quick = nullcontext() if isinstance(network, CompiledNetwork) else quick_convolutions(windows.device)
+    with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"), quick:
+        outputs = network(windows)
+    return outputs if isinstance(outputs, Tensor) else outputs[0]

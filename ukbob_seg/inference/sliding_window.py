@@ -48,6 +48,15 @@ class WindowSettings:
         )
         return z, y, x
 
+    def pad(self, image: Tensor) -> tuple[Tensor, list[slice]]:
+        """Zeros on both sides of (..., Z, Y, X), as many as a window needs; and where the image lies within them."""
+        shape = image.shape[-3:]
+        padding = [max(0, p - n) for p, n in zip(self.window(shape), shape, strict=True)]
+        inner = [slice(p // 2, p // 2 + n) for p, n in zip(padding, shape, strict=True)]
+        if not any(padding):
+            return image, inner
+        return F.pad(image, [side for p in reversed(padding) for side in (p // 2, p - p // 2)]), inner
+
     def starts(self, shape: Sequence[int]) -> list[list[int]]:
         """First voxels of the windows along each axis of an image at least as large as the window."""
         steps = [1.0 if axis == self.slice_axis else self.step for axis in range(3)]
@@ -165,16 +174,12 @@ def iterate_slabs(
         zeros on both sides and cropped again.
     """
     patch = settings.window(image.shape[1:])
-    padding = [max(0, p - n) for p, n in zip(patch, image.shape[1:], strict=True)]
-    before = [p // 2 for p in padding]
-    flat = [side for b, p in zip(reversed(before), reversed(padding), strict=True) for side in (b, p - b)]
-    padded = F.pad(image, flat) if any(padding) else image
-    occupied = None if empty is None else F.pad(empty.occupied, flat)
+    padded, inner = settings.pad(image)
+    occupied = None if empty is None else settings.pad(empty.occupied)[0]
     starts_z, starts_y, starts_x = settings.starts(padded.shape[1:])
     corners = [(y, x) for y in starts_y for x in starts_x]
     chosen = [corners if occupied is None else _occupied(corners, occupied, z, patch) for z in starts_z]
     sums = _Sums(patch, tuple(padded.shape[2:]), image.device, accumulation or Accumulation(), empty)
-    inner = [slice(b, b + n) for b, n in zip(before, image.shape[1:], strict=True)]
     total, done = sum(map(len, chosen)), 0
     for z, following, here in zip(starts_z, [*starts_z[1:], padded.shape[1]], chosen, strict=True):
         for first in range(0, len(here), settings.batch_size):

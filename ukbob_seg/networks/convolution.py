@@ -1,0 +1,118 @@
+"""Convolutions of single small windows on CPUs, by oneDNN as those of large ones.
+
+PyTorch gives 3D convolutions of float32 to oneDNN, but for one exception that meets every small patch and the deep
+stages of others: a single map whose channels x depth x height do not exceed 20,480 (``use_mkldnn`` in
+aten/src/ATen/native/Convolution.cpp). Its own kernel takes up to fifteen times as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+MOST_ROWS = 20_480  # up to this PyTorch does not ask oneDNN
+LEAST_VOXELS = 512  # of the output; below, oneDNN is no quicker
+
+
+def quick_convolutions(device: torch.device) -> AbstractContextManager[Any]:
+    """While the context is open, ``conv3d`` of one small float32 map is done by oneDNN; nothing changes on a GPU.
+
+    For networks called as they are, with or without gradients; not for calls of ``torch.compile``.
+    """
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return nullcontext()
+    return _QuickConvolutions()
+
+
+class _QuickConvolutions(TorchFunctionMode):
+    """Sees every call of a PyTorch function in this thread."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.conv3d:
+            return _conv3d(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    if groups == 1 and not isinstance(padding, str) and input.dim() == 5:
+        steps, margins, spread = _three(stride), _three(padding), _three(dilation)
+        if _is_left_out(input, weight, steps, margins, spread):
+            if torch.is_grad_enabled():
+                return _Convolution.apply(input, weight, bias, steps, margins, spread)
+            return torch.mkldnn_convolution(input, weight, bias, margins, steps, spread, 1)
+    return torch.conv3d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _three(value: int | Sequence[int]) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * 3 if len(values) == 1 else values
+
+
+def _is_left_out(image: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> bool:
+    """Whether oneDNN is not asked, but would be quicker."""
+    _, channels, depth, height, _ = image.shape
+    kernel = weight.shape[2:]
+    voxels = 1
+    for n, k, s, p, d in zip(image.shape[2:], kernel, stride, padding, dilation, strict=True):
+        voxels *= (n + 2 * p - d * (k - 1) - 1) // s + 1
+    return (
+        image.shape[0] == 1
+        and channels * depth * height <= MOST_ROWS
+        and image.dtype == weight.dtype == torch.float32
+        and weight.shape[1] == channels
+        and kernel.numel() > 1
+        and not (kernel[1] > 3 and kernel[2] > 3)
+        and voxels >= LEAST_VOXELS
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+class _Convolution(torch.autograd.Function):
+    """The gradient of the image is a convolution too; that of the weights is left to PyTorch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        image: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+    ) -> Tensor:
+        ctx.save_for_backward(image, weight)
+        ctx.shape = stride, padding, dilation
+        return torch.mkldnn_convolution(image, weight, bias, padding, stride, dilation, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        image, weight = ctx.saved_tensors
+        stride, padding, dilation = ctx.shape
+        wanted = list(ctx.needs_input_grad[:3])
+        of_image = None
+        margins = [d * (k - 1) - p for k, p, d in zip(weight.shape[2:], padding, dilation, strict=True)]
+        if wanted[0] and stride == [1, 1, 1] and min(margins) >= 0:
+            turned = weight.flip(2, 3, 4).transpose(0, 1).contiguous()
+            of_image = torch.mkldnn_convolution(gradient.contiguous(), turned, None, margins, stride, dilation, 1)
+            wanted[0] = False
+        rest: Sequence[Tensor | None] = (None, None, None)
+        if any(wanted):
+            rest = torch.ops.aten.convolution_backward(
+                gradient, image, weight, [len(weight)], stride, padding, dilation, False, [0, 0, 0], 1, wanted
+            )
+        return (of_image if of_image is not None else rest[0]), rest[1], rest[2], None, None, None
