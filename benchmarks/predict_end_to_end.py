@@ -42,20 +42,18 @@ from ukbob_seg.training.checkpoint import NAMES, ModelDescription, read_checkpoi
 NORMS = {"instance": "instancenorm.InstanceNorm3d", "batch": "batchnorm.BatchNorm3d"}
 
 
-def untrained(dataset: Path, work: Path) -> Path:
-    """A model folder with fresh weights, planned as ``ukbob_plan_and_preprocess`` does."""
+def untrained(dataset: Path, work: Path, name: str = "plain_conv_unet") -> Path:
+    """A model folder of a network with fresh weights, planned as ``ukbob_plan_and_preprocess`` does."""
     roots = Roots(dataset.parent, work / "preprocessed", work / "results")
     plan_and_preprocess(dataset.name, roots, PlanOptions(), quiet=True)
     plans = json.loads((roots.preprocessed / dataset.name / "plans.json").read_text())
     content = json.loads((dataset / "dataset.json").read_text())
-    arguments = plans["configurations"]["3d_fullres"]["networks"]["plain_conv_unet"]["arguments"]
+    arguments = plans["configurations"]["3d_fullres"]["networks"][name]["arguments"]
     spec = DatasetSpec.from_json(content, dataset.name)
     torch.manual_seed(0)
-    network = build_network("plain_conv_unet", len(spec.channel_names), spec.labels.num_outputs, arguments)
-    description = ModelDescription(
-        "plain_conv_unet", arguments, "3d_fullres", "all", "softmax", (0, 1, 2), plans, content
-    )
-    fold = roots.results / dataset.name / "3d_fullres__plain_conv_unet" / "fold_all"
+    network = build_network(name, len(spec.channel_names), spec.labels.num_outputs, arguments)
+    description = ModelDescription(name, arguments, "3d_fullres", "all", "softmax", (0, 1, 2), plans, content)
+    fold = roots.results / dataset.name / f"3d_fullres__{name}" / "fold_all"
     fold.mkdir(parents=True)
     save_checkpoint(fold / NAMES["final"], description, network.state_dict())
     return fold.parent
