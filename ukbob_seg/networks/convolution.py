@@ -108,7 +108,7 @@ class _Convolution(torch.autograd.Function):
         margins = [d * (k - 1) - p for k, p, d in zip(weight.shape[2:], padding, dilation, strict=True)]
         if wanted[0] and stride == [1, 1, 1] and min(margins) >= 0:
             turned = weight.flip(2, 3, 4).transpose(0, 1).contiguous()
-            of_image = torch.mkldnn_convolution(gradient.contiguous(), turned, None, margins, stride, dilation, 1)
+            of_image = torch.mkldnn_convolution(gradient, turned, None, margins, stride, dilation, 1)
             wanted[0] = False
         rest: Sequence[Tensor | None] = (None, None, None)
         if any(wanted):
