@@ -71,7 +71,7 @@ def test_the_whole_chain(run, make_dataset, tmp_path):
     model = tmp_path / "results" / "Dataset007_Blobs" / "3d_fullres__swin_unetr"
     assert (model / "fold_0" / "validation" / "summary.json").is_file()
     assert "first" in out
-    for extra in ([], ["--etta", "--etta-steps", "1"], ["--tta", "--step-size", "1"]):
+    for extra in ([], ["--etta", "--etta-steps", "1"], ["--tta", "--no-mirror", "--step-size", "1"]):
         code, out, err = run(predict, "-i", folder / "imagesTs", "-o", tmp_path / "out", "-d", 7, "-f", 0,
                              "--device", "cpu", *extra)  # fmt: skip
         assert code == 0, err

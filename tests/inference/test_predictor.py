@@ -245,8 +245,11 @@ def test_windows_of_air_are_left_out_on_demand(dataset):
         predictor.predict_array(np.ones((1, 20, 20, 20), np.float32), Geometry((20, 20, 20), (1, 1, 1)))
 
 
-@pytest.mark.parametrize(("axes", "passes"), [((), 5), ((0,), 6), ((0, 1, 2), 12)])
-def test_only_the_flips_of_training_are_averaged_over_and_changes_of_intensity(axes, passes):
+@pytest.mark.parametrize(
+    ("axes", "mirror", "passes"),
+    [((), True, 5), ((0,), True, 6), ((0, 1, 2), True, 12), ((0, 1, 2), False, 5)],
+)
+def test_only_the_flips_of_training_are_averaged_over_and_changes_of_intensity(axes, mirror, passes):
     seen = []
 
     class Watching(Identity):
@@ -254,7 +257,7 @@ def test_only_the_flips_of_training_are_averaged_over_and_changes_of_intensity(a
             seen.append(x)
             return super().forward(x)
 
-    predictor = predictor_of(PredictionSettings(tta=True), networks=[Watching(1, 3).eval()], mirror=axes)
+    predictor = predictor_of(PredictionSettings(tta=True, mirror=mirror), networks=[Watching(1, 3).eval()], mirror=axes)
     predictor.predict_array(blobs((16, 16, 16)).astype(np.float32), Geometry((16, 16, 16), (1, 1, 1)))
     assert len(seen) == passes
     plain, changed = seen[0], seen[-4:]

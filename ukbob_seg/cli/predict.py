@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = PredictionSettings(
         step=arguments.step_size,
         tta=arguments.tta,
+        mirror=not arguments.no_mirror,
         etta=etta if arguments.etta else None,
         window_batch=arguments.window_batch,
         skip_empty=arguments.skip_empty,
@@ -120,6 +121,10 @@ def _add_ways(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="average over flips along the axes that training mirrored, and over small changes of intensity",
     )
+    parser.add_argument(
+        "--no-mirror", action="store_true",
+        help="no flips in --tta, changes of intensity alone (without --tta nothing is flipped in any case)",
+    )  # fmt: skip
     parser.add_argument(
         "--step-size", type=float, default=0.5, metavar="S", help="window distance / patch (default: 0.5)"
     )

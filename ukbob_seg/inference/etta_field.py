@@ -107,8 +107,8 @@ def find_field(channel: Tensor, inside: Tensor | None = None) -> Field:
     Returns:
         The field; no field at all for a constant channel.
 
-    Reference: Mangin, Entropy minimization for automatic correction of intensity nonuniformity, MMBIA 2000; the model of
-    the field, the histogram of logarithms and its gradient are ours.
+    Reference: Mangin, Entropy minimization for automatic correction of intensity nonuniformity, MMBIA 2000; the model
+    of the field, the histogram of logarithms and its gradient are ours.
     """
     step = max(1, int(np.ceil((channel.numel() / SAMPLES) ** (1 / 3))))
     places = [torch.arange(n // 2 % step, n, step) for n in channel.shape]

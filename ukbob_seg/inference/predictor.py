@@ -111,7 +111,7 @@ class Predictor(CasePredictor):
                 f"first stage, got {previous_stage and previous_stage.description.configuration}"
             )
         self._mirroring = Mirroring(
-            axes=description.mirror_axes if self.settings.tta else (),
+            axes=description.mirror_axes if self.settings.tta and self.settings.mirror else (),
             left_right_axis=self.plans.left_right_axis,
             output_swap=output_swap(self.spec.labels),
             input_swap=None if previous_stage is None else _table(label_swap(self.spec.labels)),

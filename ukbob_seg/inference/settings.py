@@ -15,6 +15,7 @@ class PredictionSettings:
     Attributes:
         step: distance of neighbouring windows as a share of the patch.
         tta: average over flips along the axes that training mirrored, if any, and small changes of intensity.
+        mirror: whether ``tta`` flips; without, it averages over changes of intensity alone.
         etta: adapt to each case, or None.
         window_batch: windows per forward pass.
         skip_empty: leave out windows outside of the body (``filtering/body.py``, of the first channel): background.
@@ -32,6 +33,7 @@ class PredictionSettings:
 
     step: float = 0.5
     tta: bool = False
+    mirror: bool = True
     etta: EttaConfig | None = None
     window_batch: int = 1
     skip_empty: bool = False
