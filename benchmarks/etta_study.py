@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -38,6 +40,7 @@ METHODS = {
     "default": PredictionSettings(etta=EttaConfig()),
     "default + TTA": PredictionSettings(etta=EttaConfig(), tta=True),
 }
+LARGE: dict[str, Any] = {"steps": 10, "learning_rate": 1e-2}
 ABLATIONS = {
     "no field step": EttaConfig(least_field_gain=None),
     "field step always": EttaConfig(least_field_gain=0.0, least_field_spread=0.0),
@@ -47,6 +50,9 @@ ABLATIONS = {
     "twice the steps": EttaConfig(steps=2 * EttaConfig().steps),
     "every step is taken": EttaConfig(mode="paper"),
     "no fall-back": EttaConfig(least_foreground=0.0),
+    "large steps": EttaConfig(**LARGE),
+    "large steps, any drift": EttaConfig(**LARGE, most_drift=math.inf),
+    "large steps, all taken": EttaConfig(**LARGE, mode="paper", least_foreground=0.0),
 }
 SETTINGS = {**METHODS, **{name: PredictionSettings(etta=config) for name, config in ABLATIONS.items()}}
 COLUMNS = ("network", "shift", "case", "method", "dice", "decision", "share", "steps", "seconds")

@@ -136,13 +136,36 @@ def test_collapse_falls_back(image):
     network = _network(NORMS["instance"]())
     with torch.no_grad():
         network[4].bias.copy_(torch.tensor([1.5, 0.0, 0.0]))
-    own, record = adapt(network, image, WINDOWS, SOFTMAX, EttaConfig(steps=30, learning_rate=0.5, least_foreground=1.0))
+    own, record = adapt(network, image, WINDOWS, SOFTMAX, EttaConfig(
+        steps=30, learning_rate=0.5, least_foreground=1.0, most_drift=math.inf
+    ))  # fmt: skip
     if record.foreground_after < record.foreground_before:
         assert record.decision.startswith("fell back")
         assert torch.equal(own[1].weight, network[1].weight)
         assert record.voxels_changed == 0
     else:
         pytest.fail("the case was meant to collapse")
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_steps_end_before_the_foreground_drifts_away(image, norm):
+    """The steps that are kept are the first of those without a limit, up to the last within it."""
+    network = _network(NORMS[norm]())
+    steps = {"learning_rate": 0.03, "certain_background": 1.0, "max_patches": 1}
+
+    def run(count, drift):
+        return adapt(network, image, WINDOWS, SOFTMAX, EttaConfig(steps=count, most_drift=drift, **steps))
+
+    _, start = run(0, 0.0)
+    reached = [abs(run(count, math.inf)[1].foreground_after / start.foreground_after - 1) for count in range(1, 31)]
+    assert reached[-1] > 0.1  # so there is something to end
+    within = next(n for n, drift in enumerate(reached) if drift > 0.1)  # steps before the first that goes too far
+    own, record = run(30, 0.1)
+    assert record.steps == within
+    expected, _ = run(within, math.inf)
+    assert all(torch.equal(a, b) for a, b in zip(own.parameters(), expected.parameters(), strict=True))
+    _, papers = adapt(network, image, WINDOWS, SOFTMAX, EttaConfig(mode="paper", steps=30, most_drift=0.0, **steps))
+    assert papers.steps == 30
 
 
 def test_layer_norm_counts():
@@ -154,7 +177,7 @@ def test_layer_norm_counts():
     [
         {"steps": -1}, {"learning_rate": 0.0}, {"statistics_share": 1.5}, {"candidates": 1, "max_patches": 2},
         {"mode": "plain"}, {"certain_background": 0.0}, {"certain_background": 1.1}, {"least_field_gain": -0.1},
-        {"least_field_spread": -1.0},
+        {"least_field_spread": -1.0}, {"most_drift": -0.1}, {"most_drift": math.nan},
     ],
 )  # fmt: skip
 def test_bad_configurations(change):
@@ -183,7 +206,10 @@ def test_the_papers_recipe_takes_every_step_and_undoes_nothing(image):
     assert record.foreground_after < record.foreground_before
     assert not torch.equal(own[1].weight, network[1].weight)
     _, guarded = adapt(network, image, WINDOWS, SOFTMAX, EttaConfig(**wild))
-    assert guarded.decision.startswith("fell back")
+    assert (guarded.decision, guarded.steps) == (
+        "unchanged: no step lowered the entropy and kept the foreground",
+        0,
+    )
 
 
 def test_statistics_alone(image):

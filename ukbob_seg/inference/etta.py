@@ -161,7 +161,10 @@ def _adapt_in_place(
                 value.copy_(start[name])
         after, record.entropy_after = before, record.entropy_before
     elif record.steps == 0 and not with_statistics:
-        record.decision = f"unchanged: {'the entropy did not fall' if config.steps else 'no steps, and no statistics'}"
+        reason = (
+            "no step lowered the entropy and kept the foreground" if config.steps else "no steps, and no statistics"
+        )
+        record.decision = f"unchanged: {reason}"
     record.voxels_changed = sum(int((a != b).sum()) for a, b in zip(before, after, strict=True))
     return record
 
@@ -263,28 +266,34 @@ def _descend(
 ) -> int:
     """Minimise the mean entropy over the patches; returns the steps that led to the parameters that are kept.
 
-    In mode ``guarded`` these are the best seen, and the steps end once the entropy no longer falls. Which voxels count
-    is decided before the first step.
+    In mode ``guarded`` these are the best seen, and the steps end once the entropy no longer falls, or the amount of
+    foreground drifts away: low entropy is cheap where every doubtful voxel becomes the same. Which voxels count is
+    decided before the first step.
     """
     weights = _weights(network, patches, meaning, config)
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(parameters, lr=rate)
-    best_entropy, best_step = float("inf"), 0
+    best_entropy, best_step, foreground_at_first = float("inf"), 0, 0
     best = [p.detach().clone() for p in parameters]
     for step in range(config.steps + 1):
         optimizer.zero_grad(set_to_none=True)
-        entropy = 0.0
+        entropy, foreground = 0.0, 0
         last = step == config.steps
         for patch, weight in zip(patches, weights, strict=True):
             with torch.set_grad_enabled(not last):
-                voxels = voxel_entropy(forward(network, patch), meaning.head)
+                logits = forward(network, patch)
+                voxels = voxel_entropy(logits, meaning.head)
                 value = (voxels.mean() if weight is None else (voxels * weight).sum()) / len(patches)
             if not last:
                 value.backward()
             entropy += float(value.detach())
-        if config.mode == "guarded" and not entropy < best_entropy:
-            break  # no longer falling
+            foreground += _foreground([meaning.decide(logits.detach())])
+        if step == 0:
+            foreground_at_first = foreground
+        drift = abs(foreground - foreground_at_first) / max(1, foreground_at_first)
+        if config.mode == "guarded" and (not entropy < best_entropy or drift > config.most_drift):
+            break
         best_entropy, best_step = entropy, step
         best = [p.detach().clone() for p in parameters]
         if not last:

@@ -27,6 +27,8 @@ class EttaConfig:
         statistics_share: weight of the case's statistics against the stored ones, None to decide per case.
         certain_background: voxels whose probability of background reaches this are left out of the entropy that the
             steps lower (with regions: whose every region is as improbable); 1 for the entropy of all voxels.
+        most_drift: the entropy steps end before they change the amount of foreground by more than this share (not in
+            mode ``paper``).
         least_field_gain: divide a smooth field out of the image where the entropy of its intensities falls by at least
             this, in nats, and where the field is strong enough; None to leave every image as it is.
         least_field_spread: standard deviation of a field's logarithm from which on it is strong enough.
@@ -40,6 +42,7 @@ class EttaConfig:
     candidates: int = 6
     statistics_share: float | None = None
     certain_background: float = 0.95
+    most_drift: float = 0.1
     least_field_gain: float | None = 0.1
     least_field_spread: float = 0.15
     least_foreground: float = 0.5
@@ -72,6 +75,8 @@ class EttaConfig:
             raise ConfigError(f"statistics_share must lie in [0, 1], got {self.statistics_share}")
         if not 0 < self.certain_background <= 1:
             raise ConfigError(f"certain_background must lie in (0, 1], got {self.certain_background}")
+        if not self.most_drift >= 0:
+            raise ConfigError(f"most_drift must not be negative, got {self.most_drift}")
         if self.least_field_gain is not None and not self.least_field_gain >= 0:
             raise ConfigError(f"least_field_gain must not be negative, got {self.least_field_gain}")
         if not self.least_field_spread >= 0:
