@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from ukbob_seg.errors import ConfigError
 
-BIAS_LOG_AMPLITUDE, BIAS_GRID = 1.2, 16  # factors from 1/3.3 up or to 3.3; voxels along an axis of its coarse grid
+BIAS_LOG_AMPLITUDE, BIAS_GRID = 1.3, 16  # factors from 1/3.7 up or to 3.7; voxels along an axis of its coarse grid
 BLUR_SIGMA_MM = 1.2
 NOISE_SHARE = 0.1  # standard deviation, as a share of the image's range
 GHOST_LINES = 0.5  # what is left of every second line
