@@ -24,16 +24,7 @@ from ukbob_seg.inference.etta_statistics import CaseStatistics
 from ukbob_seg.inference.passes import forward
 from ukbob_seg.inference.sliding_window import WindowSettings
 
-__all__ = [
-    "EttaConfig",
-    "EttaRecord",
-    "OutputMeaning",
-    "adapt",
-    "adapted",
-    "mean_entropy",
-    "norm_layers",
-    "voxel_entropy",
-]
+__all__ = ["EttaConfig", "EttaRecord", "OutputMeaning", "adapt", "adapted", "norm_layers", "voxel_entropy"]
 
 LEAST_SHARE, FAR = 0.75, 0.005  # share of the case's statistics where they are near, distance at which it is 1
 NORM_LAYERS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
@@ -119,15 +110,6 @@ def adapted(
             module.training = mode
 
 
-@torch.no_grad()
-def mean_entropy(
-    network: nn.Module, image: Tensor, windows: WindowSettings, meaning: OutputMeaning, config: EttaConfig
-) -> float:
-    """Of all voxels of the windows among which adaptation chooses, in nats; arguments as ``adapt``."""
-    patches = _candidates(image, windows, config.candidates)
-    return sum(float(voxel_entropy(forward(network, patch), meaning.head).mean()) for patch in patches) / len(patches)
-
-
 def norm_layers(network: nn.Module) -> list[nn.Module]:
     """All normalization layers that adaptation can use: with affine parameters or with running statistics."""
     return [
@@ -203,26 +185,21 @@ def choose_share(distance: float) -> float:
     return float(min(1.0, max(LEAST_SHARE, distance / FAR)))
 
 
-def _candidates(image: Tensor, windows: WindowSettings, most: int) -> list[Tensor]:
-    """Some of the windows of an image, evenly spread: (1, C, z, y, x)."""
-    patch = windows.window(image.shape[1:])
-    padded, _ = windows.pad(image)
-    starts = windows.starts(padded.shape[1:])
-    corners = [(z, y, x) for z in starts[0] for y in starts[1] for x in starts[2]]
-    count = min(most, len(corners))
-    spread = [corners[round(i * (len(corners) - 1) / max(1, count - 1))] for i in range(count)]
-    return [
-        padded[:, z : z + patch[0], y : y + patch[1], x : x + patch[2]].unsqueeze(0)
-        for z, y, x in dict.fromkeys(spread)
-    ]
-
-
 @torch.no_grad()
 def _choose_patches(
     network: nn.Module, image: Tensor, windows: WindowSettings, meaning: OutputMeaning, config: EttaConfig
 ) -> list[Tensor]:
     """Windows (1, C, z, y, x) that show foreground and are uncertain, from evenly spread candidates."""
-    patches = _candidates(image, windows, config.candidates)
+    patch = windows.window(image.shape[1:])
+    padded, _ = windows.pad(image)
+    starts = windows.starts(padded.shape[1:])
+    corners = [(z, y, x) for z in starts[0] for y in starts[1] for x in starts[2]]
+    count = min(config.candidates, len(corners))
+    spread = [corners[round(i * (len(corners) - 1) / max(1, count - 1))] for i in range(count)]
+    patches = [
+        padded[:, z : z + patch[0], y : y + patch[1], x : x + patch[2]].unsqueeze(0)
+        for z, y, x in dict.fromkeys(spread)
+    ]
     if len(patches) <= config.max_patches:
         return patches
     scores = []

@@ -32,8 +32,6 @@ class EttaConfig:
         least_field_gain: divide a smooth field out of the image where the entropy of its intensities falls by at least
             this, in nats, and where the field is strong enough; None to leave every image as it is.
         least_field_spread: standard deviation of a field's logarithm from which on it is strong enough.
-        most_field_entropy: the image stays as it is where dividing the field out would multiply the networks' mean
-            entropy by more than this: they know such fields from training.
         least_foreground: undo everything when predicted foreground shrinks below this share of the unadapted one.
     """
 
@@ -47,7 +45,6 @@ class EttaConfig:
     most_drift: float = 0.1
     least_field_gain: float | None = 0.1
     least_field_spread: float = 0.2
-    most_field_entropy: float = 1.1
     least_foreground: float = 0.5
 
     @classmethod
@@ -82,11 +79,8 @@ class EttaConfig:
             raise ConfigError(f"most_drift must not be negative, got {self.most_drift}")
         if self.least_field_gain is not None and not self.least_field_gain >= 0:
             raise ConfigError(f"least_field_gain must not be negative, got {self.least_field_gain}")
-        if not (self.least_field_spread >= 0 and self.most_field_entropy >= 0):
-            raise ConfigError(
-                "least_field_spread and most_field_entropy must not be negative, got "
-                f"{self.least_field_spread} and {self.most_field_entropy}"
-            )
+        if not self.least_field_spread >= 0:
+            raise ConfigError(f"least_field_spread must not be negative, got {self.least_field_spread}")
 
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -113,7 +107,6 @@ class EttaRecord:
     decision: str = "adapted"
     field_gains: tuple[float | None, ...] | None = None  # of each channel; None where no field was looked for
     field_spreads: tuple[float | None, ...] | None = None
-    field_entropy_ratio: float | None = None  # of the networks' entropy without the field to that with it
     fields_removed: tuple[int, ...] = ()  # channels
     adapted_parameters: int = 0
     statistics_layers: int = 0

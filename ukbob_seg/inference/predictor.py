@@ -21,8 +21,7 @@ from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError, listing
 from ukbob_seg.filtering.body import body_mask, otsu_threshold
 from ukbob_seg.inference.case_predictor import CasePredictor, Prediction, Progress
 from ukbob_seg.inference.entropy_map import EntropyMap
-from ukbob_seg.inference.etta import OutputMeaning, adapted, mean_entropy
-from ukbob_seg.inference.etta_config import EttaConfig
+from ukbob_seg.inference.etta import OutputMeaning, adapted
 from ukbob_seg.inference.etta_field import remove_fields
 from ukbob_seg.inference.export import (
     RowStream,
@@ -105,7 +104,6 @@ class Predictor(CasePredictor):
         self._windows = WindowSettings(
             network_plan.patch_size, self.settings.step, self.settings.window_batch, self.configuration.slice_axis
         )
-        self._meaning = OutputMeaning(description.head, self.spec.labels.has_regions)
         self._previous_stage = previous_stage
         if (previous_stage is not None) != (self.configuration.previous_stage is not None):
             raise ConfigError(
@@ -211,20 +209,17 @@ class Predictor(CasePredictor):
             raise DatasetError("the image has NaN or infinite voxels; replace them (for example by 0)")
         array, properties = preprocess_image(image, geometry, self.plans, self.configuration)
         tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        tensor, fields = self._without_fields(tensor)
         first = None
         if self._previous_stage is not None:
             first = self._previous_stage.predict_array(image, geometry, progress=progress)
             indices = preprocess_labels(self.spec.labels.to_indices(first.labels, "the first stage"), properties)
             tensor = torch.cat([tensor, torch.from_numpy(indices.astype(np.float32))[None].to(self.device)])
-        with self._serving:
-            if not self._networks:
-                raise ConfigError("this predictor is closed; load the model again")
-            tensor, fields = self._without_fields(tensor)
-            with self._adapted_networks(tensor, progress) as (networks, records):
-                changes = INTENSITY_CHANGES if self.settings.tta else ()
-                passes = AveragedPasses(networks, self._mirroring, changes, len(self.spec.channel_names))
-                etta = tuple({**record, **fields} for record in records)
-                yield CaseStream(properties, self._slabs(passes, tensor, progress), etta, first)
+        with self._serving, self._adapted_networks(tensor, progress) as (networks, records):
+            changes = INTENSITY_CHANGES if self.settings.tta else ()
+            passes = AveragedPasses(networks, self._mirroring, changes, len(self.spec.channel_names))
+            etta = tuple({**record, **fields} for record in records)
+            yield CaseStream(properties, self._slabs(passes, tensor, progress), etta, first)
 
     def stages(self) -> list[Predictor]:
         """This predictor and, in a cascade, those of the stages before it."""
@@ -245,21 +240,12 @@ class Predictor(CasePredictor):
         if etta is None or etta.least_field_gain is None:
             return image, {}
         limits = etta.least_field_gain, etta.least_field_spread
-        flat, fields, removed = remove_fields(image, self.plans.normalization, *limits)
-        ratio = self._entropy(flat, etta) / max(self._entropy(image, etta), 1e-12) if removed else None
-        if ratio is not None and ratio > etta.most_field_entropy:
-            flat, removed = image, ()
-        return flat, {
+        image, fields, removed = remove_fields(image, self.plans.normalization, *limits)
+        return image, {
             "field_gains": [None if field is None else field.gain for field in fields],
             "field_spreads": [None if field is None else field.spread for field in fields],
-            "field_entropy_ratio": ratio,
             "fields_removed": list(removed),
         }
-
-    def _entropy(self, image: torch.Tensor, etta: EttaConfig) -> float:
-        """How unsure the networks are of some windows of an image, as trained."""
-        meaning = self._meaning
-        return sum(mean_entropy(network, image, self._windows, meaning, etta) for network in self._networks)
 
     @contextmanager
     def _adapted_networks(
@@ -269,15 +255,16 @@ class Predictor(CasePredictor):
 
         ``progress`` is called before every pass of the adaptation too, so that it can end that by raising.
         """
+        if not self._networks:
+            raise ConfigError("this predictor is closed; load the model again")
         adapting = self._networks if self.settings.etta is not None else []
+        meaning = OutputMeaning(self.description.head, self.spec.labels.has_regions)
         with ExitStack() as stack:
             with ExitStack() as hooks:
                 for network in adapting:
                     hooks.callback(network.register_forward_pre_hook(partial(_tell, progress)).remove)
                 records = [
-                    stack.enter_context(
-                        adapted(network, image, self._windows, self._meaning, self.settings.etta)
-                    ).to_json()
+                    stack.enter_context(adapted(network, image, self._windows, meaning, self.settings.etta)).to_json()
                     for network in adapting
                 ]
             yield self._called, records
