@@ -17,6 +17,7 @@ from ukbob_seg.inference.etta import EttaConfig
 from ukbob_seg.inference.predict import predict
 from ukbob_seg.inference.predictor import PredictionSettings, Predictor
 from ukbob_seg.networks import compiled
+from ukbob_seg.preprocessing.intensity_field import UsualField
 from ukbob_seg.preprocessing.normalization import ChannelNormalization
 from ukbob_seg.preprocessing.storage import open_array
 from ukbob_seg.training.checkpoint import ModelDescription
@@ -187,19 +188,22 @@ def test_etta_divides_a_field_out_before_anything_else():
     found = {}
     for name, image, etta in (
         ("clean", clean, None), ("shaded", shaded, None), ("flat", shaded, EttaConfig(steps=0)),
-        ("left", shaded, EttaConfig(steps=0, least_field_gain=None)), ("small", clean, EttaConfig(steps=0)),
+        ("left", shaded, EttaConfig(steps=0, least_field_gain=None)), ("before", shaded, EttaConfig(steps=0)),
+        ("small", clean, EttaConfig(steps=0)),
     ):  # fmt: skip
-        description = ModelDescription("identity", {}, "3d_fullres", "0", "softmax", (0,), plans, DATASET)
+        fields = None if name == "before" else (UsualField(),)
+        description = ModelDescription("identity", {}, "3d_fullres", "0", "softmax", (0,), plans, DATASET, fields)
         with Predictor([Identity(1, 3).eval()], description, settings=PredictionSettings(etta=etta)) as predictor:
             found[name] = predictor.predict_array(image[None].astype(np.float32), geometry)
     clear, shade, flat, left, small = (found[name].labels for name in ("clean", "shaded", "flat", "left", "small"))
     assert (shade != clear).mean() > 0.15
     assert (flat != clear).mean() < 0.5 * (shade != clear).mean()
     assert np.array_equal(left, shade)
+    assert np.array_equal(found["before"].labels, shade)  # nothing is known of the training images
     assert np.array_equal(small, clear)
     assert found["flat"].etta[0]["fields_removed"] == [0]
     assert found["small"].etta[0]["fields_removed"] == []
-    assert 0 <= found["small"].etta[0]["field_spreads"][0] < 0.2 < found["flat"].etta[0]["field_spreads"][0]
+    assert 0 <= found["small"].etta[0]["field_spreads"][0] < 0.15 < found["flat"].etta[0]["field_spreads"][0]
     assert found["left"].etta[0]["field_gains"] is None
 
 

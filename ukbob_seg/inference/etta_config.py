@@ -44,7 +44,7 @@ class EttaConfig:
     certain_background: float = 0.95
     most_drift: float = 0.1
     least_field_gain: float | None = 0.1
-    least_field_spread: float = 0.2
+    least_field_spread: float = 0.15
     least_foreground: float = 0.5
 
     @classmethod

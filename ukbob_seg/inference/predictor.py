@@ -237,13 +237,16 @@ class Predictor(CasePredictor):
     def _without_fields(self, image: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         """The image as ETTA wants it, and what its record says of that."""
         etta = self.settings.etta
-        if etta is None or etta.least_field_gain is None:
+        usual = self.description.fields
+        if etta is None or etta.least_field_gain is None or usual is None:
             return image, {}
         limits = etta.least_field_gain, etta.least_field_spread
-        image, fields, removed = remove_fields(image, self.plans.normalization, *limits)
+        image, fields, removed = remove_fields(image, self.plans.normalization, usual, *limits)
         return image, {
             "field_gains": [None if field is None else field.gain for field in fields],
-            "field_spreads": [None if field is None else field.spread for field in fields],
+            "field_spreads": [
+                None if field is None else field.spread(expected) for field, expected in zip(fields, usual, strict=True)
+            ],
             "fields_removed": list(removed),
         }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ukbob_seg.dataset.spec import DatasetSpec
 from ukbob_seg.errors import CheckpointError, ConfigError
 from ukbob_seg.files import atomic_path
 from ukbob_seg.networks.registry import build_network, set_deep_supervision
+from ukbob_seg.preprocessing.intensity_field import UsualField
 from ukbob_seg.preprocessing.plans import Plans
 
 FORMAT_VERSION = 1
@@ -32,6 +33,8 @@ class ModelDescription:
         mirror_axes: axes (0 = z, 1 = y, 2 = x) that training flipped.
         plans: whole plans.json.
         dataset: whole dataset.json.
+        fields: of the training images in each channel (``UsualField``); None where it was not looked for them. Folds
+            of one model may differ in it.
     """
 
     network: str
@@ -42,6 +45,7 @@ class ModelDescription:
     mirror_axes: tuple[int, ...]
     plans: dict[str, Any]
     dataset: dict[str, Any]
+    fields: tuple[UsualField | None, ...] | None = field(default=None, compare=False)
 
     def spec(self) -> DatasetSpec:
         """The dataset's contract."""
@@ -58,12 +62,15 @@ class ModelDescription:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {**self.__dict__, "mirror_axes": list(self.mirror_axes)}
+        fields = self.fields and [usual and usual.to_json() for usual in self.fields]
+        return {**self.__dict__, "mirror_axes": list(self.mirror_axes), "fields": fields}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> ModelDescription:
         """Inverse of ``to_json``."""
-        return cls(**{**content, "mirror_axes": tuple(content["mirror_axes"])})
+        fields = content.get("fields")
+        usual = fields and tuple(each and UsualField.from_json(each) for each in fields)
+        return cls(**{**content, "mirror_axes": tuple(content["mirror_axes"]), "fields": usual})
 
 
 def save_checkpoint(path: Path, description: ModelDescription, weights: dict[str, Any], **state: Any) -> None:

@@ -27,11 +27,13 @@ from ukbob_seg.training.augmentation import AugmentationSetup, Transform, make_t
 from ukbob_seg.training.cascade import previous_stage_maps
 from ukbob_seg.training.checkpoint import ModelDescription
 from ukbob_seg.training.config import TrainingConfig, recipe
+from ukbob_seg.training.distributed import is_first
 from ukbob_seg.training.flags import FlagCodes, with_flag_codes
 from ukbob_seg.training.left_right import label_swap, safe_mirror_axes
 from ukbob_seg.training.losses import SigmoidDiceLoss, SoftmaxDiceLoss, with_deep_supervision
 from ukbob_seg.training.sampling import TrainingCase
 from ukbob_seg.training.splits import Split, choose_split, load_groups, load_or_make_splits, take_subset
+from ukbob_seg.training.usual_fields import usual_fields
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +170,7 @@ def prepare(
         ),
         plans=plans.to_json(),
         dataset=spec.content,
+        fields=usual_fields(arrays, train, plans.normalization, quiet=not is_first()),
     )
     models = model_folder(roots, folder.name, configuration, network)
     previous = None
