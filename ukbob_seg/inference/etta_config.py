@@ -29,9 +29,11 @@ class EttaConfig:
             steps lower (with regions: whose every region is as improbable); 1 for the entropy of all voxels.
         most_drift: the entropy steps end before they change the amount of foreground by more than this share (not in
             mode ``paper``).
-        least_field_gain: divide a smooth field out of the image where the entropy of its intensities falls by at least
-            this, in nats, and where the field is strong enough; None to leave every image as it is.
-        least_field_spread: standard deviation of a field's logarithm from which on it is strong enough.
+        least_field_gain: divide a smooth field that training images do not have out of the image where the entropy of
+            its intensities falls by at least this, in nats, and where the field is strong enough; None to leave every
+            image as it is.
+        least_field_spread: standard deviation of the logarithm of what is divided out from which on it is strong
+            enough; half as much again as in any training image it has to be, too.
         least_foreground: undo everything when predicted foreground shrinks below this share of the unadapted one.
     """
 
