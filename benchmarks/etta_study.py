@@ -122,7 +122,8 @@ def report(work: Path) -> None:
         part = part.droplevel("kind").reindex(SHIFTS)
         part.loc["mean of the shifts"] = part.drop(index="none").mean()
         for name, values in part.iterrows():
-            print(f"| {name} | {' | '.join(f'{value:.4f}' for value in values)} |")
+            shift = "no shift" if name == "none" else name
+            print(f"| {shift} | {' | '.join(f'{value:.4f}' for value in values)} |")
         print()
     seconds = rows.groupby(["kind", "method"])["seconds"].median().unstack("method")[methods]
     print("median seconds per case\n", seconds.round(2).to_string(), "\n")
@@ -176,6 +177,7 @@ def bars(rows: pd.DataFrame, means: pd.DataFrame) -> None:
 def draw(means: pd.DataFrame, path: Path) -> None:
     """One panel per kind of network: Dice of each method under each condition."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     kinds = list(means.index.unique("kind"))
     figure = Figure(figsize=(4.2 * len(kinds), 4.4))
@@ -186,7 +188,8 @@ def draw(means: pd.DataFrame, path: Path) -> None:
         for offset, method in enumerate(part.columns):
             places = np.arange(len(part)) + (offset - len(part.columns) / 2) * 0.13
             axis.plot(part[method], places, "o", ms=5, color=colours[method], label=method)
-        axis.set_yticks(range(len(part)), part.index)
+        axis.set_yticks(range(len(part)), ["no shift" if name == "none" else name for name in part.index])
+        axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.grid(alpha=0.25)
         axis.set_title(kind)
         axis.set_xlabel("mean Dice")
