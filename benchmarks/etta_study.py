@@ -127,7 +127,8 @@ def report(work: Path) -> None:
         print()
     seconds = rows.groupby(["kind", "method"])["seconds"].median().unstack("method")[methods]
     print("median seconds per case\n", seconds.round(2).to_string(), "\n")
-    bars(rows, means)
+    if {"none", "default"} <= set(methods):
+        bars(rows, means)
     draw(means, work / "study" / "study.png")
 
 

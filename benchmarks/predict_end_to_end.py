@@ -15,6 +15,7 @@ a command (proportional set size, sampled), and how far the label maps agree.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -36,6 +37,7 @@ from ukbob_seg.dataset.image_io import read_labels
 from ukbob_seg.dataset.paths import Roots
 from ukbob_seg.dataset.spec import DatasetSpec
 from ukbob_seg.networks.registry import build_network
+from ukbob_seg.preprocessing.intensity_field import UsualField
 from ukbob_seg.preprocessing.planner import PlanOptions
 from ukbob_seg.training.checkpoint import NAMES, ModelDescription, read_checkpoint, save_checkpoint
 
@@ -45,14 +47,17 @@ NORMS = {"instance": "instancenorm.InstanceNorm3d", "batch": "batchnorm.BatchNor
 def untrained(dataset: Path, work: Path, name: str = "plain_conv_unet") -> Path:
     """A model folder of a network with fresh weights, planned as ``ukbob_plan_and_preprocess`` does."""
     roots = Roots(dataset.parent, work / "preprocessed", work / "results")
-    plan_and_preprocess(dataset.name, roots, PlanOptions(), quiet=True)
+    plan_and_preprocess(dataset.name, roots, PlanOptions())
     plans = json.loads((roots.preprocessed / dataset.name / "plans.json").read_text())
     content = json.loads((dataset / "dataset.json").read_text())
     arguments = plans["configurations"]["3d_fullres"]["networks"][name]["arguments"]
     spec = DatasetSpec.from_json(content, dataset.name)
     torch.manual_seed(0)
     network = build_network(name, len(spec.channel_names), spec.labels.num_outputs, arguments)
-    description = ModelDescription(name, arguments, "3d_fullres", "all", "softmax", (0, 1, 2), plans, content)
+    description = ModelDescription(
+        name, arguments, "3d_fullres", "all", "softmax", (0, 1, 2), plans, content,
+        tuple(UsualField() for _ in spec.channel_names),
+    )  # fmt: skip
     fold = roots.results / dataset.name / f"3d_fullres__{name}" / "fold_all"
     fold.mkdir(parents=True)
     save_checkpoint(fold / NAMES["final"], description, network.state_dict())
@@ -145,11 +150,13 @@ def measure(command: list[str], environment: dict[str, str]) -> tuple[float, flo
         root = psutil.Process(process.pid)
         while not ended.wait(0.2):
             total = 0
-            for member in [root, *root.children(recursive=True)]:
-                try:
+            try:
+                members = [root, *root.children(recursive=True)]
+            except psutil.Error:  # it ended meanwhile
+                return
+            for member in members:
+                with contextlib.suppress(psutil.Error):
                     total += member.memory_full_info().pss
-                except psutil.Error:  # it ended meanwhile
-                    continue
             peak = max(peak, total)
 
     watcher = threading.Thread(target=watch)

@@ -15,6 +15,7 @@ from ukbob_seg.inference.etta import (
     choose_share,
     norm_layers,
     possible_foreground,
+    spread_corners,
     voxel_entropy,
 )
 from ukbob_seg.inference.sliding_window import WindowSettings
@@ -147,6 +148,18 @@ def test_collapse_falls_back(image):
         pytest.fail("the case was meant to collapse")
 
 
+def test_candidates_are_spread_over_all_axes():
+    starts = [list(range(0, 406, 45)), [0, 21, 42, 64], [0, 32, 64, 128]]
+    chosen = spread_corners(starts, 6)
+    assert len({z for z, _, _ in chosen}) == len({(y, x) for _, y, x in chosen}) == len(chosen) == 6
+    assert sum(y in (21, 42) and x in (32, 64) for _, y, x in chosen) == 4
+    assert {starts[0].index(z) // 5 for z, _, _ in chosen} == {0, 1}
+    assert spread_corners([[0, 5], [0], [0, 3, 6]], 6) == [(z, 0, x) for z in (0, 5) for x in (0, 3, 6)]
+    assert len(set(spread_corners([[0], [0, 1, 2], [0, 1, 2]], 4))) == 4
+    assert len(set(spread_corners([[0, 1], [0, 1, 2], [0, 1]], 11))) == 11
+    assert spread_corners([[0, 1, 2, 3], [0], [0]], 2) == [(1, 0, 0), (3, 0, 0)]
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_steps_end_before_the_foreground_drifts_away(image, norm):
     """The steps that are kept are the first of those without a limit, up to the last within it."""
@@ -177,7 +190,7 @@ def test_layer_norm_counts():
     [
         {"steps": -1}, {"learning_rate": 0.0}, {"statistics_share": 1.5}, {"candidates": 1, "max_patches": 2},
         {"mode": "plain"}, {"certain_background": 0.0}, {"certain_background": 1.1}, {"least_field_gain": -0.1},
-        {"least_field_spread": -1.0}, {"most_drift": -0.1}, {"most_drift": math.nan},
+        {"least_field_spread": -1.0}, {"most_drift": -0.1}, {"most_drift": math.nan}, {"least_foreground": -0.1},
     ],
 )  # fmt: skip
 def test_bad_configurations(change):

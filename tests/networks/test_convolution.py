@@ -97,6 +97,14 @@ def test_a_network_predicts_and_adapts_alike(calls):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
 
 
-def test_a_map_smaller_than_its_kernel_raises():
+@pytest.mark.parametrize("shape", [(1, 4, 2, 40, 40), (1, 4, 1, 1, 600)])
+def test_a_map_smaller_than_its_kernel_raises(shape):
     with quick_convolutions(CPU), pytest.raises(RuntimeError, match=r"[Kk]ernel size"):
-        F.conv3d(_values((1, 4, 2, 40, 40), 0), _values((4, 4, 3, 3, 3), 1))
+        F.conv3d(_values(shape, 0), _values((4, 4, 3, 3, 3), 1))
+
+
+def test_onednn_may_be_switched_off(calls):
+    image, weight = _values((1, 4, 12, 12, 12), 0), _values((4, 4, 3, 3, 3), 1)
+    with torch.backends.mkldnn.flags(enabled=False), quick_convolutions(CPU):
+        F.conv3d(image, weight)
+    assert not calls

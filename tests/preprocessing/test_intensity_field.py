@@ -52,6 +52,15 @@ def test_usual_is_the_mean_and_the_farthest():
     assert UsualField.of(fields[1:2]).spread == 0
 
 
+def test_several_sets_have_one_usual_field():
+    one, other = (UsualField(tuple(np.full(len(TERMS), value)), spread) for value, spread in ((0.0, 0.3), (0.2, 0.1)))
+    both = UsualField.joined([one, other])
+    assert both == UsualField.joined([other, one])
+    assert np.allclose(both.weights, 0.1)
+    assert both.spread == pytest.approx(0.3 + Field(one.weights, 0, 0).spread(both))
+    assert UsualField.joined([one]) == one
+
+
 def test_gain_is_measured_from_the_usual_field():
     clean = tissues()
     shaded = (clean - clean.min()) * coil(clean.shape)

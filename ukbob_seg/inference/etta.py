@@ -8,6 +8,7 @@ running ones, and everything else stays frozen. Each case starts from the traine
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -185,6 +186,29 @@ def choose_share(distance: float) -> float:
     return float(min(1.0, max(LEAST_SHARE, distance / FAR)))
 
 
+def spread_corners(starts: Sequence[Sequence[int]], most: int) -> list[tuple[int, int, int]]:
+    """First voxels of some of the windows that begin at ``starts`` along z, y and x: of all, if they are few.
+
+    Else they are spread along z, and at every z lie elsewhere: in the middle first, where the body is.
+    """
+    z, y, x = starts
+    if len(z) * len(y) * len(x) <= most:
+        return list(itertools.product(z, y, x))
+    places = list(itertools.product(range(len(y)), range(len(x))))
+
+    def off_centre(place: tuple[int, int]) -> float:
+        return max(abs((2 * i + 1) / n - 1) for i, n in zip(place, (len(y), len(x)), strict=True))
+
+    inward = sorted(places, key=lambda place: (off_centre(place), place))
+    rows = [int((i + 0.5) * len(z) / most) for i in range(most)]
+    chosen = []
+    for i, row in enumerate(rows):
+        turn = i if len(z) >= most else rows[:i].count(row)
+        row_y, row_x = inward[turn % len(inward)]
+        chosen.append((z[row], y[row_y], x[row_x]))
+    return chosen
+
+
 @torch.no_grad()
 def _choose_patches(
     network: nn.Module, image: Tensor, windows: WindowSettings, meaning: OutputMeaning, config: EttaConfig
@@ -193,12 +217,9 @@ def _choose_patches(
     patch = windows.window(image.shape[1:])
     padded, _ = windows.pad(image)
     starts = windows.starts(padded.shape[1:])
-    corners = [(z, y, x) for z in starts[0] for y in starts[1] for x in starts[2]]
-    count = min(config.candidates, len(corners))
-    spread = [corners[round(i * (len(corners) - 1) / max(1, count - 1))] for i in range(count)]
     patches = [
         padded[:, z : z + patch[0], y : y + patch[1], x : x + patch[2]].unsqueeze(0)
-        for z, y, x in dict.fromkeys(spread)
+        for z, y, x in spread_corners(starts, config.candidates)
     ]
     if len(patches) <= config.max_patches:
         return patches
@@ -241,7 +262,8 @@ def possible_foreground(logits: Tensor, meaning: OutputMeaning, certain_backgrou
 def _weights(
     network: nn.Module, patches: Sequence[Tensor], meaning: OutputMeaning, config: EttaConfig
 ) -> list[Tensor | None]:
-    """What each voxel counts for in the entropy that the steps lower, with a sum of 1 over a patch; None for the mean.
+    """What each voxel counts for in the entropy that the steps lower, with a sum of 1 over a patch, or 0 where no voxel
+    counts; None for the mean.
 
     Most voxels are background that nobody doubts. In a mean over all voxels they would outvote the others, and whole
     organs are cheaply made certain by calling them background.

@@ -34,7 +34,8 @@ class EttaConfig:
             image as it is.
         least_field_spread: standard deviation of the logarithm of what is divided out from which on it is strong
             enough; half as much again as in any training image it has to be, too.
-        least_foreground: undo everything when predicted foreground shrinks below this share of the unadapted one.
+        least_foreground: the layers are as trained again when predicted foreground shrinks below this share of the
+            unadapted one.
     """
 
     mode: str = "guarded"
@@ -79,6 +80,8 @@ class EttaConfig:
             raise ConfigError(f"certain_background must lie in (0, 1], got {self.certain_background}")
         if not self.most_drift >= 0:
             raise ConfigError(f"most_drift must not be negative, got {self.most_drift}")
+        if not 0 <= self.least_foreground <= 1:
+            raise ConfigError(f"least_foreground must lie in [0, 1], got {self.least_foreground}")
         if self.least_field_gain is not None and not self.least_field_gain >= 0:
             raise ConfigError(f"least_field_gain must not be negative, got {self.least_field_gain}")
         if not self.least_field_spread >= 0:

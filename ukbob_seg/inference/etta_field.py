@@ -48,7 +48,7 @@ def remove_fields(
         counted = None if inside is None else inside.cpu().numpy()
         field = find_field(image[number].cpu().numpy(), counted, expected)
         fields[number] = field
-        if field.gain >= least_gain and field.spread(expected) >= max(least_spread, MARGIN * expected.spread):
+        if 0 < field.gain >= least_gain and field.spread(expected) >= max(least_spread, MARGIN * expected.spread):
             changed[number] = flatten(image[number], field, expected, inside)
     if changed:
         image = image.clone()

@@ -98,7 +98,8 @@ class AveragedPasses:
 def forward(network: nn.Module, windows: Tensor) -> Tensor:
     """(B, C, z, y, x) -> (B, K, z, y, x) logits at full resolution: half precision on CUDA, quick on CPUs."""
     kind = windows.device.type
-    quick = nullcontext() if isinstance(network, CompiledNetwork) else quick_convolutions(windows.device)
+    is_compiled = isinstance(network, CompiledNetwork) and not network.fell_back
+    quick = nullcontext() if is_compiled else quick_convolutions(windows.device)
     with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"), quick:
         outputs = network(windows)
     return outputs if isinstance(outputs, Tensor) else outputs[0]

@@ -37,6 +37,7 @@ from ukbob_seg.inference.postprocessing import POSTPROCESSING, Postprocessing
 from ukbob_seg.inference.settings import PredictionSettings
 from ukbob_seg.inference.sliding_window import EmptySpace, Slab, WindowSettings, choose_accumulation, iterate_slabs
 from ukbob_seg.networks.compiled import maybe_compiled
+from ukbob_seg.preprocessing.intensity_field import UsualField
 from ukbob_seg.preprocessing.preprocessor import CaseProperties, preprocess_image, preprocess_labels
 from ukbob_seg.training.checkpoint import NAMES, ModelDescription, load_network
 from ukbob_seg.training.left_right import label_swap, output_swap
@@ -159,8 +160,10 @@ class Predictor(CasePredictor):
                 raise CheckpointError(
                     f"{folder}: folds {chosen} were trained with different plans or recipes; predict them apart"
                 )
+        if settings is not None and settings.etta is not None and any(d.fields is None for d in descriptions):
+            log.warning("%s says nothing of the intensity fields of its training images: ETTA leaves fields in", folder)
         log.info("model %s, fold %s (%s)", folder, ", ".join(chosen), NAMES[checkpoint])
-        first = descriptions[0]
+        first = dataclasses.replace(descriptions[0], fields=_common_fields(descriptions))
         stage = first.parsed_plans().configuration(first.configuration).previous_stage
         previous = None
         if stage is not None:
@@ -319,6 +322,17 @@ def find_folds(folder: Path, checkpoint: str) -> dict[str, Path]:
     if not folder.is_dir():
         raise CheckpointError(f"model folder {folder} does not exist; train first, or give it with -m")
     return {path.parent.name.removeprefix("fold_"): path for path in sorted(folder.glob(f"fold_*/{NAMES[checkpoint]}"))}
+
+
+def _common_fields(folds: Sequence[ModelDescription]) -> tuple[UsualField | None, ...] | None:
+    """What the training images of all folds have, whatever their order; None where one does not say."""
+    known = [fold.fields for fold in folds if fold.fields is not None]
+    if len(known) < len(folds):
+        return None
+    return tuple(
+        None if any(usual is None for usual in channel) else UsualField.joined(channel)
+        for channel in zip(*known, strict=True)
+    )
 
 
 def _tell(progress: Progress | None, *_: Any) -> None:

@@ -200,7 +200,7 @@ def _draw(axis: Axes, panel: _Panel, levels: tuple[float, float], colors: Colors
     """Grey values, a thin fill and an outline of each class, the slice's name below."""
     few = len(colors) <= MOST_IN_LEGEND
     axis.imshow(panel.pixels, cmap="gray", vmin=levels[0], vmax=levels[1], aspect="auto")
-    table = np.zeros((max(colors) + 1, 4))
+    table = np.zeros((max(colors, default=0) + 1, 4))
     for value, color in colors.items():
         table[value] = (*color, _FILL_OF_FEW if few else _FILL_OF_MANY)
     axis.imshow(table[panel.labels], aspect="auto", interpolation="nearest")

@@ -24,7 +24,8 @@ def quick_convolutions(device: torch.device) -> AbstractContextManager[Any]:
 
     For networks called as they are, with or without gradients; not for calls of ``torch.compile``.
     """
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    wanted = torch.backends.mkldnn.is_available() and getattr(torch.backends.mkldnn, "enabled", True)
+    if device.type != "cpu" or not wanted:
         return nullcontext()
     return _QuickConvolutions()
 
@@ -69,7 +70,7 @@ def _is_left_out(image: Tensor, weight: Tensor, stride: list[int], padding: list
     kernel = weight.shape[2:]
     voxels = 1
     for n, k, s, p, d in zip(image.shape[2:], kernel, stride, padding, dilation, strict=True):
-        voxels *= (n + 2 * p - d * (k - 1) - 1) // s + 1
+        voxels *= max(0, (n + 2 * p - d * (k - 1) - 1) // max(1, s) + 1)
     return (
         image.shape[0] == 1
         and channels * depth * height <= MOST_ROWS
@@ -78,6 +79,7 @@ def _is_left_out(image: Tensor, weight: Tensor, stride: list[int], padding: list
         and kernel.numel() > 1
         and not (kernel[1] > 3 and kernel[2] > 3)
         and voxels >= LEAST_VOXELS
+        and min(stride) >= 1
         and not torch.is_autocast_enabled("cpu")
     )
 

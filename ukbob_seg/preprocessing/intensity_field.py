@@ -83,6 +83,12 @@ class UsualField:
         mean = cls(tuple(float(weight) for weight in np.mean([field.weights for field in fields], axis=0)))
         return cls(mean.weights, max(field.spread(mean) for field in fields))
 
+    @classmethod
+    def joined(cls, usual: Sequence[UsualField]) -> UsualField:
+        """What several sets of images have, at least one; the spread is an upper bound."""
+        mean = cls(tuple(float(weight) for weight in np.mean([each.weights for each in usual], axis=0)))
+        return cls(mean.weights, max(each.spread + Field(each.weights, 0, 0).spread(mean) for each in usual))
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {**asdict(self), "weights": list(self.weights)}

@@ -170,7 +170,6 @@ def prepare(
         ),
         plans=plans.to_json(),
         dataset=spec.content,
-        fields=usual_fields(arrays, train, plans.normalization, quiet=not is_first()),
     )
     models = model_folder(roots, folder.name, configuration, network)
     previous = None
@@ -181,6 +180,10 @@ def prepare(
     trusted, codes = _trusted(train, trust, spec.labels, "training"), None
     if trust is not None and config.flagged_labels == "marginal":
         trusted, codes = _with_codes(trusted, trust, spec.labels)
+    checked = _trusted(val, trust, spec.labels, "validation")
+    if is_first():  # who writes checkpoints
+        fields = usual_fields(arrays, [case.name for case in trusted], plans.normalization)
+        description = dataclasses.replace(description, fields=fields)
     return TrainingSetup(
         folder=models / f"fold_{fold}",
         arrays=arrays,
@@ -192,7 +195,7 @@ def prepare(
         previous=previous,
         flag_codes=codes,
         train=trusted,
-        val=_trusted(val, trust, spec.labels, "validation"),
+        val=checked,
     )
 
 

@@ -28,7 +28,7 @@ def usual_fields(
         schemes: how each channel was normalised.
         quiet: no progress bar.
     """
-    if all(scheme.scheme != "zscore" for scheme in schemes):
+    if not names or all(scheme.scheme != "zscore" for scheme in schemes):
         return (None,) * len(schemes)
     count = min(CASES, len(names))
     chosen = [names[i * len(names) // count] for i in range(count)]
