@@ -140,14 +140,20 @@ def test_many_classes(occurring):
         assert len({line.get_color() for line in figure.legends[0].get_lines()}) == 20
 
 
-def test_a_picture_is_written_even_of_nothing(tmp_path):
+MANY = WrittenClasses.of(
+    LabelScheme.from_json({"background": 0, **{f"organ {n}": n for n in range(1, 73)}}, None)
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("written", [WRITTEN, MANY])
+def test_a_picture_is_written_even_of_nothing(tmp_path, written):
     labels = np.zeros((4, 5, 6), np.uint8)
     image = np.zeros(labels.shape, np.float32)
-    write_preview(tmp_path / "a_preview.png", "a", image, labels, Geometry(labels.shape, SPACING), WRITTEN, (0.0, 0.0))
+    write_preview(tmp_path / "a_preview.png", "a", image, labels, Geometry(labels.shape, SPACING), written, (0.0, 0.0))
     pixels = imread(tmp_path / "a_preview.png")
     assert pixels.shape[0] > 300
     assert [path.name for path in tmp_path.iterdir()] == ["a_preview.png"]
-    figure = preview_figure("a", image, labels, Geometry(labels.shape, SPACING), WRITTEN)
+    figure = preview_figure("a", image, labels, Geometry(labels.shape, SPACING), written)
     assert any("no foreground was predicted" in text.get_text() for text in figure.texts)
 
 
