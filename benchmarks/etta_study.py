@@ -43,7 +43,7 @@ METHODS = {
 LARGE: dict[str, Any] = {"steps": 10, "learning_rate": 1e-2}
 ABLATIONS = {
     "no field step": EttaConfig(least_field_gain=None),
-    "field step always": EttaConfig(least_field_gain=0.0, least_field_spread=0.0),
+    "field step always": EttaConfig(least_field_gain=0.0, least_field_spread=0.0, field_margin=0.0),
     "statistics of the case alone": EttaConfig(statistics_share=1.0),
     "no entropy steps": EttaConfig(steps=0),
     "entropy of all voxels": EttaConfig(certain_background=1.0),

@@ -13,7 +13,8 @@ from ukbob_seg.preprocessing.normalization import ChannelNormalization
 
 ZSCORE = ChannelNormalization("zscore")
 NONE = UsualField()
-LIMITS = EttaConfig().least_field_gain, EttaConfig().least_field_spread
+DEFAULT = EttaConfig()
+LIMITS = DEFAULT.least_field_gain, DEFAULT.least_field_spread, DEFAULT.field_margin
 
 
 def zscored(array):

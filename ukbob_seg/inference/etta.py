@@ -189,7 +189,7 @@ def choose_share(distance: float) -> float:
 def spread_corners(starts: Sequence[Sequence[int]], most: int) -> list[tuple[int, int, int]]:
     """First voxels of some of the windows that begin at ``starts`` along z, y and x: of all, if they are few.
 
-    Else they are spread along z, and at every z lie elsewhere: in the middle first, where the body is.
+    Else they are spread along z, and each lies elsewhere than the one before: in the middle first, where the body is.
     """
     z, y, x = starts
     if len(z) * len(y) * len(x) <= most:
@@ -200,12 +200,10 @@ def spread_corners(starts: Sequence[Sequence[int]], most: int) -> list[tuple[int
         return max(abs((2 * i + 1) / n - 1) for i, n in zip(place, (len(y), len(x)), strict=True))
 
     inward = sorted(places, key=lambda place: (off_centre(place), place))
-    rows = [int((i + 0.5) * len(z) / most) for i in range(most)]
     chosen = []
-    for i, row in enumerate(rows):
-        turn = i if len(z) >= most else rows[:i].count(row)
-        row_y, row_x = inward[turn % len(inward)]
-        chosen.append((z[row], y[row_y], x[row_x]))
+    for i in range(most):
+        row_y, row_x = inward[i % len(inward)]
+        chosen.append((z[int((i + 0.5) * len(z) / most)], y[row_y], x[row_x]))
     return chosen
 
 
@@ -259,23 +257,17 @@ def possible_foreground(logits: Tensor, meaning: OutputMeaning, certain_backgrou
     return background < certain_background
 
 
-def _weights(
-    network: nn.Module, patches: Sequence[Tensor], meaning: OutputMeaning, config: EttaConfig
-) -> list[Tensor | None]:
-    """What each voxel counts for in the entropy that the steps lower, with a sum of 1 over a patch, or 0 where no voxel
-    counts; None for the mean.
+def _voxel_weights(logits: Tensor, meaning: OutputMeaning, config: EttaConfig) -> Tensor:
+    """What each voxel of a patch counts for in the entropy that the steps lower: (B, z, y, x), with a sum of 1, or 0
+    where no voxel counts.
 
     Most voxels are background that nobody doubts. In a mean over all voxels they would outvote the others, and whole
     organs are cheaply made certain by calling them background.
     """
     if config.certain_background >= 1:
-        return [None] * len(patches)
-    weights: list[Tensor | None] = []
-    with torch.no_grad():
-        for patch in patches:
-            counted = possible_foreground(forward(network, patch), meaning, config.certain_background).float()
-            weights.append(counted / counted.sum().clamp_min(1))
-    return weights
+        return torch.full_like(logits[:, 0], 1 / logits[:, 0].numel(), dtype=torch.float32)
+    counted = possible_foreground(logits, meaning, config.certain_background).float()
+    return counted / counted.sum().clamp_min(1)
 
 
 def _descend(
@@ -292,7 +284,7 @@ def _descend(
     foreground drifts away: low entropy is cheap where every doubtful voxel becomes the same. Which voxels count is
     decided before the first step.
     """
-    weights = _weights(network, patches, meaning, config)
+    weights: list[Tensor] = []
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(parameters, lr=rate)
@@ -302,11 +294,12 @@ def _descend(
         optimizer.zero_grad(set_to_none=True)
         entropy, foreground = 0.0, 0
         last = step == config.steps
-        for patch, weight in zip(patches, weights, strict=True):
+        for number, patch in enumerate(patches):
             with torch.set_grad_enabled(not last):
                 logits = forward(network, patch)
-                voxels = voxel_entropy(logits, meaning.head)
-                value = (voxels.mean() if weight is None else (voxels * weight).sum()) / len(patches)
+                if step == 0:
+                    weights.append(_voxel_weights(logits.detach(), meaning, config))
+                value = (voxel_entropy(logits, meaning.head) * weights[number]).sum() / len(patches)
             if not last:
                 value.backward()
             entropy += float(value.detach())

@@ -33,7 +33,8 @@ class EttaConfig:
             its intensities falls by at least this, in nats, and where the field is strong enough; None to leave every
             image as it is.
         least_field_spread: standard deviation of the logarithm of what is divided out from which on it is strong
-            enough; half as much again as in any training image it has to be, too.
+            enough.
+        field_margin: and so many times as strong as in the farthest training image it has to be.
         least_foreground: the layers are as trained again when predicted foreground shrinks below this share of the
             unadapted one.
     """
@@ -48,6 +49,7 @@ class EttaConfig:
     most_drift: float = 0.1
     least_field_gain: float | None = 0.1
     least_field_spread: float = 0.15
+    field_margin: float = 1.5
     least_foreground: float = 0.5
 
     @classmethod
@@ -84,8 +86,9 @@ class EttaConfig:
             raise ConfigError(f"least_foreground must lie in [0, 1], got {self.least_foreground}")
         if self.least_field_gain is not None and not self.least_field_gain >= 0:
             raise ConfigError(f"least_field_gain must not be negative, got {self.least_field_gain}")
-        if not self.least_field_spread >= 0:
-            raise ConfigError(f"least_field_spread must not be negative, got {self.least_field_spread}")
+        for name in ("least_field_spread", "field_margin"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
 
 
 _DEFAULTS: dict[str, dict[str, Any]] = {

@@ -14,8 +14,6 @@ from torch import Tensor
 from ukbob_seg.preprocessing.intensity_field import Field, UsualField, find_field
 from ukbob_seg.preprocessing.normalization import ChannelNormalization
 
-MARGIN = 1.5  # a field is unusual that is further off than so many times the farthest training image's
-
 
 def remove_fields(
     image: Tensor,
@@ -23,6 +21,7 @@ def remove_fields(
     usual: Sequence[UsualField | None],
     least_gain: float,
     least_spread: float,
+    margin: float,
 ) -> tuple[Tensor, tuple[Field | None, ...], tuple[int, ...]]:
     """Bring those channels to the field of the training images whose own is distinctly another.
 
@@ -32,8 +31,8 @@ def remove_fields(
             their own (CT), on which no coil lays a field.
         usual: the training images' fields in each channel; a channel without is not looked at.
         least_gain: the intensity entropy has to fall by this, in nats.
-        least_spread: the logarithm of the field has to differ from the usual one by this (standard deviation), and by
-            ``MARGIN`` times what the training images do.
+        least_spread: the logarithm of the field has to differ from the usual one by this (standard deviation).
+        margin: and by so many times what the farthest training image does.
 
     Returns:
         The image (the same tensor where there is nothing to remove), the field of each channel (None for those that are
@@ -48,7 +47,7 @@ def remove_fields(
         counted = None if inside is None else inside.cpu().numpy()
         field = find_field(image[number].cpu().numpy(), counted, expected)
         fields[number] = field
-        if 0 < field.gain >= least_gain and field.spread(expected) >= max(least_spread, MARGIN * expected.spread):
+        if 0 < field.gain >= least_gain and field.spread(expected) >= max(least_spread, margin * expected.spread):
             changed[number] = flatten(image[number], field, expected, inside)
     if changed:
         image = image.clone()
@@ -68,8 +67,8 @@ def flatten(channel: Tensor, field: Field, usual: UsualField | None = None, insi
     """
     values = channel.flatten() if inside is None else channel[inside]
     factor = torch.from_numpy(field.logarithm(channel.shape, usual)).exp_().to(channel)
-    flat = (values - values.min()) * (factor.flatten() if inside is None else factor[inside])
-    flat = (flat - flat.mean()) * (values.std(correction=0) / flat.std(correction=0).clamp_min(1e-8)) + values.mean()
+    flat = (values - values.min()).mul_(factor.flatten() if inside is None else factor[inside])
+    flat.sub_(flat.mean()).mul_(values.std(correction=0) / flat.std(correction=0).clamp_min(1e-8)).add_(values.mean())
     if inside is None:
         return flat.reshape(channel.shape)
     return channel.masked_scatter(inside, flat)

@@ -243,7 +243,7 @@ class Predictor(CasePredictor):
         usual = self.description.fields
         if etta is None or etta.least_field_gain is None or usual is None:
             return image, {}
-        limits = etta.least_field_gain, etta.least_field_spread
+        limits = etta.least_field_gain, etta.least_field_spread, etta.field_margin
         image, fields, removed = remove_fields(image, self.plans.normalization, usual, *limits)
         return image, {
             "field_gains": [None if field is None else field.gain for field in fields],

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize
 
 SAMPLES = 60_000  # voxels that the field is found from, evenly spread
 DEGREE = 3
@@ -113,11 +112,13 @@ def find_field(channel: np.ndarray, inside: np.ndarray | None = None, usual: Usu
     Reference: Mangin, Entropy minimization for automatic correction of intensity nonuniformity, MMBIA 2000; the model
     of the field, the histogram of logarithms and its gradient are ours.
     """
+    from scipy.optimize import minimize  # slow to import, and most commands look for no field
+
     start = np.array(NO_WEIGHTS if usual is None else usual.weights)
     step = max(1, int(np.ceil((channel.size / SAMPLES) ** (1 / 3))))
     places = [np.arange(n // 2 % step, n, step) for n in channel.shape]
     grid = np.ix_(*places)
-    counts = np.ones(len(channel[grid].ravel()), bool) if inside is None else inside[grid].ravel()
+    counts = np.ones(channel[grid].size, bool) if inside is None else inside[grid].ravel()
     if not counts.any():
         return Field(tuple(start.tolist()), 0.0, 0.0)
     low = channel.min() if inside is None else channel[inside].min()
