@@ -190,7 +190,8 @@ def test_layer_norm_counts():
     [
         {"steps": -1}, {"learning_rate": 0.0}, {"statistics_share": 1.5}, {"candidates": 1, "max_patches": 2},
         {"mode": "plain"}, {"certain_background": 0.0}, {"certain_background": 1.1}, {"least_field_gain": -0.1},
-        {"least_field_spread": -1.0}, {"field_margin": -1.0}, {"most_drift": -0.1}, {"most_drift": math.nan}, {"least_foreground": -0.1},
+        {"least_field_spread": -1.0}, {"field_margin": -1.0}, {"most_drift": -0.1}, {"most_drift": math.nan},
+        {"least_foreground": -0.1},
     ],
 )  # fmt: skip
 def test_bad_configurations(change):
