@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from etta_networks import NETWORKS, StudyNetwork, prepare, train_network
-from etta_study import draw_cases, mean_dice
+from etta_study import DRAWN, draw_cases, mean_dice
 
 from ukbob_seg.dataset.image_io import read_image, read_labels, write_image
 from ukbob_seg.dataset.paths import Roots
@@ -94,8 +94,7 @@ def main() -> None:
         shade(options.dataset, shaded)
     roots = Roots(shaded.parent, options.work / "preprocessed", options.work / "models")
     prepare(roots, shaded.name)
-    drawn = set(draw_cases(shaded, 20, 0))
-    cases = [case for case in draw_cases(shaded, 50, 0) if case not in drawn]
+    cases = draw_cases(shaded, 30, 0, after=DRAWN)
     for network in NETWORKS:
         if network.name in ("batch_0", "instance_0"):
             folder = train_network(network, options.work, roots, shaded.name, options.device)

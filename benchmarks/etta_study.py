@@ -8,9 +8,10 @@
 
 Test cases are drawn by seed. Each is shifted (``ukbob_seg/evaluation/shifts.py``) and predicted by every network with
 every method, through the package's ``Predictor``; the score is the mean Dice of the two classes at the file's
-resolution. Every result is kept in a table as it comes, and not computed again. ``--report`` prints the tables and the
-bars that the defaults were built to reach, and draws ``study.png``. Start several processes with other ``--networks``
-to use several cores.
+resolution. Every result is kept in a table as it comes, and not computed again with the same settings; after a change
+of code delete the table. ``--report`` prints the tables and the bars that the defaults were built to reach, and draws
+``study.png``. Start several processes with other ``--networks`` to use several cores. ``--others`` takes cases that are
+not drawn: rates and limits were chosen with these.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import argparse
 import csv
 import math
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -44,25 +46,35 @@ LARGE: dict[str, Any] = {"steps": 10, "learning_rate": 1e-2}
 ABLATIONS = {
     "no field step": EttaConfig(least_field_gain=None),
     "field step always": EttaConfig(least_field_gain=0.0, least_field_spread=0.0, field_margin=0.0),
+    "windows are not chosen": EttaConfig(candidates=EttaConfig().max_patches),
+    "windows count alike": EttaConfig(weigh_windows=False),
+    "a quarter of the case's statistics": EttaConfig(statistics_share=0.25),
+    "half of them": EttaConfig(statistics_share=0.5),
+    "three quarters": EttaConfig(statistics_share=0.75),
     "statistics of the case alone": EttaConfig(statistics_share=1.0),
     "no entropy steps": EttaConfig(steps=0),
     "entropy of all voxels": EttaConfig(certain_background=1.0),
+    "rate 1e-3": EttaConfig(learning_rate=1e-3),
+    "rate 4e-3": EttaConfig(learning_rate=4e-3),
     "twice the steps": EttaConfig(steps=2 * EttaConfig().steps),
-    "every step is taken": EttaConfig(mode="paper"),
+    "entropy may rise": EttaConfig(stop_early=False),
+    "any drift": EttaConfig(most_drift=math.inf),
     "no fall-back": EttaConfig(least_foreground=0.0),
     "large steps": EttaConfig(**LARGE),
+    "large steps, entropy may rise": EttaConfig(**LARGE, stop_early=False),
     "large steps, any drift": EttaConfig(**LARGE, most_drift=math.inf),
-    "large steps, all taken": EttaConfig(**LARGE, mode="paper", least_foreground=0.0),
+    "large steps, no guard": EttaConfig(**LARGE, stop_early=False, most_drift=math.inf, least_foreground=0.0),
 }
 SETTINGS = {**METHODS, **{name: PredictionSettings(etta=config) for name, config in ABLATIONS.items()}}
-COLUMNS = ("network", "shift", "case", "method", "dice", "decision", "share", "steps", "seconds")
-WORST_LOSS = 0.05
+COLUMNS = ("network", "shift", "case", "method", "digest", "dice", "decision", "field", "share", "steps", "growth",
+           "seconds")  # fmt: skip
+WORST_LOSS, DRAWN = 0.05, 20
 
 
-def draw_cases(dataset: Path, count: int, seed: int) -> list[str]:
-    """Names of some test cases."""
+def draw_cases(dataset: Path, count: int, seed: int, after: int = 0) -> list[str]:
+    """Names of some test cases; after so many others."""
     names = sorted(path.name.removesuffix(".nii.gz") for path in (dataset / "labelsTs").glob("*.nii.gz"))
-    return sorted(np.random.default_rng(seed).permutation(names)[:count].tolist())
+    return sorted(np.random.default_rng(seed).permutation(names)[after : after + count].tolist())
 
 
 def mean_dice(labels: np.ndarray, truth: np.ndarray) -> float:
@@ -81,7 +93,7 @@ def run(network: StudyNetwork, options: argparse.Namespace, cases: list[str]) ->
     if not table.is_file():
         table.write_text(",".join(COLUMNS) + "\n")
     known = pd.read_csv(table)
-    done = set(zip(known["shift"], known["case"], known["method"], strict=True))
+    done = set(zip(known["shift"], known["case"], known["method"], known["digest"], strict=True))
     folder = network.model_folder(options.work, options.dataset.name)
     predictors = {
         method: Predictor.from_model_folder(folder, ["all"], "final", options.device, SETTINGS[method])
@@ -93,15 +105,18 @@ def run(network: StudyNetwork, options: argparse.Namespace, cases: list[str]) ->
         for shift in SHIFTS:
             shifted = apply_shift(image, shift, geometry.spacing_mm, seed=int(case.rsplit("_", 1)[1]))
             for method, predictor in predictors.items():
-                if (shift, case, method) in done:
+                digest = zlib.crc32(repr(SETTINGS[method]).encode())
+                if (shift, case, method, digest) in done:
                     continue
                 start = time.perf_counter()
                 prediction = predictor.predict_array(shifted, geometry)
                 seconds = time.perf_counter() - start
                 record = prediction.etta[0] if prediction.etta else {}
-                row = (network.name, shift, case, method, f"{mean_dice(prediction.labels, truth):.5f}",
-                       record.get("decision", ""), record.get("statistics_share", ""), record.get("steps", ""),
-                       f"{seconds:.2f}")  # fmt: skip
+                before, after = record.get("foreground_before", 0), record.get("foreground_after", 0)
+                row = (network.name, shift, case, method, digest, f"{mean_dice(prediction.labels, truth):.5f}",
+                       record.get("decision", ""), record.get("field_decision", ""),
+                       record.get("statistics_share", ""), record.get("steps", ""),
+                       f"{after / before:.3f}" if before else "", f"{seconds:.2f}")  # fmt: skip
                 with open(table, "a", newline="") as file:
                     csv.writer(file).writerow(row)
         print(f"{network.name}: {case}", flush=True)
@@ -110,6 +125,8 @@ def run(network: StudyNetwork, options: argparse.Namespace, cases: list[str]) ->
 def report(work: Path) -> None:
     """Print means by network, shift and method, and the bars; draw the picture."""
     rows = pd.concat([pd.read_csv(path) for path in sorted((work / "study").glob("*.csv"))])
+    current = {method: zlib.crc32(repr(settings).encode()) for method, settings in SETTINGS.items()}
+    rows = rows[rows["digest"] == rows["method"].map(current)]  # not those of settings that were changed since
     rows["kind"] = rows["network"].str.split("_").str[0]
     ablations(rows)
     rows = rows[rows["method"].isin(METHODS)]
@@ -212,8 +229,9 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=[network.name for network in NETWORKS])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=[*SETTINGS, "ablations"])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--cases", type=int, default=20)
+    parser.add_argument("--cases", type=int, default=DRAWN)
     parser.add_argument("--seed", type=int, default=0, help="draws the cases")
+    parser.add_argument("--others", action="store_true", help="cases that the study does not draw")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
@@ -221,7 +239,7 @@ def main() -> None:
     if "ablations" in options.methods:
         options.methods = ["none", "default", *ABLATIONS]
     if not options.report:
-        cases = draw_cases(options.dataset, options.cases, options.seed)
+        cases = draw_cases(options.dataset, options.cases, options.seed, DRAWN if options.others else 0)
         for network in NETWORKS:
             if network.name in options.networks:
                 run(network, options, cases)

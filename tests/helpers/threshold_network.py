@@ -70,16 +70,47 @@ def blobs(shape, seed=0):
     return resample_image(coarse[None], shape, 3)
 
 
-def model_folder(tmp_path, folds=("0", "1")):
+class Adaptable(nn.Module):
+    """A small convolutional network whose norm layer ETTA changes, and its labels with it."""
+
+    def __init__(self, in_channels, out_channels, norm="batch", seed=0):
+        super().__init__()
+        norms = {
+            "batch": lambda: nn.BatchNorm3d(6), "batch, not affine": lambda: nn.BatchNorm3d(6, affine=False),
+            "instance": lambda: nn.InstanceNorm3d(6, affine=True), "group": lambda: nn.GroupNorm(2, 6),
+            "layer": lambda: ChannelsLast(6),
+        }  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.first = nn.Conv3d(in_channels, 6, 3, padding=1)
+            self.norm = norms[norm]()
+            self.last = nn.Conv3d(6, out_channels, 1)
+
+    def forward(self, x):
+        return 4 * self.last(torch.relu(self.norm(self.first(x))))
+
+
+class ChannelsLast(nn.Module):
+    """LayerNorm over the channels of each voxel, as in Swin blocks."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x):
+        return self.norm(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def model_folder(tmp_path, folds=("0", "1"), network="Identity"):
     plans = plans_of().to_json()
-    plans["configurations"]["3d_fullres"]["networks"]["threshold_network:Identity"] = plans["configurations"][
-        "3d_fullres"
-    ]["networks"].pop("identity")
+    networks = plans["configurations"]["3d_fullres"]["networks"]
+    networks[f"threshold_network:{network}"] = networks.pop("identity")
     folder = tmp_path / "3d_fullres__identity"
     for fold in folds:
-        network = Identity(1, 3, sharpness=float(fold) + 1)
+        is_identity = network == "Identity"
+        built = Identity(1, 3, sharpness=float(fold) + 1) if is_identity else Adaptable(1, 3, seed=int(fold))
         description = ModelDescription(
-            "threshold_network:Identity", {}, "3d_fullres", fold, "softmax", (0,), plans, DATASET
+            f"threshold_network:{network}", {}, "3d_fullres", fold, "softmax", (0,), plans, DATASET
         )
-        save_checkpoint(folder / f"fold_{fold}" / "checkpoint_best.pt", description, network.state_dict())
+        save_checkpoint(folder / f"fold_{fold}" / "checkpoint_best.pt", description, built.state_dict())
     return folder

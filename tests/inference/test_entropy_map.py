@@ -8,7 +8,7 @@ import torch
 
 from ukbob_seg.dataset.image_io import Geometry, read_image, write_image
 from ukbob_seg.inference.entropy_map import probability_entropy
-from ukbob_seg.inference.etta import voxel_entropy
+from ukbob_seg.inference.etta_entropy import voxel_entropy
 from ukbob_seg.inference.predict import predict
 from ukbob_seg.inference.predictor import PredictionSettings, Predictor
 from ukbob_seg.preprocessing.normalization import ChannelNormalization

@@ -7,17 +7,10 @@ import torch
 from torch import nn
 
 from ukbob_seg.errors import ConfigError
-from ukbob_seg.inference.etta import (
-    EttaConfig,
-    OutputMeaning,
-    adapt,
-    adapted,
-    choose_share,
-    norm_layers,
-    possible_foreground,
-    spread_corners,
-    voxel_entropy,
-)
+from ukbob_seg.inference.etta import adapt, adapted, choose_share, norm_layers
+from ukbob_seg.inference.etta_config import EttaConfig
+from ukbob_seg.inference.etta_entropy import OutputMeaning, possible_foreground, voxel_entropy
+from ukbob_seg.inference.etta_windows import spread_corners
 from ukbob_seg.inference.sliding_window import WindowSettings
 
 WINDOWS = WindowSettings((8, 8, 8))
@@ -177,8 +170,8 @@ def test_the_steps_end_before_the_foreground_drifts_away(image, norm):
     assert record.steps == within
     expected, _ = run(within, math.inf)
     assert all(torch.equal(a, b) for a, b in zip(own.parameters(), expected.parameters(), strict=True))
-    _, papers = adapt(network, image, WINDOWS, SOFTMAX, EttaConfig(mode="paper", steps=30, most_drift=0.0, **steps))
-    assert papers.steps == 30
+    everything = EttaConfig(stop_early=False, steps=30, most_drift=math.inf, **steps)
+    assert adapt(network, image, WINDOWS, SOFTMAX, everything)[1].steps == 30
 
 
 def test_layer_norm_counts():
@@ -189,7 +182,7 @@ def test_layer_norm_counts():
     "change",
     [
         {"steps": -1}, {"learning_rate": 0.0}, {"statistics_share": 1.5}, {"candidates": 1, "max_patches": 2},
-        {"mode": "plain"}, {"certain_background": 0.0}, {"certain_background": 1.1}, {"least_field_gain": -0.1},
+{"certain_background": 0.0}, {"certain_background": 1.1}, {"least_field_gain": -0.1},
         {"least_field_spread": -1.0}, {"field_margin": -1.0}, {"most_drift": -0.1}, {"most_drift": math.nan},
         {"least_foreground": -0.1},
     ],
@@ -242,6 +235,7 @@ def test_unknown_modes_are_refused():
         EttaConfig.of_mode("plain")
     assert EttaConfig.of_mode("paper", steps=None, learning_rate=0.1).learning_rate == 0.1
     assert EttaConfig.of_mode("guarded") == EttaConfig()
+    assert (EttaConfig().mode, EttaConfig.of_mode("paper").mode) == ("guarded", "paper")
 
 
 def test_distant_cases_take_more_of_their_own_statistics(image):

@@ -1,14 +1,16 @@
 """Prediction of folders: folds, resuming, parts, interruption, what is written last, bad input."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import threading
 import time
 
 import numpy as np
 import pytest
-from threshold_network import DATASET, Identity, blobs, model_folder, predictor_of, truth_of
+from threshold_network import DATASET, Adaptable, Identity, blobs, model_folder, predictor_of, truth_of
 
 from ukbob_seg.dataset.image_io import Geometry, read_image, read_labels, write_image
 from ukbob_seg.dataset.spec import DatasetSpec
@@ -194,21 +196,107 @@ def test_an_interrupt_ends_prediction_at_the_next_window(tmp_path, monkeypatch):
     assert not list((tmp_path / "out").glob(".*"))
 
 
+WITH_ETTA = PredictionSettings(
+    etta=EttaConfig(steps=2, learning_rate=0.03), save_probabilities=True, statistics=True, save_entropy=True
+)
+OUTPUTS = 5  # files of a case
+
+
+def _contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "predict_args.json"}
+
+
 def test_etta_leaves_a_record_and_any_order_gives_the_same(tmp_path):
-    folder = model_folder(tmp_path, ("0",))
-    cases = [blobs((20, 20, 20), i) for i in range(2)]
-    geometry = Geometry((20, 20, 20), (1.0, 1.0, 1.0))
-    with Predictor.from_model_folder(folder, settings=PredictionSettings(etta=EttaConfig(steps=1))) as predictor:
-        first = [predictor.predict_array(case, geometry) for case in cases]
-        second = [predictor.predict_array(case, geometry) for case in reversed(cases)][::-1]
-        for a, b in zip(first, second, strict=True):
-            assert np.array_equal(a.labels, b.labels)
-            assert a.etta == b.etta
-        write_image(cases[0][0], geometry, tmp_path / "one_0000.nii.gz")
-        predictor.predict_case([tmp_path / "one_0000.nii.gz"], tmp_path / "one.nii.gz")
-    (record,) = json.loads((tmp_path / "one_etta.json").read_text())["folds"]
-    assert record["adapted_parameters"] == 2
-    assert set(record) >= {"decision", "entropy_before", "entropy_after", "voxels_changed", "steps"}
+    folder = model_folder(tmp_path, ("0", "1"), "Adaptable")
+    _images(tmp_path / "in", 3, (1.0, 1.0, 1.0))
+    for number, name in enumerate(("z", "y", "x")):  # the same cases in the opposite order
+        (tmp_path / "turned").mkdir(exist_ok=True)
+        shutil.copy(tmp_path / f"in/c{number}_0000.nii.gz", tmp_path / f"turned/{name}_0000.nii.gz")
+    with Predictor.from_model_folder(folder, settings=WITH_ETTA) as predictor:
+        predict(predictor, tmp_path / "in", tmp_path / "out", quiet=True)
+        predict(predictor, tmp_path / "turned", tmp_path / "turned_out", quiet=True)
+    with Predictor.from_model_folder(folder) as predictor:
+        plain = predict(predictor, tmp_path / "in", tmp_path / "plain", quiet=True)
+    for number, name in enumerate(("z", "y", "x")):
+        first, second = tmp_path / f"out/c{number}", tmp_path / f"turned_out/{name}"
+        for ending in (".nii.gz", "_etta.json", "_entropy.nii.gz", "_statistics.json", "_probabilities.b2nd"):
+            assert first.with_name(first.name + ending).read_bytes() == (
+                second.with_name(second.name + ending).read_bytes()
+            ), ending
+        assert (read_labels(plain[number])[0] != read_labels(first.with_name(f"c{number}.nii.gz"))[0]).any()
+    records = json.loads((tmp_path / "out" / "c0_etta.json").read_text())["folds"]
+    assert [record["adapted_parameters"] for record in records] == [12, 12]
+    assert set(records[0]) >= {"decision", "entropy_before", "entropy_after", "voxels_changed", "steps"}
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_wherever_it_is_interrupted_resuming_gives_what_an_undisturbed_run_gives(tmp_path, overlap):
+    """Interrupted before every pass of the networks in turn: adapting, predicting, in each of the cases."""
+    _images(tmp_path / "in", 3, (1.0, 1.0, 1.0))
+    network = Adaptable(1, 3).eval()
+    predictor = predictor_of(dataclasses.replace(WITH_ETTA, overlap=overlap, step=1.0), networks=[network])
+    passes, real = 0, network.forward
+
+    def counted(x):
+        nonlocal passes
+        passes += 1
+        if passes == stop_at:
+            raise KeyboardInterrupt
+        return real(x)
+
+    network.forward, stop_at = counted, None
+    predict(predictor, tmp_path / "in", tmp_path / "whole", quiet=True)
+    expected, total = _contents(tmp_path / "whole"), passes
+    assert len(expected) == 3 * OUTPUTS + 2
+    for stop_at in (*range(1, total, 5), total):
+        out, passes = tmp_path / f"out_{stop_at}", 0
+        with pytest.raises(KeyboardInterrupt):
+            predict(predictor, tmp_path / "in", out, quiet=True)
+        found = _contents(out)
+        finished = {name for name in found if name in ("c0.nii.gz", "c1.nii.gz", "c2.nii.gz")}
+        assert len(finished) < 3
+        for name in finished:  # complete, with all that lies beside it
+            case = name.removesuffix(".nii.gz")
+            assert {key: value for key, value in expected.items() if key.startswith(case)}.items() <= found.items()
+        passes = total  # no more interruptions
+        predict(predictor, tmp_path / "in", out, resume=True, quiet=True)
+        assert _contents(out) == expected
+
+
+def test_an_interrupted_second_run_is_not_resumed_with_the_firsts_cases(tmp_path):
+    _images(tmp_path / "in", 3, (1.0, 1.0, 1.0))
+    out, plain = tmp_path / "out", predictor_of(networks=[Adaptable(1, 3).eval()])
+    predict(predictor_of(WITH_ETTA, networks=[Adaptable(1, 3).eval()]), tmp_path / "in", out, quiet=True)
+    expected = predict(plain, tmp_path / "in", tmp_path / "plain", quiet=True)
+    (tmp_path / "in/c1_0000.nii.gz").rename(tmp_path / "c1_0000.nii.gz")
+    (tmp_path / "in/c1_0000.nii.gz").write_bytes(b"broken")
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(DatasetError, match="c1_0000"):
+        predict(plain, tmp_path / "in", out, quiet=True)
+    names = {path.name for path in out.iterdir()}
+    assert names <= {"c0.nii.gz", "c2.nii.gz", "notes.txt", "dataset.json", "plans.json", "predict_args.json"}
+    (tmp_path / "c1_0000.nii.gz").rename(tmp_path / "in/c1_0000.nii.gz")
+    predict(plain, tmp_path / "in", out, resume=True, quiet=True)
+    for path in expected:
+        assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+def test_resuming_with_other_options_is_refused(tmp_path):
+    _images(tmp_path / "in", 2)
+    predictor, out = predictor_of(), tmp_path / "out"
+    options = {"step_size": "0.5", "etta": "False", "device": "cpu", "resume": "False"}
+    written = predict(predictor, tmp_path / "in", out, arguments=options, quiet=True)
+    written[1].unlink()
+    before = _contents(out)
+    other = {**options, "etta": "True", "resume": "True"}
+    with pytest.raises(ConfigError, match=r"predict_args\.json says .* predicted with etta False, now it is True"):
+        predict(predictor, tmp_path / "in", out, resume=True, arguments=other, quiet=True)
+    assert _contents(out) == before
+    same = {**options, "device": "cuda", "resume": "True", "an_option_of_later": "3"}
+    predict(predictor, tmp_path / "in", out, resume=True, arguments=same, quiet=True)
+    assert written[1].is_file()
+    predict(predictor, tmp_path / "in", out, arguments=other, quiet=True)  # anew
+    assert json.loads((out / "predict_args.json").read_text()) == other
 
 
 def test_folds_that_are_not_there(tmp_path):

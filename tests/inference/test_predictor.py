@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -176,6 +177,37 @@ def test_a_closed_predictor_says_so():
         predictor.predict_array(blobs((16, 16, 16)).astype(np.float32), Geometry((16, 16, 16), (1, 1, 1)))
 
 
+def test_closing_waits_for_the_case_of_another_thread():
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Slow(Identity):
+        def forward(self, x):
+            inside.set()
+            assert go_on.wait(20)
+            return super().forward(x)
+
+    predictor, image = predictor_of(networks=[Slow(1, 3).eval()]), blobs((22, 31, 27))
+    with ThreadPoolExecutor(2) as pool:
+        case = pool.submit(predictor.predict_array, image, Geometry((22, 31, 27), (1.0, 1.0, 1.0)))
+        assert inside.wait(20)
+        closing = pool.submit(predictor.close)
+        with pytest.raises(TimeoutError):
+            closing.result(0.3)
+        go_on.set()
+        closing.result(20)
+        assert np.array_equal(case.result(20).labels, truth_of(image))
+
+
+def test_where_sums_are_held_is_said_once(caplog):
+    predictor, image = predictor_of(), blobs((22, 31, 27))
+    with caplog.at_level("INFO", logger="ukbob_seg"):
+        for _ in range(2):
+            predictor.predict_array(image, Geometry((22, 31, 27), (1.0, 1.0, 1.0)))
+    assert [r.getMessage() for r in caplog.records if "the sums of" in r.getMessage()] == [
+        "the sums of 3 classes take 1 MB of memory"
+    ]
+
+
 def test_etta_divides_a_field_out_before_anything_else():
     """The network only compares with thresholds, so what helps is the image that it is given."""
     rng = np.random.default_rng(0)
@@ -245,8 +277,14 @@ def test_windows_of_air_are_left_out_on_demand(dataset):
     assert np.array_equal(*results)
     assert (results[0][30:36, 48:55, 80:88] == 7).all()
     assert counts[1] < counts[0] / 2
-    with pytest.raises(DatasetError, match=r"--skip-empty: the image is constant.*; predict this case without it"):
-        predictor.predict_array(np.ones((1, 20, 20, 20), np.float32), Geometry((20, 20, 20), (1, 1, 1)))
+
+
+def test_a_constant_image_has_no_air(caplog):
+    predictor = predictor_of(PredictionSettings(skip_empty=True))
+    labels = predictor.predict_array(np.ones((1, 20, 20, 20), np.float32), Geometry((20, 20, 20), (1, 1, 1))).labels
+    assert (labels == 2).all()
+    assert "--skip-empty: the image is constant" in caplog.text
+    assert "all of it is predicted" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ def test_a_network_predicts_and_adapts_alike(calls):
     assert len(calls) == 2
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     gradients = [torch.autograd.grad(logits.square().sum(), network[1].parameters()) for logits in (found, expected)]
+    assert calls[2:] == [found.shape]  # the gradient of the last convolution's input; the first one's nobody asks for
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
 
 

@@ -139,6 +139,13 @@ def test_a_2d_configuration_from_plans_to_prediction(roots, tmp_path):
         assert predictor.description.mirror_axes == (1, 2)  # never across the slices
         result = predictor.predict_case([image], tmp_path / "out.nii.gz")
     assert result.labels.shape == (12, 28, 20)
+    adapting = PredictionSettings(etta=EttaConfig(steps=2, learning_rate=0.05, least_foreground=0.0, most_drift=10.0))
+    with Predictor.from_model_folder(folder.parent, settings=adapting) as predictor:
+        first, second = (predictor.predict_case([image], tmp_path / "adapted.nii.gz") for _ in range(2))
+    assert first.etta == second.etta
+    assert np.array_equal(first.labels, second.labels)
+    assert first.etta[0]["adapted_parameters"] > 0
+    assert first.etta[0]["entropy_after"] < first.etta[0]["entropy_before"]
     summary = validate_fold(folder.parent, "0", roots)
     assert len(summary.cases) == 1
 

@@ -6,12 +6,17 @@ import numpy as np
 import pytest
 from field_images import coil, tissues
 
+from ukbob_seg.dataset.image_io import Geometry
+from ukbob_seg.inference.etta_config import EttaConfig
+from ukbob_seg.inference.predictor import PredictionSettings, Predictor
 from ukbob_seg.preprocessing.intensity_field import UsualField, find_field
 from ukbob_seg.preprocessing.normalization import ChannelNormalization
 from ukbob_seg.preprocessing.records import case_files
-from ukbob_seg.preprocessing.storage import save_array
+from ukbob_seg.preprocessing.storage import open_array, save_array
 from ukbob_seg.training import usual_fields as module
 from ukbob_seg.training.checkpoint import ModelDescription
+from ukbob_seg.training.config import TrainingConfig
+from ukbob_seg.training.trainer import RunOptions, train
 from ukbob_seg.training.usual_fields import usual_fields
 
 ZSCORE, CT = ChannelNormalization("zscore"), ChannelNormalization("ct", -100, 300, 50, 60)
@@ -57,3 +62,20 @@ def test_checkpoints_keep_it():
     assert dataclasses.replace(description, fields=None) == description  # folds differ in it, and are one model
     del content["fields"]  # of a checkpoint from before
     assert ModelDescription.from_json(content).fields is None
+
+
+def test_training_writes_it_and_prediction_reads_it(roots):
+    config = TrainingConfig(epochs=1, iterations_per_epoch=1, validation_every=1, validation_cases=1)
+    fold = train(7, "all", roots, config, RunOptions(quiet=True), network="tests_tiny:Tiny")
+    arrays = roots.preprocessed / "Dataset007_Blobs" / "3d_fullres"
+    images = [open_array(case_files(arrays, f"blob_{number:03d}")[0])[:] for number in range(5)]
+    expected = (UsualField.of([find_field(np.asarray(image[0])) for image in images]),)
+    with Predictor.from_model_folder(fold.parent, checkpoint="final") as predictor:
+        assert predictor.description.fields == expected
+        record = predictor.predict_array(images[0], Geometry(images[0].shape[1:], (1.0, 1.0, 1.0))).etta
+    assert record == ()
+    settings = PredictionSettings(etta=EttaConfig(steps=1))
+    with Predictor.from_model_folder(fold.parent, checkpoint="final", settings=settings) as predictor:
+        (record,) = predictor.predict_array(images[0], Geometry(images[0].shape[1:], (1.0, 1.0, 1.0))).etta
+    assert record["field_spreads"][0] <= 1.01 * expected[0].spread  # it is one of them
+    assert record["fields_removed"] == []

@@ -21,6 +21,8 @@ def main(argv: list[str] | None = None) -> None:
     given = (arguments.etta_mode, arguments.etta_steps, arguments.etta_lr)
     if not arguments.etta and any(value is not None for value in given):
         raise ConfigError("--etta-mode, --etta-steps and --etta-lr need --etta")
+    if arguments.no_mirror and not arguments.tta:
+        print("--no-mirror: nothing is flipped without --tta in any case")
 
     from ukbob_seg.inference.ensemble_predictor import load_predictor
     from ukbob_seg.inference.etta import EttaConfig
@@ -181,7 +183,10 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
         metavar="I/N",
         help="only part I of N of the cases (I from 1), for job arrays; all parts may have the same output folder",
     )
-    cases.add_argument("--resume", action="store_true", help="leave cases alone whose label file exists")
+    cases.add_argument(
+        "--resume", action="store_true",
+        help="leave cases alone whose label file exists; options have to be those of the run that wrote it",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ BIAS_LOG_AMPLITUDE, BIAS_GRID = 1.3, 16  # factors from 1/3.7 up or to 3.7; voxe
 BLUR_SIGMA_MM = 1.2
 NOISE_SHARE = 0.1  # standard deviation, as a share of the image's range
 GHOST_LINES = 0.5  # what is left of every second line
-COARSENING = 2.0  # voxels that become one, along each axis
+COARSENING = 2  # voxels that become one, along each axis
 CONTRAST_SLOPE = 3.0
 
 Spacing = tuple[float, float, float]
@@ -90,16 +90,13 @@ def low_resolution(x: Channel, spacing_mm: Spacing, generator: np.random.Generat
     """Averaged over larger voxels and interpolated back; axes that are much coarser already stay."""
     finest = min(spacing_mm)
     factors = [
-        COARSENING if mm < COARSENING * finest and n > 1 else 1.0 for mm, n in zip(spacing_mm, x.shape, strict=True)
+        COARSENING if mm < COARSENING * finest and n > 1 else 1 for mm, n in zip(spacing_mm, x.shape, strict=True)
     ]
-    coarse = ndimage.uniform_filter(x, [round(factor) for factor in factors])
-    shape = [max(1, round(n / factor)) for n, factor in zip(x.shape, factors, strict=True)]
-    small = ndimage.zoom(
-        coarse, [m / n for m, n in zip(shape, x.shape, strict=True)], order=1, grid_mode=True, mode="nearest"
-    )
-    return ndimage.zoom(
-        small, [n / m for m, n in zip(shape, x.shape, strict=True)], order=1, grid_mode=True, mode="nearest"
-    )
+    # Whole blocks: the last one holds the edge twice where voxels are left over.
+    whole = np.pad(x, [(0, -n % factor) for n, factor in zip(x.shape, factors, strict=True)], mode="edge")
+    blocks = whole.reshape([m for n, f in zip(whole.shape, factors, strict=True) for m in (n // f, f)])
+    fine = ndimage.zoom(blocks.mean(axis=(1, 3, 5)), factors, order=1, grid_mode=True, mode="nearest")
+    return fine[tuple(slice(n) for n in x.shape)]
 
 
 def _gamma(exponent: float) -> Callable[[Channel, Spacing, np.random.Generator], Channel]:

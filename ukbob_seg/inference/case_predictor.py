@@ -21,6 +21,7 @@ from ukbob_seg.preprocessing.plans import Plans
 
 Progress = Callable[[int, int], None]
 PROBABILITIES = "_probabilities.b2nd"  # behind the name of a case
+SIDE_FILES = (PROBABILITIES, "_etta.json", "_statistics.json", "_preview.png")
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,23 @@ class CasePredictor(ABC):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def remove_outputs(output: Path, ending: str) -> bool:
+    """Remove what an earlier prediction of a case left: its label map first, then what lies beside it.
+
+    Args:
+        output: label file.
+        ending: of the model's files.
+
+    Returns:
+        Whether there was a label map.
+    """
+    there = output.is_file()
+    stem = case_stem(output, ending)
+    for path in (output, *(output.with_name(f"{stem}{name}") for name in (*SIDE_FILES, f"_entropy{ending}"))):
+        path.unlink(missing_ok=True)
+    return there
 
 
 def case_stem(path: Path, ending: str) -> str:

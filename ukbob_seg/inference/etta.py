@@ -8,66 +8,27 @@ running ones, and everything else stays frozen. Each case starts from the traine
 from __future__ import annotations
 
 import copy
-import itertools
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ukbob_seg.errors import ConfigError
 from ukbob_seg.inference.etta_config import EttaConfig, EttaRecord
+from ukbob_seg.inference.etta_entropy import OutputMeaning, Seen, foreground, look, voxel_entropy, voxel_weights
 from ukbob_seg.inference.etta_statistics import CaseStatistics
+from ukbob_seg.inference.etta_windows import choose_corners, cut
 from ukbob_seg.inference.passes import forward
 from ukbob_seg.inference.sliding_window import WindowSettings
 
-__all__ = ["EttaConfig", "EttaRecord", "OutputMeaning", "adapt", "adapted", "norm_layers", "voxel_entropy"]
+__all__ = ["EttaConfig", "EttaRecord", "OutputMeaning", "adapt", "adapted", "adapted_to_case", "norm_layers"]
 
 LEAST_SHARE, FAR = 0.75, 0.005  # share of the case's statistics where they are near, distance at which it is 1
 NORM_LAYERS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
-
-
-def voxel_entropy(logits: Tensor, head: str) -> Tensor:
-    """Shannon entropy of each voxel's prediction, in nats.
-
-    Args:
-        logits: (B, K, z, y, x), any float dtype; computed in float32.
-        head: ``softmax`` (one distribution over K classes) or ``sigmoid`` (K binary ones, summed).
-
-    Returns:
-        (B, z, y, x) float32, in [0, log K] or [0, K log 2].
-
-    Reference: UKBOB, section 3.4; Wang et al., Tent, ICLR 2021.
-    """
-    logits = logits.float()
-    if head == "softmax":
-        log_p = F.log_softmax(logits, dim=1)
-        return -(log_p.exp() * log_p).sum(dim=1)
-    return (F.softplus(logits) - logits * logits.sigmoid()).sum(dim=1)
-
-
-@dataclass(frozen=True)
-class OutputMeaning:
-    """What the logits of a network mean.
-
-    Attributes:
-        head: ``softmax`` (one distribution over all outputs) or ``sigmoid`` (a binary one each).
-        has_regions: outputs may overlap and none stands for background.
-    """
-
-    head: str = "softmax"
-    has_regions: bool = False
-
-    def decide(self, logits: Tensor) -> Tensor:
-        """(B, K, z, y, x) -> (B, z, y, x): 0 is background."""
-        if not self.has_regions:
-            return logits.argmax(dim=1)
-        order = torch.arange(1, logits.shape[1] + 1, device=logits.device).view(1, -1, 1, 1, 1)
-        return ((logits > 0) * order).amax(dim=1)
 
 
 def adapt(
@@ -86,8 +47,8 @@ def adapt(
         ConfigError: the network has no normalization layer that could adapt.
     """
     own = copy.deepcopy(network)
-    record = _adapt_in_place(own, image, windows, meaning, config or EttaConfig())
-    return own, record
+    _, records = _adapt_in_place([own], image, image, windows, meaning, config or EttaConfig())
+    return own, records[0]
 
 
 @contextmanager
@@ -95,11 +56,50 @@ def adapted(
     network: nn.Module, image: Tensor, windows: WindowSettings, meaning: OutputMeaning, config: EttaConfig | None = None
 ) -> Iterator[EttaRecord]:
     """Adapt a network to one image inside a ``with`` block and restore it, bit for bit, at its end."""
+    with adapted_to_case([network], image, image, windows, meaning, config) as (_, records):
+        yield records[0]
+
+
+@contextmanager
+def adapted_to_case(
+    networks: Sequence[nn.Module],
+    image: Tensor,
+    flat: Tensor,
+    windows: WindowSettings,
+    meaning: OutputMeaning,
+    config: EttaConfig | None = None,
+) -> Iterator[tuple[Tensor, list[EttaRecord]]]:
+    """Adapt all networks of a model to a case inside a ``with`` block and restore them, bit for bit, at its end.
+
+    Args:
+        networks: as trained, in evaluation mode.
+        image: (C, Z, Y, X), preprocessed, on the networks' device.
+        flat: the image without an unusual field (``etta_field.remove_fields``); the image itself if it has none.
+        windows: the windows that prediction will use.
+        meaning: of the networks' outputs.
+        config: limits.
+
+    Yields:
+        What of the two to predict, and what was done to each network. It is the image if the networks as trained see
+        much less foreground without the field.
+
+    Raises:
+        ConfigError: a network has no normalization layer that could adapt.
+    """
+    with ExitStack() as stack:
+        for network in networks:
+            stack.enter_context(_restored(network))
+        yield _adapt_in_place(networks, image, flat, windows, meaning, config or EttaConfig())
+
+
+@contextmanager
+def _restored(network: nn.Module) -> Iterator[None]:
+    """At the end of the block everything that adaptation may change is what it was."""
     tensors = {name: value.detach().clone() for name, value in _adaptable_state(network).items()}
     flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     modes = [(module, module.training) for module in network.modules()]
     try:
-        yield _adapt_in_place(network, image, windows, meaning, config or EttaConfig())
+        yield
     finally:
         with torch.no_grad():
             for name, value in _adaptable_state(network).items():
@@ -112,13 +112,23 @@ def adapted(
 
 
 def norm_layers(network: nn.Module) -> list[nn.Module]:
-    """All normalization layers that adaptation can use: with affine parameters or with running statistics."""
-    return [
+    """All normalization layers that adaptation can use: with affine parameters or with running statistics.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    layers = [
         layer
         for layer in network.modules()
         if isinstance(layer, NORM_LAYERS)
         and (getattr(layer, "weight", None) is not None or getattr(layer, "running_mean", None) is not None)
     ]
+    if not layers:
+        raise ConfigError(
+            f"{type(network).__name__} has no normalization layer with affine parameters or running statistics: "
+            "there is nothing for --etta to adapt; predict without it"
+        )
+    return layers
 
 
 def _adaptable_state(network: nn.Module) -> dict[str, Tensor]:
@@ -131,50 +141,84 @@ def _adaptable_state(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _adapt_in_place(
-    network: nn.Module, image: Tensor, windows: WindowSettings, meaning: OutputMeaning, config: EttaConfig
+    networks: Sequence[nn.Module],
+    image: Tensor,
+    flat: Tensor,
+    windows: WindowSettings,
+    meaning: OutputMeaning,
+    config: EttaConfig,
+) -> tuple[Tensor, list[EttaRecord]]:
+    """As ``adapted_to_case``, without restoring anything."""
+    plain, start = [], []
+    for network in networks:
+        network.eval().requires_grad_(False)
+        corners = choose_corners(network, flat, windows, meaning, config)
+        plain.append(look(network, cut(image, corners, windows), meaning))
+        start.append(plain[-1] if flat is image else look(network, cut(flat, corners, windows), meaning))
+    chosen = flat
+    if sum(seen.foreground for seen in start) < config.least_foreground * sum(seen.foreground for seen in plain):
+        chosen, start = image, plain
+    records = [_adapt_layers(*each, meaning, config) for each in zip(networks, plain, start, strict=True)]
+    return chosen, records
+
+
+def _adapt_layers(
+    network: nn.Module, plain: Seen, start: Seen, meaning: OutputMeaning, config: EttaConfig
 ) -> EttaRecord:
+    """Adapt the layers of a network to some windows.
+
+    Args:
+        network: as trained.
+        plain: what it sees in the windows of the image as it came, which is what the record compares with.
+        start: the same in the windows to adapt to.
+        meaning: of its outputs.
+        config: limits.
+    """
     layers = norm_layers(network)
     parameters = [p for layer in layers for p in layer.parameters(recurse=False)]
     with_statistics = [layer for layer in layers if getattr(layer, "running_mean", None) is not None]
-    if not layers:
-        raise ConfigError(
-            f"{type(network).__name__} has no normalization layer with affine parameters or running statistics: "
-            "there is nothing for --etta to adapt; predict without it"
-        )
-    network.eval().requires_grad_(False)
-    patches = _choose_patches(network, image, windows, meaning, config)
-    record = EttaRecord(config.mode, adapted_parameters=sum(p.numel() for p in parameters), patches=len(patches))
+    record = EttaRecord(config.mode, adapted_parameters=sum(p.numel() for p in parameters), patches=len(start.windows))
     record.statistics_layers = len(with_statistics)
-    record.entropy_before, before = _measure(network, patches, meaning)
-    record.foreground_before = _foreground(before)
-    start = {name: value.detach().clone() for name, value in _adaptable_state(network).items()}
+    record.entropy_before, record.foreground_before = plain.entropy, plain.foreground
+    trained = {name: value.detach().clone() for name, value in _adaptable_state(network).items()}
     if with_statistics:
-        _take_statistics(network, with_statistics, patches, config, record)
+        _take_statistics(network, with_statistics, start, config, record)
     if parameters and config.steps:
         rate = config.rate(bool(with_statistics))
-        record.steps = _descend(network, parameters, patches, meaning, config, rate)
-    record.entropy_after, after = _measure(network, patches, meaning)
-    record.foreground_after = _foreground(after)
-    if record.foreground_after < config.least_foreground * record.foreground_before:
-        record.decision = "fell back: the predicted foreground collapsed"
+        record.steps = _descend(network, parameters, start.windows, meaning, config, rate)
+    end = look(network, start.windows, meaning)
+    record.foreground_after = end.foreground
+    record.decision = _judge(start, end, config, record)
+    if record.decision != "adapted":
+        end = start
         with torch.no_grad():
             for name, value in _adaptable_state(network).items():
-                value.copy_(start[name])
-        after, record.entropy_after = before, record.entropy_before
-    elif record.steps == 0 and not with_statistics:
-        reason = (
-            "no step lowered the entropy and kept the foreground" if config.steps else "no steps, and no statistics"
-        )
-        record.decision = f"unchanged: {reason}"
-    record.voxels_changed = sum(int((a != b).sum()) for a, b in zip(before, after, strict=True))
+                value.copy_(trained[name])
+    record.entropy_after, record.voxels_changed = end.entropy, plain.changes(end)
     return record
 
 
+def _judge(start: Seen, end: Seen, config: EttaConfig, record: EttaRecord) -> str:
+    """``adapted``, or why the layers are better as trained."""
+    if not math.isfinite(end.entropy):
+        return "fell back: outputs were no longer finite"
+    if end.foreground < config.least_foreground * start.foreground:
+        return "fell back: the predicted foreground collapsed"
+    if start.foreground == end.foreground == 0 and config.least_foreground > 0:
+        return "unchanged: the chosen windows show no foreground"
+    if record.steps == 0 and not record.statistics_layers:
+        if not config.steps:
+            return "unchanged: no steps, and no statistics"
+        return "unchanged: no step lowered the entropy and kept the foreground"
+    return "adapted"
+
+
 def _take_statistics(
-    network: nn.Module, layers: Sequence[nn.Module], patches: Sequence[Tensor], config: EttaConfig, record: EttaRecord
+    network: nn.Module, layers: Sequence[nn.Module], start: Seen, config: EttaConfig, record: EttaRecord
 ) -> None:
     """Give layers a share of the case's own statistics; all of them, or as their distance says."""
-    statistics = CaseStatistics.measure(layers, patches, lambda patch: forward(network, patch))
+    weights = start.confidences if config.weigh_windows else None
+    statistics = CaseStatistics.measure(layers, start.windows, lambda window: forward(network, window), weights)
     record.statistics_distance = statistics.distance()
     share = config.statistics_share
     record.statistics_share = choose_share(record.statistics_distance) if share is None else share
@@ -186,128 +230,43 @@ def choose_share(distance: float) -> float:
     return float(min(1.0, max(LEAST_SHARE, distance / FAR)))
 
 
-def spread_corners(starts: Sequence[Sequence[int]], most: int) -> list[tuple[int, int, int]]:
-    """First voxels of some of the windows that begin at ``starts`` along z, y and x: of all, if they are few.
-
-    Else they are spread along z, and each lies elsewhere than the one before: in the middle first, where the body is.
-    """
-    z, y, x = starts
-    if len(z) * len(y) * len(x) <= most:
-        return list(itertools.product(z, y, x))
-    places = list(itertools.product(range(len(y)), range(len(x))))
-
-    def off_centre(place: tuple[int, int]) -> float:
-        return max(abs((2 * i + 1) / n - 1) for i, n in zip(place, (len(y), len(x)), strict=True))
-
-    inward = sorted(places, key=lambda place: (off_centre(place), place))
-    chosen = []
-    for i in range(most):
-        row_y, row_x = inward[i % len(inward)]
-        chosen.append((z[int((i + 0.5) * len(z) / most)], y[row_y], x[row_x]))
-    return chosen
-
-
-@torch.no_grad()
-def _choose_patches(
-    network: nn.Module, image: Tensor, windows: WindowSettings, meaning: OutputMeaning, config: EttaConfig
-) -> list[Tensor]:
-    """Windows (1, C, z, y, x) that show foreground and are uncertain, from evenly spread candidates."""
-    patch = windows.window(image.shape[1:])
-    padded, _ = windows.pad(image)
-    starts = windows.starts(padded.shape[1:])
-    patches = [
-        padded[:, z : z + patch[0], y : y + patch[1], x : x + patch[2]].unsqueeze(0)
-        for z, y, x in spread_corners(starts, config.candidates)
-    ]
-    if len(patches) <= config.max_patches:
-        return patches
-    scores = []
-    for position, candidate in enumerate(patches):
-        logits = forward(network, candidate)
-        entropy = float(voxel_entropy(logits, meaning.head).mean())
-        scores.append((_foreground([meaning.decide(logits)]) > 0, entropy, -position))
-    best = sorted(range(len(patches)), key=lambda i: scores[i], reverse=True)[: config.max_patches]
-    return [patches[i] for i in sorted(best)]
-
-
-@torch.no_grad()
-def _measure(network: nn.Module, patches: Sequence[Tensor], meaning: OutputMeaning) -> tuple[float, list[Tensor]]:
-    """Mean entropy over the patches, and the decision of each."""
-    entropies, decisions = [], []
-    for patch in patches:
-        logits = forward(network, patch)
-        entropies.append(float(voxel_entropy(logits, meaning.head).mean()))
-        decisions.append(meaning.decide(logits))
-    return sum(entropies) / len(entropies), decisions
-
-
-def _foreground(decisions: Sequence[Tensor]) -> int:
-    return sum(int((decision > 0).sum()) for decision in decisions)
-
-
-def possible_foreground(logits: Tensor, meaning: OutputMeaning, certain_background: float) -> Tensor:
-    """Where background is less probable than a limit: (B, K, z, y, x) -> (B, z, y, x) bool.
-
-    With regions: where any region is more probable than what the limit leaves.
-    """
-    logits = logits.float()
-    if meaning.has_regions:
-        return (logits.sigmoid() > 1 - certain_background).any(dim=1)
-    background = logits.softmax(dim=1)[:, 0] if meaning.head == "softmax" else logits[:, 0].sigmoid()
-    return background < certain_background
-
-
-def _voxel_weights(logits: Tensor, meaning: OutputMeaning, config: EttaConfig) -> Tensor:
-    """What each voxel of a patch counts for in the entropy that the steps lower: (B, z, y, x), with a sum of 1, or 0
-    where no voxel counts.
-
-    Most voxels are background that nobody doubts. In a mean over all voxels they would outvote the others, and whole
-    organs are cheaply made certain by calling them background.
-    """
-    if config.certain_background >= 1:
-        return torch.full_like(logits[:, 0], 1 / logits[:, 0].numel(), dtype=torch.float32)
-    counted = possible_foreground(logits, meaning, config.certain_background).float()
-    return counted / counted.sum().clamp_min(1)
-
-
 def _descend(
     network: nn.Module,
     parameters: Sequence[nn.Parameter],
-    patches: Sequence[Tensor],
+    windows: Sequence[Tensor],
     meaning: OutputMeaning,
     config: EttaConfig,
     rate: float,
 ) -> int:
-    """Minimise the mean entropy over the patches; returns the steps that led to the parameters that are kept.
+    """Minimise the mean entropy over the windows; returns the steps that led to the parameters that are kept.
 
-    In mode ``guarded`` these are the best seen, and the steps end once the entropy no longer falls, or the amount of
-    foreground drifts away: low entropy is cheap where every doubtful voxel becomes the same. Which voxels count is
-    decided before the first step.
+    The steps end once the entropy no longer falls, or the amount of foreground drifts away: low entropy is cheap where
+    every doubtful voxel becomes the same. Which voxels count is decided before the first step.
     """
     weights: list[Tensor] = []
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(parameters, lr=rate)
-    best_entropy, best_step, foreground_at_first = float("inf"), 0, 0
+    best_entropy, best_step, foreground_at_first = math.inf, 0, 0
     best = [p.detach().clone() for p in parameters]
     for step in range(config.steps + 1):
         optimizer.zero_grad(set_to_none=True)
-        entropy, foreground = 0.0, 0
+        entropy, shown = 0.0, 0
         last = step == config.steps
-        for number, patch in enumerate(patches):
+        for number, window in enumerate(windows):
             with torch.set_grad_enabled(not last):
-                logits = forward(network, patch)
+                logits = forward(network, window)
                 if step == 0:
-                    weights.append(_voxel_weights(logits.detach(), meaning, config))
-                value = (voxel_entropy(logits, meaning.head) * weights[number]).sum() / len(patches)
+                    weights.append(voxel_weights(logits.detach(), meaning, config.certain_background))
+                value = (voxel_entropy(logits, meaning.head) * weights[number]).sum() / len(windows)
             if not last:
                 value.backward()
             entropy += float(value.detach())
-            foreground += _foreground([meaning.decide(logits.detach())])
+            shown += foreground(meaning.decide(logits.detach()))
         if step == 0:
-            foreground_at_first = foreground
-        drift = abs(foreground - foreground_at_first) / max(1, foreground_at_first)
-        if config.mode == "guarded" and (not entropy < best_entropy or drift > config.most_drift):
+            foreground_at_first = shown
+        drift = abs(shown - foreground_at_first) / max(1, foreground_at_first)
+        if drift > config.most_drift or (config.stop_early and not entropy < best_entropy):
             break
         best_entropy, best_step = entropy, step
         best = [p.detach().clone() for p in parameters]

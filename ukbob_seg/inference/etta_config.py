@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +18,17 @@ class EttaConfig:
     """How far a case may adapt.
 
     Attributes:
-        mode: ``guarded``, or ``paper`` for the paper's plain recipe: statistics of the case alone, every step taken,
-            nothing undone.
-        steps: entropy steps, in mode ``guarded`` at most; 0 for the statistics alone.
+        steps: entropy steps, at most; 0 for the statistics alone.
         learning_rate: of Adam on the affine parameters; None for 4e-3, and 1e-3 for networks whose stored statistics
             were replaced before.
         max_patches: windows that the steps look at.
         candidates: windows among which they are chosen (foreground first, then highest entropy).
         statistics_share: weight of the case's statistics against the stored ones, None to decide per case.
+        weigh_windows: windows count for the case's statistics as confident as the network is in them; else all alike.
         certain_background: voxels whose probability of background reaches this are left out of the entropy that the
             steps lower (with regions: whose every region is as improbable); 1 for the entropy of all voxels.
-        most_drift: the entropy steps end before they change the amount of foreground by more than this share (not in
-            mode ``paper``).
+        stop_early: the entropy steps end once the entropy no longer falls.
+        most_drift: they end before they change the amount of foreground by more than this share.
         least_field_gain: divide a smooth field that training images do not have out of the image where the entropy of
             its intensities falls by at least this, in nats, and where the field is strong enough; None to leave every
             image as it is.
@@ -36,16 +36,17 @@ class EttaConfig:
             enough.
         field_margin: and so many times as strong as in the farthest training image it has to be.
         least_foreground: the layers are as trained again when predicted foreground shrinks below this share of the
-            unadapted one.
+            unadapted one, and the image has its field again when it does so without it.
     """
 
-    mode: str = "guarded"
     steps: int = 5
     learning_rate: float | None = None
     max_patches: int = 2
     candidates: int = 6
     statistics_share: float | None = None
+    weigh_windows: bool = True
     certain_background: float = 0.95
+    stop_early: bool = True
     most_drift: float = 0.1
     least_field_gain: float | None = 0.1
     least_field_spread: float = 0.15
@@ -54,11 +55,20 @@ class EttaConfig:
 
     @classmethod
     def of_mode(cls, mode: str, **changes: Any) -> EttaConfig:
-        """The defaults of a mode, with changes; None leaves a default."""
+        """The defaults of a mode, with changes; None leaves a default.
+
+        Those of ``paper``: statistics of the case alone, every step taken, nothing undone.
+        """
         if mode not in MODES:
             raise ConfigError(f"--etta-mode must be one of {', '.join(MODES)}, got {mode!r}")
         given = {key: value for key, value in changes.items() if value is not None}
         return cls(**{**_DEFAULTS[mode], **given})
+
+    @property
+    def mode(self) -> str:
+        """``guarded`` where anything may end or undo the adaptation, else ``paper``."""
+        guarded = self.stop_early or self.most_drift < math.inf or self.least_foreground > 0
+        return "guarded" if guarded else "paper"
 
     def rate(self, has_statistics: bool) -> float:
         """Of the entropy steps, for a network with layers that keep statistics or one without."""
@@ -67,8 +77,6 @@ class EttaConfig:
         return RATE_AFTER_STATISTICS if has_statistics else RATE
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ConfigError(f"--etta-mode must be one of {', '.join(MODES)}, got {self.mode!r}")
         if self.steps < 0 or self.max_patches < 1 or self.candidates < self.max_patches:
             raise ConfigError(
                 "ETTA needs no negative number of steps (--etta-steps), a patch, and as many candidates as patches; "
@@ -94,13 +102,15 @@ class EttaConfig:
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "guarded": {},
     "paper": {
-        "mode": "paper",
         "steps": 8,
         "learning_rate": 5e-3,
         "max_patches": 8,
         "candidates": 8,
         "statistics_share": 1.0,
+        "weigh_windows": False,
         "certain_background": 1.0,
+        "stop_early": False,
+        "most_drift": math.inf,
         "least_field_gain": None,
         "least_foreground": 0.0,
     },
@@ -116,6 +126,7 @@ class EttaRecord:
     field_gains: tuple[float | None, ...] | None = None  # of each channel; None where no field was looked for
     field_spreads: tuple[float | None, ...] | None = None
     fields_removed: tuple[int, ...] = ()  # channels
+    field_decision: str | None = None
     adapted_parameters: int = 0
     statistics_layers: int = 0
     statistics_distance: float | None = None  # of the case's statistics from the stored ones

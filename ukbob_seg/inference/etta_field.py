@@ -67,7 +67,7 @@ def flatten(channel: Tensor, field: Field, usual: UsualField | None = None, insi
     """
     values = channel.flatten() if inside is None else channel[inside]
     factor = torch.from_numpy(field.logarithm(channel.shape, usual)).exp_().to(channel)
-    flat = (values - values.min()).mul_(factor.flatten() if inside is None else factor[inside])
+    flat = (values - field.low).mul_(factor.flatten() if inside is None else factor[inside])
     flat.sub_(flat.mean()).mul_(values.std(correction=0) / flat.std(correction=0).clamp_min(1e-8)).add_(values.mean())
     if inside is None:
         return flat.reshape(channel.shape)

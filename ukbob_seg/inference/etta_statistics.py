@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 Moments = tuple[Tensor, Tensor]  # mean and variance of each channel, (C,)
+LEAST_WEIGHT = 1e-3  # of a window, so that there is always something to take the mean of
 
 
 @dataclass(frozen=True)
@@ -29,32 +30,41 @@ class CaseStatistics:
     @classmethod
     @torch.no_grad()
     def measure(
-        cls, layers: Sequence[nn.Module], windows: Sequence[Tensor], forward: Callable[[Tensor], Any]
+        cls,
+        layers: Sequence[nn.Module],
+        windows: Sequence[Tensor],
+        forward: Callable[[Tensor], Any],
+        weights: Sequence[float] | None = None,
     ) -> CaseStatistics:
         """Pass windows through the network, as training did; afterwards the layers hold what they held.
 
         Each layer normalises by the window's own statistics meanwhile, so that those of later layers are of features
-        that were normalised for this case.
+        that were normalised for this case. A layer that sees a single value per channel has no variance to take: it
+        keeps what is stored.
 
         Args:
             layers: with running statistics, in evaluation mode.
             windows: (1, C, z, y, x) each.
             forward: the network.
+            weights: of the windows in the mean over them, in [0, 1]; None for the same.
         """
         kept: list[Any] = list(layers)
         stored = tuple((layer.running_mean.clone(), layer.running_var.clone()) for layer in kept)
         momenta = [layer.momentum for layer in kept]
         counts = [layer.num_batches_tracked.clone() for layer in kept]
+        hooks = [layer.register_forward_pre_hook(_train_on_many) for layer in kept]
+        total = 0.0
         try:
-            for layer in kept:
-                layer.reset_running_stats()
-                layer.train()
-            for number, window in enumerate(windows, start=1):
-                for layer in kept:
-                    layer.momentum = 1 / number  # the mean over windows; None would mean 0 to InstanceNorm
+            for window, weight in zip(windows, weights or [1.0] * len(windows), strict=True):
+                counted = max(weight, LEAST_WEIGHT)
+                total += counted
+                for layer in kept:  # the mean over windows, whatever was there before the first
+                    layer.momentum = counted / total
                 forward(window)
             own = tuple((layer.running_mean.clone(), layer.running_var.clone()) for layer in kept)
         finally:
+            for hook in hooks:
+                hook.remove()
             for layer, momentum, count in zip(kept, momenta, counts, strict=True):
                 layer.eval()
                 layer.momentum = momentum
@@ -85,6 +95,11 @@ class CaseStatistics:
             for (mean, variance), (own_mean, own_variance) in zip(self.stored, self.own, strict=True)
         ]
         _set(self.layers, mixed)
+
+
+def _train_on_many(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Before a layer's pass: it normalises by its input's own statistics, unless that has one value per channel."""
+    layer.train(inputs[0][0, 0].numel() > 1)
 
 
 def _set(layers: Sequence[Any], moments: Sequence[Moments]) -> None:

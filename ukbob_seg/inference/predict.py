@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -13,11 +14,18 @@ from tqdm import tqdm
 
 from ukbob_seg.dataset.spec import DatasetSpec, group_channels
 from ukbob_seg.errors import ConfigError, DatasetError, listing
-from ukbob_seg.files import ensure_writable, write_json
-from ukbob_seg.inference.case_predictor import CasePredictor, case_stem
+from ukbob_seg.files import ensure_writable, read_json, write_json
+from ukbob_seg.inference.case_predictor import CasePredictor, case_stem, remove_outputs
 from ukbob_seg.parallel import Cluster, Part
 
+log = logging.getLogger(__name__)
+
 CASES_AT_ONCE = 2  # one in the networks, one that is read or written
+ARGUMENTS = "predict_args.json"
+HARMLESS_ARGUMENTS = (  # of ukbob_predict: how and where it runs, which does not show in what it writes
+    "compile", "device", "input", "no_overlap", "output", "part", "preprocessed", "raw", "results", "resume",
+    "window_batch",
+)  # fmt: skip
 LABEL_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
 
 
@@ -92,7 +100,8 @@ def predict(
         predictor: loaded model, or several; its settings say which classes are written, and what beside the label maps.
         source: see ``find_jobs``.
         output: see ``find_jobs``; gets dataset.json, plans.json and predict_args.json as well when it is a folder.
-        resume: leave cases alone whose label file exists (files are complete once they have their name).
+        resume: leave cases alone whose label file exists (files are complete once they have their name). Otherwise
+            what the output folder has of the cases is removed first, so that an interrupted run can be resumed.
         part: only these of the cases, sorted by name; parts may run at once, into the same output folder.
         arguments: recorded in predict_args.json; the same for all parts, or the last one's remain.
         quiet: no progress bar.
@@ -102,6 +111,7 @@ def predict(
 
     Raises:
         DatasetError: a case cannot be read; finished ones are kept.
+        ConfigError: the output would replace an input, or the finished cases to leave alone were predicted otherwise.
     """
     jobs = find_jobs(Path(source), Path(output), predictor.spec)
     folder = jobs[0].output.parent
@@ -114,15 +124,38 @@ def predict(
                 f"the label map would replace the image {job.output}; give another name or folder with -o"
             )
     ensure_writable(folder)
-    if jobs[0].output.parent == Path(output):
+    if resume:
+        _refuse_other_arguments(folder / ARGUMENTS, arguments or {})
+    jobs = Cluster(part=part).share(jobs)
+    if Path(source).is_dir() and not resume:
+        earlier = sum(remove_outputs(job.output, predictor.spec.file_ending) for job in jobs)
+        if earlier:
+            log.info("%d earlier predictions in %s are replaced", earlier, folder)
+    if folder == Path(output):
         write_json(folder / "dataset.json", predictor.spec.content)
         write_json(folder / "plans.json", predictor.plans.to_json())
-        write_json(folder / "predict_args.json", arguments or {})
-    jobs = Cluster(part=part).share(jobs)
+        write_json(folder / ARGUMENTS, arguments or {})
     todo = [job for job in jobs if not (resume and job.output.is_file())]
     with tqdm(total=len(todo), desc="predicting", unit="case", disable=quiet) as bar:
         _predict_jobs(predictor, todo, bar)
     return [job.output for job in jobs]
+
+
+def _refuse_other_arguments(path: Path, arguments: dict[str, Any]) -> None:
+    """A folder holds the predictions of one way to predict.
+
+    Raises:
+        ConfigError: the last run into it was given others of the arguments that change what is written.
+    """
+    if not path.is_file():
+        return
+    before = read_json(path, "record of the last run")
+    for name, value in arguments.items():
+        if name in before and name not in HARMLESS_ARGUMENTS and before[name] != value:
+            raise ConfigError(
+                f"--resume: {path} says that the finished cases were predicted with {name} {before[name]}, now it is "
+                f"{value}; predict with the same options, or without --resume, or into another folder"
+            )
 
 
 class _AbandonedError(Exception):

@@ -21,7 +21,8 @@ from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError, listing
 from ukbob_seg.filtering.body import body_mask, otsu_threshold
 from ukbob_seg.inference.case_predictor import CasePredictor, Prediction, Progress
 from ukbob_seg.inference.entropy_map import EntropyMap
-from ukbob_seg.inference.etta import OutputMeaning, adapted
+from ukbob_seg.inference.etta import adapted_to_case
+from ukbob_seg.inference.etta_entropy import OutputMeaning
 from ukbob_seg.inference.etta_field import remove_fields
 from ukbob_seg.inference.export import (
     RowStream,
@@ -35,7 +36,14 @@ from ukbob_seg.inference.export import (
 from ukbob_seg.inference.passes import INTENSITY_CHANGES, AveragedPasses, Mirroring
 from ukbob_seg.inference.postprocessing import POSTPROCESSING, Postprocessing
 from ukbob_seg.inference.settings import PredictionSettings
-from ukbob_seg.inference.sliding_window import EmptySpace, Slab, WindowSettings, choose_accumulation, iterate_slabs
+from ukbob_seg.inference.sliding_window import (
+    Accumulation,
+    EmptySpace,
+    Slab,
+    WindowSettings,
+    choose_accumulation,
+    iterate_slabs,
+)
 from ukbob_seg.networks.compiled import maybe_compiled
 from ukbob_seg.preprocessing.intensity_field import UsualField
 from ukbob_seg.preprocessing.preprocessor import CaseProperties, preprocess_image, preprocess_labels
@@ -44,6 +52,10 @@ from ukbob_seg.training.left_right import label_swap, output_swap
 
 log = logging.getLogger(__name__)
 SURE = 10.0  # logit of background where nothing was predicted
+# What the record of ETTA says of an image's field.
+FIELD_USUAL = "left in: weak, or as in training images"
+FIELD_REMOVED = "divided out"
+FIELD_NEEDED = "left in: without it the predicted foreground collapsed"
 
 
 @dataclass(frozen=True)
@@ -105,6 +117,7 @@ class Predictor(CasePredictor):
         self._windows = WindowSettings(
             network_plan.patch_size, self.settings.step, self.settings.window_batch, self.configuration.slice_axis
         )
+        self._last_sums: Accumulation | None = None
         self._previous_stage = previous_stage
         if (previous_stage is not None) != (self.configuration.previous_stage is not None):
             raise ConfigError(
@@ -211,27 +224,32 @@ class Predictor(CasePredictor):
         if not np.isfinite(image).all():
             raise DatasetError("the image has NaN or infinite voxels; replace them (for example by 0)")
         array, properties = preprocess_image(image, geometry, self.plans, self.configuration)
-        tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
-        tensor, fields = self._without_fields(tensor)
-        first = None
-        if self._previous_stage is not None:
-            first = self._previous_stage.predict_array(image, geometry, progress=progress)
-            indices = preprocess_labels(self.spec.labels.to_indices(first.labels, "the first stage"), properties)
-            tensor = torch.cat([tensor, torch.from_numpy(indices.astype(np.float32))[None].to(self.device)])
-        with self._serving, self._adapted_networks(tensor, progress) as (networks, records):
-            changes = INTENSITY_CHANGES if self.settings.tta else ()
-            passes = AveragedPasses(networks, self._mirroring, changes, len(self.spec.channel_names))
-            etta = tuple({**record, **fields} for record in records)
-            yield CaseStream(properties, self._slabs(passes, tensor, progress), etta, first)
+        # Adaptation takes gradients, which a caller's inference mode would forbid.
+        with torch.inference_mode(False):
+            tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+            first = None
+            if self._previous_stage is not None:
+                first = self._previous_stage.predict_array(image, geometry, progress=progress)
+                indices = preprocess_labels(self.spec.labels.to_indices(first.labels, "the first stage"), properties)
+                tensor = torch.cat([tensor, torch.from_numpy(indices.astype(np.float32))[None].to(self.device)])
+            flat, fields = self._without_fields(tensor)
+            with self._serving, self._adapted_networks(tensor, flat, progress) as (networks, chosen, records):
+                changes = INTENSITY_CHANGES if self.settings.tta else ()
+                passes = AveragedPasses(networks, self._mirroring, changes, len(self.spec.channel_names))
+                if fields["fields_removed"] and chosen is tensor:
+                    fields |= {"fields_removed": [], "field_decision": FIELD_NEEDED}
+                etta = tuple({**record, **fields} for record in records)
+                yield CaseStream(properties, self._slabs(passes, chosen, progress), etta, first)
 
     def stages(self) -> list[Predictor]:
         """This predictor and, in a cascade, those of the stages before it."""
         return [self, *(self._previous_stage.stages() if self._previous_stage is not None else [])]
 
     def close(self) -> None:
-        """Let go of the networks and their memory."""
-        self._networks.clear()
-        self._called.clear()
+        """Let go of the networks and their memory; waits for a case that another thread predicts."""
+        with self._serving:
+            self._networks.clear()
+            self._called.clear()
         if self._previous_stage is not None:
             self._previous_stage.close()
         if self.device.startswith("cuda"):
@@ -242,42 +260,47 @@ class Predictor(CasePredictor):
         etta = self.settings.etta
         usual = self.description.fields
         if etta is None or etta.least_field_gain is None or usual is None:
-            return image, {}
+            return image, {"fields_removed": []}
         limits = etta.least_field_gain, etta.least_field_spread, etta.field_margin
-        image, fields, removed = remove_fields(image, self.plans.normalization, usual, *limits)
-        return image, {
+        flat, fields, removed = remove_fields(image, self.plans.normalization, usual, *limits)
+        return flat, {
             "field_gains": [None if field is None else field.gain for field in fields],
             "field_spreads": [
                 None if field is None else field.spread(expected) for field, expected in zip(fields, usual, strict=True)
             ],
             "fields_removed": list(removed),
+            "field_decision": FIELD_REMOVED if removed else FIELD_USUAL,
         }
 
     @contextmanager
     def _adapted_networks(
-        self, image: torch.Tensor, progress: Progress | None
-    ) -> Iterator[tuple[list[nn.Module], list[dict[str, Any]]]]:
-        """The networks as trained, or adapted to this image for the duration of the block.
+        self, image: torch.Tensor, flat: torch.Tensor, progress: Progress | None
+    ) -> Iterator[tuple[list[nn.Module], torch.Tensor, list[dict[str, Any]]]]:
+        """The networks as trained, or adapted to this image for the duration of the block; and what they shall see, the
+        image or that without a field.
 
         ``progress`` is called before every pass of the adaptation too, so that it can end that by raising.
         """
         if not self._networks:
             raise ConfigError("this predictor is closed; load the model again")
-        adapting = self._networks if self.settings.etta is not None else []
+        if self.settings.etta is None:
+            yield self._called, image, []
+            return
         meaning = OutputMeaning(self.description.head, self.spec.labels.has_regions)
         with ExitStack() as stack:
             with ExitStack() as hooks:
-                for network in adapting:
+                for network in self._networks:
                     hooks.callback(network.register_forward_pre_hook(partial(_tell, progress)).remove)
-                records = [
-                    stack.enter_context(adapted(network, image, self._windows, meaning, self.settings.etta)).to_json()
-                    for network in adapting
-                ]
-            yield self._called, records
+                adapting = adapted_to_case(self._networks, image, flat, self._windows, meaning, self.settings.etta)
+                chosen, records = stack.enter_context(adapting)
+            yield self._called, chosen, [record.to_json() for record in records]
 
     def _slabs(self, passes: AveragedPasses, image: torch.Tensor, progress: Progress | None) -> Iterator[Slab]:
         """Finished rows; what memory is free is asked when the first is wanted, as other models may be at work too."""
         sums = choose_accumulation(self.spec.labels.num_outputs, image, self._windows)
+        if sums != self._last_sums:  # once, not for every case
+            log.info("%s", sums.reason)
+            self._last_sums = sums
         empty = self._empty_space(image) if self.settings.skip_empty else None
         yield from iterate_slabs(passes, image, self._windows, progress, sums, empty)
 
@@ -299,14 +322,15 @@ class Predictor(CasePredictor):
                             sink.append(values)
         return result
 
-    def _empty_space(self, image: torch.Tensor) -> EmptySpace:
+    def _empty_space(self, image: torch.Tensor) -> EmptySpace | None:
         """What lies outside of the body, with the logits of sure background (of no region)."""
         try:
             channel = image[0].float().cpu().numpy()
             # The body, with its dark cavities; and everything bright beside it, such as arms and legs.
             occupied = torch.from_numpy(body_mask(channel) | (channel > otsu_threshold(channel)))
         except DatasetError as error:  # a constant image
-            raise DatasetError(f"--skip-empty: {error}; predict this case without it") from error
+            log.warning("--skip-empty: %s; all of it is predicted", error)
+            return None
         logits = torch.full((self.spec.labels.num_outputs,), -SURE)
         if not self.spec.labels.has_regions:
             logits[0] = SURE

@@ -6,16 +6,13 @@ they are normalised and handed on, and the accumulator moves down.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-log = logging.getLogger(__name__)
 
 SLICES_AT_ONCE = 8  # how many slices a window of a 2D network holds
 ROWS_AT_ONCE = 16  # finished rows that are handed on together
@@ -71,10 +68,12 @@ class Accumulation:
     Attributes:
         device: None for the image's own.
         dtype: of the sums; the windows' weights are float32.
+        reason: for the log.
     """
 
     device: torch.device | None = None
     dtype: torch.dtype = torch.float32
+    reason: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -134,20 +133,19 @@ def choose_accumulation(
         settings: of the windows.
         free_bytes: memory that is left on the device; None asks CUDA. Not called on a CPU, where sums are float32.
     """
-    if image.device.type != "cuda" and free_bytes is None:
-        return Accumulation()
-    free = free_bytes() if free_bytes is not None else _free_on(image.device)
     window = settings.window(image.shape[1:])
     _, y, x = (max(p, n) for p, n in zip(window, image.shape[1:], strict=True))
     # The sums, the finished rows that are handed on in float32, and as much again for the network's windows.
     needed = 2 * outputs * y * x * (2 * window[0] + 4 * ROWS_AT_ONCE)
+    if image.device.type != "cuda" and free_bytes is None:
+        taken = 4 * outputs * y * x * (window[0] + ROWS_AT_ONCE)
+        return Accumulation(reason=f"the sums of {outputs} classes take {_size(taken)} of memory")
+    free = free_bytes() if free_bytes is not None else _free_on(image.device)
+    sums = f"the sums of {outputs} classes need {_size(needed)} on {image.device}, {_size(free)} are free"
     if needed <= free:
-        return Accumulation(None, torch.float16)
-    log.info(
-        "the sums of %d classes need %.1f GB on %s, %.1f GB are free: they are held in main memory, which is slower",
-        outputs, needed / 2**30, image.device, free / 2**30,
-    )  # fmt: skip
-    return Accumulation(torch.device("cpu"), torch.float32)
+        return Accumulation(None, torch.float16, f"{sums}: they are held there")
+    reason = f"{sums}: they are held in main memory, which is slower"
+    return Accumulation(torch.device("cpu"), torch.float32, reason)
 
 
 @torch.no_grad()
@@ -197,6 +195,11 @@ def iterate_slabs(
             logits = sums.mean(slice(first_row - z, last_row - z), inner[1], inner[2])
             yield Slab(first_row - inner[0].start, last_row - inner[0].start, logits)
         sums.move_down(ready)
+
+
+def _size(count: int) -> str:
+    """Bytes as people read them."""
+    return f"{count / 2**30:.1f} GB" if count >= 2**29 else f"{max(1, round(count / 2**20))} MB"
 
 
 def _free_on(device: torch.device) -> int:

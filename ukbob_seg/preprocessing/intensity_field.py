@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 SAMPLES = 60_000  # voxels that the field is found from, evenly spread
+LOWEST = 0.001  # share of the voxels that may lie below what counts as no signal
 DEGREE = 3
 TERMS = [
     term for term in itertools.product(range(DEGREE + 1), repeat=3) if 0 < sum(term) <= DEGREE
@@ -35,11 +36,13 @@ class Field:
             field that it was asked for.
         entropy_before: of the histogram of logarithmic intensities, in nats, with the field that is usual.
         entropy_after: the same with this one.
+        low: intensity of the image that no field changes: where there is no signal.
     """
 
     weights: tuple[float, ...]
-    entropy_before: float
-    entropy_after: float
+    entropy_before: float = 0.0
+    entropy_after: float = 0.0
+    low: float = 0.0
 
     @property
     def gain(self) -> float:
@@ -86,7 +89,7 @@ class UsualField:
     def joined(cls, usual: Sequence[UsualField]) -> UsualField:
         """What several sets of images have, at least one; the spread is an upper bound."""
         mean = cls(tuple(float(weight) for weight in np.mean([each.weights for each in usual], axis=0)))
-        return cls(mean.weights, max(each.spread + Field(each.weights, 0, 0).spread(mean) for each in usual))
+        return cls(mean.weights, max(each.spread + Field(each.weights).spread(mean) for each in usual))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -99,7 +102,7 @@ class UsualField:
 
 
 def find_field(channel: np.ndarray, inside: np.ndarray | None = None, usual: UsualField | None = None) -> Field:
-    """The field in one channel, relative to its smallest value.
+    """The field in one channel, relative to its lowest values.
 
     Args:
         channel: (Z, Y, X), any finite intensities.
@@ -120,11 +123,12 @@ def find_field(channel: np.ndarray, inside: np.ndarray | None = None, usual: Usu
     grid = np.ix_(*places)
     counts = np.ones(channel[grid].size, bool) if inside is None else inside[grid].ravel()
     if not counts.any():
-        return Field(tuple(start.tolist()), 0.0, 0.0)
-    low = channel.min() if inside is None else channel[inside].min()
-    values = channel[grid].ravel()[counts].astype(np.float64) - low
+        return Field(tuple(start.tolist()))
+    values = channel[grid].ravel()[counts].astype(np.float64)
+    low = float(np.quantile(values, LOWEST))  # the smallest of all may be one voxel's fault
+    values = np.maximum(values - low, 0)
     if not values.any():
-        return Field(tuple(start.tolist()), 0.0, 0.0)
+        return Field(tuple(start.tolist()), low=low)
     z, y, x = (_legendre(n)[:, place] for n, place in zip(channel.shape, places, strict=True))
     terms = np.stack([np.einsum("z,y,x->zyx", z[a], y[b], x[c]).ravel()[counts] for a, b, c in TERMS])
     found = minimize(
@@ -132,7 +136,7 @@ def find_field(channel: np.ndarray, inside: np.ndarray | None = None, usual: Usu
         options={"maxiter": ITERATIONS},
     )  # fmt: skip
     before, after = (_entropy(weights, values, terms)[0] for weights in (start, found.x))
-    return Field(tuple(found.x.tolist()), before, after)
+    return Field(tuple(found.x.tolist()), before, after, low)
 
 
 def _legendre(count: int) -> np.ndarray:

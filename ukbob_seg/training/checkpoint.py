@@ -129,6 +129,7 @@ def load_into(network: nn.Module, content: dict[str, Any], path: Path) -> None:
     network.load_state_dict(given)
 
 
+@torch.inference_mode(False)  # else parameters could never have gradients, as in ETTA
 def load_network(path: Path, device: str = "cpu") -> tuple[nn.Module, ModelDescription]:
     """Rebuild the network of a checkpoint, in evaluation mode on ``device``."""
     description, content = read_checkpoint(path)
