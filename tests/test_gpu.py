@@ -6,14 +6,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from field_images import coil, tissues
 
 from ukbob_seg.dataset.image_io import Geometry
 from ukbob_seg.dataset.paths import Roots
 from ukbob_seg.inference.ensemble_predictor import load_predictor
-from ukbob_seg.inference.etta import EttaConfig
+from ukbob_seg.inference.etta_config import EttaConfig
+from ukbob_seg.inference.etta_field import remove_fields
 from ukbob_seg.inference.predictor import PredictionSettings, Predictor
 from ukbob_seg.networks.swin_unetr import SwinUNETR
 from ukbob_seg.preprocessing import resampling, resampling_torch
+from ukbob_seg.preprocessing.intensity_field import UsualField
+from ukbob_seg.preprocessing.normalization import ChannelNormalization
 from ukbob_seg.preprocessing.pipeline import plan_and_preprocess
 from ukbob_seg.preprocessing.planner import PlanOptions
 from ukbob_seg.preprocessing.resampling_taps import PlaneRange
@@ -170,3 +174,15 @@ def test_resume_on_the_device(make_dataset, tmp_path):
     longer = TrainingConfig(epochs=3, iterations_per_epoch=3, schedule="constant", validation_every=5)
     folder = train(7, 0, roots, longer, RunOptions(device="cuda", quiet=True, resume=True))
     assert len((folder / "progress.csv").read_text().splitlines()) == 4
+
+
+def test_a_field_divided_out_on_the_device_equals_the_cpu():
+    shape = (40, 44, 36)
+    scheme, usual = [ChannelNormalization("zscore")], [UsualField()]
+    shaded = torch.from_numpy(tissues(shape) * coil(shape)).float()[None]
+    limits = EttaConfig().least_field_gain, EttaConfig().least_field_spread, EttaConfig().field_margin
+    expected, _, removed = remove_fields(shaded, scheme, usual, *limits)
+    found, _, on_device = remove_fields(shaded.cuda(), scheme, usual, *limits)
+    assert removed == on_device == (0,)
+    assert found.is_cuda
+    assert (found.cpu() - expected).abs().max() < 1e-4 * expected.abs().max()

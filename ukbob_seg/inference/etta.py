@@ -117,7 +117,7 @@ def norm_layers(network: nn.Module) -> list[nn.Module]:
     Raises:
         ConfigError: there is none.
     """
-    layers = [
+    layers: list[nn.Module] = [
         layer
         for layer in network.modules()
         if isinstance(layer, NORM_LAYERS)

@@ -35,6 +35,7 @@ def process_group(processes: int) -> Iterator[None]:
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     try:
         yield
+        distributed.barrier()  # the first process serves the store that the others still talk to
     finally:
         distributed.destroy_process_group()
 
