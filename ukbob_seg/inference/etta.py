@@ -27,7 +27,7 @@ from ukbob_seg.inference.sliding_window import WindowSettings
 
 __all__ = ["EttaConfig", "EttaRecord", "OutputMeaning", "adapt", "adapted", "adapted_to_case", "norm_layers"]
 
-LEAST_SHARE, FAR = 0.75, 0.005  # share of the case's statistics where they are near, distance at which it is 1
+LEAST_SHARE, FAR = 0.25, 0.01  # share of the case's statistics where they are near, distance at which it is 1
 NORM_LAYERS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 
 
