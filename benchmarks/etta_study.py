@@ -146,6 +146,7 @@ def report(work: Path) -> None:
     print("median seconds per case\n", seconds.round(2).to_string(), "\n")
     if {"none", "default"} <= set(methods):
         bars(rows, means)
+        by_growth(rows)
     draw(means, work / "study" / "study.png")
 
 
@@ -190,6 +191,17 @@ def bars(rows: pd.DataFrame, means: pd.DataFrame) -> None:
     print(f"cases that lose more than {WORST_LOSS} from 0.5 or more: {len(lost)} of {len(wide)} (bar 0)")
     if len(lost):
         print(lost[["none", "default"]].round(3).to_string())
+
+
+def by_growth(rows: pd.DataFrame) -> None:
+    """Whether cases lose whose foreground, in the chosen windows, changed much: what a guard could go by."""
+    wide = rows.pivot_table(index=["network", "shift", "case"], columns="method", values="dice")
+    growth = rows[rows["method"] == "default"].set_index(["network", "shift", "case"])["growth"]
+    gain = wide["default"] - wide["none"]
+    ranges = pd.cut(growth.reindex(gain.index), [0, 0.5, 0.75, 1.33, 2, math.inf])
+    print("\nforeground after / before   cases   mean gain   worst")
+    for name, part in gain.groupby(ranges, observed=True):
+        print(f"{name!s:27} {len(part):5}   {part.mean():+.4f}     {part.min():+.3f}")
 
 
 def draw(means: pd.DataFrame, path: Path) -> None:
