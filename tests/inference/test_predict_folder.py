@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from threshold_network import DATASET, Adaptable, Identity, blobs, model_folder, predictor_of, truth_of
 
-from ukbob_seg.dataset.image_io import Geometry, read_image, read_labels, write_image
+from ukbob_seg.dataset.image_io import Geometry, read_image, read_labels, write_image, write_labels
 from ukbob_seg.dataset.spec import DatasetSpec
 from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError
 from ukbob_seg.inference import case_predictor
@@ -279,6 +279,18 @@ def test_an_interrupted_second_run_is_not_resumed_with_the_firsts_cases(tmp_path
     predict(plain, tmp_path / "in", out, resume=True, quiet=True)
     for path in expected:
         assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_label_maps_of_others_are_not_replaced(tmp_path, resume):
+    """Such as the reference, where -o was mistaken."""
+    _images(tmp_path / "in", 2)
+    write_labels(np.ones((20, 20, 20), np.uint8), Geometry((20, 20, 20), (1, 1, 1)), tmp_path / "out/c1.nii.gz")
+    before = (tmp_path / "out/c1.nii.gz").read_bytes()
+    with pytest.raises(ConfigError, match=r"out has c1\.nii\.gz \(1 such files\) but no predict_args\.json"):
+        predict(predictor_of(), tmp_path / "in", tmp_path / "out", resume=resume, quiet=True)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"c1.nii.gz"}
+    assert (tmp_path / "out/c1.nii.gz").read_bytes() == before
 
 
 def test_resuming_with_other_options_is_refused(tmp_path):

@@ -111,7 +111,8 @@ def predict(
 
     Raises:
         DatasetError: a case cannot be read; finished ones are kept.
-        ConfigError: the output would replace an input, or the finished cases to leave alone were predicted otherwise.
+        ConfigError: the output would replace an input or other label maps, or finished cases to leave alone were
+            predicted otherwise.
     """
     jobs = find_jobs(Path(source), Path(output), predictor.spec)
     folder = jobs[0].output.parent
@@ -124,8 +125,8 @@ def predict(
                 f"the label map would replace the image {job.output}; give another name or folder with -o"
             )
     ensure_writable(folder)
-    if resume:
-        _refuse_other_arguments(folder / ARGUMENTS, arguments or {})
+    if folder == Path(output):
+        _check_earlier(folder, jobs, (arguments or {}) if resume else None)
     jobs = Cluster(part=part).share(jobs)
     if Path(source).is_dir() and not resume:
         earlier = sum(remove_outputs(job.output, predictor.spec.file_ending) for job in jobs)
@@ -141,16 +142,27 @@ def predict(
     return [job.output for job in jobs]
 
 
-def _refuse_other_arguments(path: Path, arguments: dict[str, Any]) -> None:
-    """A folder holds the predictions of one way to predict.
+def _check_earlier(folder: Path, jobs: Sequence[PredictionJob], arguments: dict[str, Any] | None) -> None:
+    """Label files that lie in the output folder are predictions, and, where they stay, of the same way to predict.
+
+    Args:
+        folder: of the output.
+        jobs: all cases.
+        arguments: of this run, which leaves finished cases alone; None where it replaces them.
 
     Raises:
-        ConfigError: the last run into it was given others of the arguments that change what is written.
+        ConfigError: they are not ours, or the last run was given others of the arguments that change what is written.
     """
+    path = folder / ARGUMENTS
     if not path.is_file():
+        if there := [job.output.name for job in jobs if job.output.is_file()]:
+            raise ConfigError(
+                f"{folder} has {there[0]} ({len(there)} such files) but no {ARGUMENTS}: they are not predictions of "
+                "this command, which would replace or keep them; give another folder with -o"
+            )
         return
     before = read_json(path, "record of the last run")
-    for name, value in arguments.items():
+    for name, value in (arguments or {}).items():
         if name in before and name not in HARMLESS_ARGUMENTS and before[name] != value:
             raise ConfigError(
                 f"--resume: {path} says that the finished cases were predicted with {name} {before[name]}, now it is "
