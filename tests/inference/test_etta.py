@@ -135,6 +135,7 @@ def test_collapse_falls_back(image):
     ))  # fmt: skip
     if record.foreground_after < record.foreground_before:
         assert record.decision.startswith("fell back")
+        assert record.steps == 0
         assert torch.equal(own[1].weight, network[1].weight)
         assert record.voxels_changed == 0
     else:

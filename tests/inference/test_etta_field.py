@@ -109,3 +109,18 @@ def test_channels_without_knowledge_stay():
 @pytest.mark.parametrize("image", [torch.full((6, 7, 8), 2.0), torch.zeros(1, 1, 1)])
 def test_a_constant_image_stays(image):
     assert torch.equal(flatten(image, find_field(image.numpy())), image)
+
+
+def test_one_broken_voxel_decides_nothing():
+    clean = tissues()
+    spoilt = zscored(clean * coil(clean.shape))
+    broken = spoilt.clone()
+    broken[0, 0, 0] = -300.0
+    (expected, _, _), (found, _, removed) = (
+        remove_fields(image[None], [ZSCORE], [NONE], *LIMITS) for image in (spoilt, broken)
+    )
+    assert removed == (0,)
+    rest = torch.ones(clean.shape, dtype=torch.bool)
+    rest[0, 0, 0] = False
+    assert unlike(found[0][rest], clean[rest.numpy()]) < 1.1 * unlike(expected[0][rest], clean[rest.numpy()]) + 1e-3
+    assert found[0][rest].std() == pytest.approx(float(broken[rest].std()), rel=0.1)

@@ -125,6 +125,16 @@ def test_without_its_field_an_image_may_lose_its_foreground():
         assert chosen is dim
 
 
+def test_the_guard_looks_at_all_candidates():
+    """An organ in one window of six, whose foreground the flat image has lost."""
+    image = torch.zeros(1, 8, 8, 48)
+    image[0, 2:6, 2:6, 20:24] = 2.0
+    windows = WindowSettings((8, 8, 8), 1.0)
+    with adapted_to_case([Dark(1.0).eval()], image, image / 4, windows, SOFTMAX) as (chosen, (record,)):
+        assert chosen is image
+        assert record.foreground_before == record.foreground_after == 64
+
+
 def test_a_record_compares_with_the_image_as_it_came(image):
     network = Adaptable(1, 3, "instance").eval()
     flat = image * torch.linspace(0.5, 2, 12).view(1, 12, 1, 1)
@@ -154,7 +164,7 @@ def test_windows_without_foreground_decide_nothing(image):
         network.last.bias.copy_(torch.tensor([20.0, 0, 0]))
     plain = network.norm.running_mean.clone()
     with adapted(network, image, WINDOWS, SOFTMAX) as record:
-        assert record.decision == "unchanged: the chosen windows show no foreground"
+        assert record.decision == "unchanged: the chosen windows show no foreground, adapted or not"
         assert torch.equal(network.norm.running_mean, plain)
     with adapted(network, image, WINDOWS, SOFTMAX, EttaConfig.of_mode("paper")) as record:
         assert record.decision == "adapted"  # nothing is undone
@@ -257,6 +267,12 @@ def test_the_record_tells_what_became_of_a_field():
             plain = Predictor([network], what).predict_array(case, GEOMETRY)
             assert np.array_equal(found.labels, plain.labels)
             assert found.labels.any()
+    ct = ModelDescription("identity", {}, "3d_fullres", "0", "softmax", (), {**plans, "normalization": [
+        dataclasses.asdict(ChannelNormalization("ct", -1.0, 3.0, 0.5, 1.0))
+    ]}, DATASET, (None,))  # fmt: skip
+    with Predictor([Identity(1, 3).eval()], ct, settings=PredictionSettings(etta=EttaConfig(steps=0))) as predictor:
+        (record,) = predictor.predict_array(shaded, GEOMETRY).etta
+    assert (record["field_decision"], record["field_gains"]) == (None, [None])
     assert decisions == {
         "clean": ("left in: weak, or as in training images", []),
         "shaded": ("divided out", [0]),

@@ -33,7 +33,10 @@ def test_a_model_folder_predicts_a_folder_and_resumes(tmp_path):
             assert np.array_equal(read_labels(path)[0], truth_of(blobs((20, 20, 20), i)))
         assert json.loads((tmp_path / "out" / "dataset.json").read_text()) == DATASET
         assert (tmp_path / "out" / "plans.json").is_file()
-        assert json.loads((tmp_path / "out" / "predict_args.json").read_text()) == {"folds": None}
+        record = json.loads((tmp_path / "out" / "predict_args.json").read_text())
+        assert record["folds"] is None
+        assert record["checkpoints"] == [str(folder / f"fold_{fold}" / "checkpoint_best.pt") for fold in "01"]
+        assert record["settings"]["step"] == 0.5
         written[1].unlink()
         before = written[0].stat().st_mtime_ns
         predict(predictor, tmp_path / "in", tmp_path / "out", resume=True, quiet=True)
@@ -264,21 +267,36 @@ def test_wherever_it_is_interrupted_resuming_gives_what_an_undisturbed_run_gives
 
 
 def test_an_interrupted_second_run_is_not_resumed_with_the_firsts_cases(tmp_path):
+    """Nor is anything of the first lost before there is something new."""
     _images(tmp_path / "in", 3, (1.0, 1.0, 1.0))
     out, plain = tmp_path / "out", predictor_of(networks=[Adaptable(1, 3).eval()])
     predict(predictor_of(WITH_ETTA, networks=[Adaptable(1, 3).eval()]), tmp_path / "in", out, quiet=True)
+    first = _contents(out)
     expected = predict(plain, tmp_path / "in", tmp_path / "plain", quiet=True)
     (tmp_path / "in/c1_0000.nii.gz").rename(tmp_path / "c1_0000.nii.gz")
     (tmp_path / "in/c1_0000.nii.gz").write_bytes(b"broken")
-    (out / "notes.txt").write_text("mine")
     with pytest.raises(DatasetError, match="c1_0000"):
         predict(plain, tmp_path / "in", out, quiet=True)
-    names = {path.name for path in out.iterdir()}
-    assert names <= {"c0.nii.gz", "c2.nii.gz", "notes.txt", "dataset.json", "plans.json", "predict_args.json"}
+    found = _contents(out)
+    assert {name: found[name] for name in first if name.startswith("c1")}.items() <= first.items()
+    assert found["c1.nii.gz"] == first["c1.nii.gz"]
     (tmp_path / "c1_0000.nii.gz").rename(tmp_path / "in/c1_0000.nii.gz")
     predict(plain, tmp_path / "in", out, resume=True, quiet=True)
-    for path in expected:
-        assert (out / path.name).read_bytes() == path.read_bytes()
+    assert _contents(out) == _contents(tmp_path / "plain")  # no file of the first, no mark
+    assert [path.name for path in expected] == ["c0.nii.gz", "c1.nii.gz", "c2.nii.gz"]
+
+
+def test_a_part_that_begins_with_resume_replaces_what_another_part_made_stale(tmp_path):
+    """Part 1 of a new run began without --resume; part 2 was lost and is started again with it."""
+    _images(tmp_path / "in", 4, (1.0, 1.0, 1.0))
+    old, new = (predictor_of(PredictionSettings(step=step), networks=[Adaptable(1, 3).eval()]) for step in (1.0, 0.3))
+    predict(old, tmp_path / "in", tmp_path / "out", quiet=True)
+    expected = predict(new, tmp_path / "in", tmp_path / "new", quiet=True)
+    predict(new, tmp_path / "in", tmp_path / "out", part=Part(1, 2), quiet=True)
+    predict(new, tmp_path / "in", tmp_path / "out", part=Part(2, 2), resume=True, quiet=True)
+    assert _contents(tmp_path / "out") == _contents(tmp_path / "new")
+    assert (tmp_path / "out/predict_args.json").read_bytes() == (tmp_path / "new/predict_args.json").read_bytes()
+    assert len(expected) == 4
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -293,22 +311,35 @@ def test_label_maps_of_others_are_not_replaced(tmp_path, resume):
     assert (tmp_path / "out/c1.nii.gz").read_bytes() == before
 
 
-def test_resuming_with_other_options_is_refused(tmp_path):
+def test_a_folder_holds_predictions_of_one_way(tmp_path):
     _images(tmp_path / "in", 2)
-    predictor, out = predictor_of(), tmp_path / "out"
-    options = {"step_size": "0.5", "etta": "False", "device": "cpu", "resume": "False"}
-    written = predict(predictor, tmp_path / "in", out, arguments=options, quiet=True)
+    out = tmp_path / "out"
+    plain, other = predictor_of(), predictor_of(PredictionSettings(step=0.7, window_batch=2))
+    written = predict(plain, tmp_path / "in", out, quiet=True)
     written[1].unlink()
     before = _contents(out)
-    other = {**options, "etta": "True", "resume": "True"}
-    with pytest.raises(ConfigError, match=r"predict_args\.json says .* predicted with etta False, now it is True"):
-        predict(predictor, tmp_path / "in", out, resume=True, arguments=other, quiet=True)
+    with pytest.raises(
+        ConfigError, match=r"--resume: .*predict_args\.json has other settings .*\(step 0\.5, now 0\.7\)"
+    ):
+        predict(other, tmp_path / "in", out, resume=True, quiet=True)
+    with pytest.raises(ConfigError, match=r"other settings .* and .*out holds c0\.nii\.gz, which is not predicted now"):
+        predict(other, tmp_path / "in" / "c1_0000.nii.gz", out, quiet=True)
     assert _contents(out) == before
-    same = {**options, "device": "cuda", "resume": "True", "an_option_of_later": "3"}
-    predict(predictor, tmp_path / "in", out, resume=True, arguments=same, quiet=True)
+    predict(
+        predictor_of(PredictionSettings(window_batch=2, overlap=False)), tmp_path / "in", out, resume=True, quiet=True
+    )
     assert written[1].is_file()
-    predict(predictor, tmp_path / "in", out, arguments=other, quiet=True)  # anew
-    assert json.loads((out / "predict_args.json").read_text()) == other
+    predict(other, tmp_path / "in", out, quiet=True)  # anew
+    assert json.loads((out / "predict_args.json").read_text())["settings"]["step"] == 0.7
+    assert not list(out.glob(".*"))
+    folder = model_folder(tmp_path)
+    for folds, fails in ((["0"], False), (["1"], True)):
+        with Predictor.from_model_folder(folder, folds) as predictor:
+            if fails:
+                with pytest.raises(ConfigError, match=r"has other checkpoints than this run .*fold_1"):
+                    predict(predictor, tmp_path / "in", tmp_path / "folds", resume=True, quiet=True)
+            else:
+                predict(predictor, tmp_path / "in", tmp_path / "folds", quiet=True)
 
 
 def test_folds_that_are_not_there(tmp_path):

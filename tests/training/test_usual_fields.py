@@ -9,7 +9,7 @@ from field_images import coil, tissues
 from ukbob_seg.dataset.image_io import Geometry
 from ukbob_seg.inference.etta_config import EttaConfig
 from ukbob_seg.inference.predictor import PredictionSettings, Predictor
-from ukbob_seg.preprocessing.intensity_field import UsualField, find_field
+from ukbob_seg.preprocessing.intensity_field import TERMS, UsualField, find_field
 from ukbob_seg.preprocessing.normalization import ChannelNormalization
 from ukbob_seg.preprocessing.records import case_files
 from ukbob_seg.preprocessing.storage import open_array, save_array
@@ -55,12 +55,14 @@ def test_some_cases_stand_for_all(tmp_path, images, monkeypatch):
 
 
 def test_checkpoints_keep_it():
-    fields = (UsualField(tuple(np.linspace(0, 1, 19).tolist()), 0.25), None)
+    fields = (UsualField(tuple(np.linspace(0, 1, len(TERMS)).tolist()), 0.25), None)
     description = ModelDescription("x", {}, "3d_fullres", "0", "softmax", (), {}, {}, fields)
     content = description.to_json()
     assert ModelDescription.from_json(content).fields == fields
     assert dataclasses.replace(description, fields=None) == description  # folds differ in it, and are one model
-    del content["fields"]  # of a checkpoint from before
+    for before in ([{"weights": [0.1] * 19, "spread": 0.2}, None], None):  # of other polynomials; of none
+        assert ModelDescription.from_json({**content, "fields": before}).fields is None
+    del content["fields"]
     assert ModelDescription.from_json(content).fields is None
 
 

@@ -67,6 +67,10 @@ class CasePredictor(ABC):
     written: WrittenClasses
 
     @abstractmethod
+    def origin(self) -> list[str]:
+        """Where the networks came from, for records."""
+
+    @abstractmethod
     def predict_array(
         self,
         image: np.ndarray,
@@ -108,6 +112,7 @@ class CasePredictor(ABC):
             prediction = self.predict_array(image, geometry, path, progress)
         except DatasetError as error:
             raise DatasetError(f"{images[0]}: {error}") from error
+        remove_outputs(output, self.spec.file_ending, () if path is None else (path,))
         if prediction.etta:
             write_json(output.with_name(f"{stem}_etta.json"), prediction.etta_record())
         if prediction.entropy is not None:
@@ -131,21 +136,19 @@ class CasePredictor(ABC):
         self.close()
 
 
-def remove_outputs(output: Path, ending: str) -> bool:
+def remove_outputs(output: Path, ending: str, kept: Sequence[Path] = ()) -> None:
     """Remove what an earlier prediction of a case left: its label map first, then what lies beside it.
 
     Args:
         output: label file.
         ending: of the model's files.
-
-    Returns:
-        Whether there was a label map.
+        kept: what is there of the new prediction.
     """
-    there = output.is_file()
     stem = case_stem(output, ending)
-    for path in (output, *(output.with_name(f"{stem}{name}") for name in (*SIDE_FILES, f"_entropy{ending}"))):
-        path.unlink(missing_ok=True)
-    return there
+    beside = (output.with_name(f"{stem}{name}") for name in (*SIDE_FILES, f"_entropy{ending}"))
+    for path in (output, *beside):
+        if path not in kept:
+            path.unlink(missing_ok=True)
 
 
 def case_stem(path: Path, ending: str) -> str:

@@ -148,6 +148,10 @@ class EnsemblePredictor(CasePredictor):
         labels = to_file_values(decision, properties, self.written.decision_values)
         return EnsemblePrediction(labels, tuple(records), entropy=None if entropy is None else entropy.values)
 
+    def origin(self) -> list[str]:
+        """Checkpoints of all models."""
+        return [path for member in self._members.values() for path in member.origin()]
+
     def close(self) -> None:
         """Let go of all networks and their memory."""
         for member in self._members.values():

@@ -21,7 +21,7 @@ from ukbob_seg.errors import ConfigError
 from ukbob_seg.inference.etta_config import EttaConfig, EttaRecord
 from ukbob_seg.inference.etta_entropy import OutputMeaning, Seen, foreground, look, voxel_entropy, voxel_weights
 from ukbob_seg.inference.etta_statistics import CaseStatistics
-from ukbob_seg.inference.etta_windows import choose_corners, cut
+from ukbob_seg.inference.etta_windows import choose_windows, cut, spread_corners
 from ukbob_seg.inference.passes import forward
 from ukbob_seg.inference.sliding_window import WindowSettings
 
@@ -149,16 +149,19 @@ def _adapt_in_place(
     config: EttaConfig,
 ) -> tuple[Tensor, list[EttaRecord]]:
     """As ``adapted_to_case``, without restoring anything."""
+    corners = spread_corners(windows.starts(windows.pad(image)[0].shape[1:]), config.candidates)
     plain, start = [], []
     for network in networks:
         network.eval().requires_grad_(False)
-        corners = choose_corners(network, flat, windows, meaning, config)
         plain.append(look(network, cut(image, corners, windows), meaning))
         start.append(plain[-1] if flat is image else look(network, cut(flat, corners, windows), meaning))
     chosen = flat
     if sum(seen.foreground for seen in start) < config.least_foreground * sum(seen.foreground for seen in plain):
         chosen, start = image, plain
-    records = [_adapt_layers(*each, meaning, config) for each in zip(networks, plain, start, strict=True)]
+    records = []
+    for network, before, now in zip(networks, plain, start, strict=True):
+        best = choose_windows(now, config.max_patches)
+        records.append(_adapt_layers(network, before.only(best), now.only(best), meaning, config))
     return chosen, records
 
 
@@ -190,7 +193,8 @@ def _adapt_layers(
     record.foreground_after = end.foreground
     record.decision = _judge(start, end, config, record)
     if record.decision != "adapted":
-        end = start
+        end, record.steps = start, 0
+        record.statistics_share = 0.0 if with_statistics else None
         with torch.no_grad():
             for name, value in _adaptable_state(network).items():
                 value.copy_(trained[name])
@@ -205,7 +209,7 @@ def _judge(start: Seen, end: Seen, config: EttaConfig, record: EttaRecord) -> st
     if end.foreground < config.least_foreground * start.foreground:
         return "fell back: the predicted foreground collapsed"
     if start.foreground == end.foreground == 0 and config.least_foreground > 0:
-        return "unchanged: the chosen windows show no foreground"
+        return "unchanged: the chosen windows show no foreground, adapted or not"
     if record.steps == 0 and not record.statistics_layers:
         if not config.steps:
             return "unchanged: no steps, and no statistics"

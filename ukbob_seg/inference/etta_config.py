@@ -66,9 +66,9 @@ class EttaConfig:
 
     @property
     def mode(self) -> str:
-        """``guarded`` where anything may end or undo the adaptation, else ``paper``."""
-        guarded = self.stop_early or self.most_drift < math.inf or self.least_foreground > 0
-        return "guarded" if guarded else "paper"
+        """``paper`` with all that it stands for but the number of steps and their rate, else ``guarded``."""
+        free = {"steps": self.steps, "learning_rate": self.learning_rate}
+        return "paper" if self == EttaConfig(**{**_DEFAULTS["paper"], **free}) else "guarded"
 
     def rate(self, has_statistics: bool) -> float:
         """Of the entropy steps, for a network with layers that keep statistics or one without."""

@@ -82,6 +82,13 @@ class Seen:
         """Voxels that are decided to be something else than background."""
         return sum(foreground(decision) for decision in self.decisions)
 
+    def only(self, chosen: Sequence[int]) -> Seen:
+        """Some of the windows."""
+        return Seen(
+            [self.windows[i] for i in chosen], [self.decisions[i] for i in chosen],
+            [self.entropies[i] for i in chosen], [self.confidences[i] for i in chosen],
+        )  # fmt: skip
+
     def changes(self, other: Seen) -> int:
         """Voxels that are decided otherwise."""
         return sum(int((a != b).sum()) for a, b in zip(self.decisions, other.decisions, strict=True))
@@ -93,7 +100,7 @@ def look(network: nn.Module, windows: Sequence[Tensor], meaning: OutputMeaning) 
     decisions, entropies, confidences = [], [], []
     for window in windows:
         logits = forward(network, window)
-        decisions.append(meaning.decide(logits))
+        decisions.append(meaning.decide(logits).to(torch.int16))  # held for all windows
         entropies.append(float(voxel_entropy(logits, meaning.head).mean()))
         most = meaning.most_entropy(logits.shape[1])
         confidences.append(1 - entropies[-1] / most if most else 1.0)

@@ -67,8 +67,11 @@ def flatten(channel: Tensor, field: Field, usual: UsualField | None = None, insi
     """
     values = channel.flatten() if inside is None else channel[inside]
     factor = torch.from_numpy(field.logarithm(channel.shape, usual)).exp_().to(channel)
-    flat = (values - field.low).mul_(factor.flatten() if inside is None else factor[inside])
-    flat.sub_(flat.mean()).mul_(values.std(correction=0) / flat.std(correction=0).clamp_min(1e-8)).add_(values.mean())
+    signal = (values - field.low).clamp_min_(0)
+    rest = values - signal  # the lowest intensity, and what lies below it: it would grow with the factor
+    flat = signal * (factor.flatten() if inside is None else factor[inside])
+    flat.sub_(flat.mean()).mul_(signal.std(correction=0) / flat.std(correction=0).clamp_min(1e-8))
+    flat.add_(signal.mean()).add_(rest)
     if inside is None:
         return flat.reshape(channel.shape)
     return channel.masked_scatter(inside, flat)

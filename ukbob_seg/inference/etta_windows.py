@@ -5,38 +5,26 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ukbob_seg.inference.etta_config import EttaConfig
-from ukbob_seg.inference.etta_entropy import OutputMeaning, foreground, look
+from ukbob_seg.inference.etta_entropy import Seen, foreground
 from ukbob_seg.inference.sliding_window import WindowSettings
 
 Corner = tuple[int, int, int]  # first voxel (z, y, x) of a window in the padded image
 
 
-def choose_corners(
-    network: nn.Module, image: Tensor, windows: WindowSettings, meaning: OutputMeaning, config: EttaConfig
-) -> list[Corner]:
-    """Windows that show foreground and are uncertain, from evenly spread candidates.
+def choose_windows(seen: Seen, most: int) -> list[int]:
+    """Which of some windows to adapt to: those that show foreground, then those with the highest entropy.
 
     Args:
-        network: in evaluation mode.
-        image: (C, Z, Y, X).
-        windows: that prediction will use.
-        meaning: of the network's outputs.
-        config: how many to look at, and to choose.
+        seen: of the candidates.
+        most: windows to choose.
     """
-    starts = windows.starts(windows.pad(image)[0].shape[1:])
-    corners = spread_corners(starts, config.candidates)
-    if len(corners) <= config.max_patches:
-        return corners
-    seen = look(network, cut(image, corners, windows), meaning)
     scores = [
         (foreground(decision) > 0, entropy, -position)
         for position, (decision, entropy) in enumerate(zip(seen.decisions, seen.entropies, strict=True))
     ]
-    best = sorted(range(len(corners)), key=lambda i: scores[i], reverse=True)[: config.max_patches]
-    return [corners[i] for i in sorted(best)]
+    return sorted(sorted(range(len(scores)), key=lambda i: scores[i], reverse=True)[:most])
 
 
 def cut(image: Tensor, corners: Sequence[Corner], windows: WindowSettings) -> list[Tensor]:

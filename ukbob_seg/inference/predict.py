@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +12,13 @@ from tqdm import tqdm
 
 from ukbob_seg.dataset.spec import DatasetSpec, group_channels
 from ukbob_seg.errors import ConfigError, DatasetError, listing
-from ukbob_seg.files import ensure_writable, read_json, write_json
-from ukbob_seg.inference.case_predictor import CasePredictor, case_stem, remove_outputs
+from ukbob_seg.files import ensure_writable, write_json
+from ukbob_seg.inference.case_predictor import CasePredictor, case_stem
+from ukbob_seg.inference.earlier import ARGUMENTS, PredictionJob, differences, mark_stale, what_matters
 from ukbob_seg.parallel import Cluster, Part
 
-log = logging.getLogger(__name__)
-
 CASES_AT_ONCE = 2  # one in the networks, one that is read or written
-ARGUMENTS = "predict_args.json"
-HARMLESS_ARGUMENTS = (  # of ukbob_predict: how and where it runs, which does not show in what it writes
-    "compile", "device", "input", "no_overlap", "output", "part", "preprocessed", "raw", "results", "resume",
-    "window_batch",
-)  # fmt: skip
 LABEL_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
-
-
-@dataclass(frozen=True)
-class PredictionJob:
-    """One case to predict."""
-
-    name: str
-    images: tuple[Path, ...]
-    output: Path
 
 
 def find_jobs(source: Path, output: Path, spec: DatasetSpec) -> list[PredictionJob]:
@@ -60,7 +43,10 @@ def find_jobs(source: Path, output: Path, spec: DatasetSpec) -> list[PredictionJ
             raise DatasetError(
                 f"no cases in {source}: expected files like CASE_0000{ending}, found endings {endings or 'none'}"
             )
-        return [PredictionJob(name, files, output / f"{name}{ending}") for name, files in sorted(grouped.cases.items())]
+        return [
+            PredictionJob(name, files, output / f"{name}{ending}", ending)
+            for name, files in sorted(grouped.cases.items())
+        ]
     if not source.is_file():
         raise DatasetError(f"input {source} does not exist")
     stem = case_stem(source, ending)
@@ -82,7 +68,7 @@ def find_jobs(source: Path, output: Path, spec: DatasetSpec) -> list[PredictionJ
             f"output {output} ends like a file that label maps are not written to; give a folder, or a name that ends "
             f"in {listing(sorted({ending, *LABEL_ENDINGS}))}"
         )
-    return [PredictionJob(name, files, output if is_file else output / f"{name}{ending}")]
+    return [PredictionJob(name, files, output if is_file else output / f"{name}{ending}", ending)]
 
 
 def predict(
@@ -100,10 +86,10 @@ def predict(
         predictor: loaded model, or several; its settings say which classes are written, and what beside the label maps.
         source: see ``find_jobs``.
         output: see ``find_jobs``; gets dataset.json, plans.json and predict_args.json as well when it is a folder.
-        resume: leave cases alone whose label file exists (files are complete once they have their name). Otherwise
-            what the output folder has of the cases is removed first, so that an interrupted run can be resumed.
+        resume: leave cases alone whose label file exists and is not of an earlier run that this one began to replace.
         part: only these of the cases, sorted by name; parts may run at once, into the same output folder.
-        arguments: recorded in predict_args.json; the same for all parts, or the last one's remain.
+        arguments: recorded in predict_args.json, with the checkpoints and settings; the same for all parts, or the
+            last one's remain.
         quiet: no progress bar.
 
     Returns:
@@ -111,8 +97,8 @@ def predict(
 
     Raises:
         DatasetError: a case cannot be read; finished ones are kept.
-        ConfigError: the output would replace an input or other label maps, or finished cases to leave alone were
-            predicted otherwise.
+        ConfigError: the output would replace an input or other label maps, or the folder holds cases that were
+            predicted otherwise and would stay.
     """
     jobs = find_jobs(Path(source), Path(output), predictor.spec)
     folder = jobs[0].output.parent
@@ -125,49 +111,21 @@ def predict(
                 f"the label map would replace the image {job.output}; give another name or folder with -o"
             )
     ensure_writable(folder)
+    record = {**(arguments or {}), "checkpoints": predictor.origin(), "settings": what_matters(predictor.settings)}
+    mine = Cluster(part=part).share(jobs)
     if folder == Path(output):
-        _check_earlier(folder, jobs, (arguments or {}) if resume else None)
-    jobs = Cluster(part=part).share(jobs)
-    if Path(source).is_dir() and not resume:
-        earlier = sum(remove_outputs(job.output, predictor.spec.file_ending) for job in jobs)
-        if earlier:
-            log.info("%d earlier predictions in %s are replaced", earlier, folder)
-    if folder == Path(output):
+        changed = differences(folder, record, jobs)
+        if changed and resume:
+            raise ConfigError(f"--resume: {changed}; predict as before, or without --resume, or into another folder")
+        if not resume:
+            mark_stale(jobs if changed else mine)
         write_json(folder / "dataset.json", predictor.spec.content)
         write_json(folder / "plans.json", predictor.plans.to_json())
-        write_json(folder / ARGUMENTS, arguments or {})
-    todo = [job for job in jobs if not (resume and job.output.is_file())]
+        write_json(folder / ARGUMENTS, record)
+    todo = [job for job in mine if not (resume and job.is_finished())]
     with tqdm(total=len(todo), desc="predicting", unit="case", disable=quiet) as bar:
         _predict_jobs(predictor, todo, bar)
-    return [job.output for job in jobs]
-
-
-def _check_earlier(folder: Path, jobs: Sequence[PredictionJob], arguments: dict[str, Any] | None) -> None:
-    """Label files that lie in the output folder are predictions, and, where they stay, of the same way to predict.
-
-    Args:
-        folder: of the output.
-        jobs: all cases.
-        arguments: of this run, which leaves finished cases alone; None where it replaces them.
-
-    Raises:
-        ConfigError: they are not ours, or the last run was given others of the arguments that change what is written.
-    """
-    path = folder / ARGUMENTS
-    if not path.is_file():
-        if there := [job.output.name for job in jobs if job.output.is_file()]:
-            raise ConfigError(
-                f"{folder} has {there[0]} ({len(there)} such files) but no {ARGUMENTS}: they are not predictions of "
-                "this command, which would replace or keep them; give another folder with -o"
-            )
-        return
-    before = read_json(path, "record of the last run")
-    for name, value in (arguments or {}).items():
-        if name in before and name not in HARMLESS_ARGUMENTS and before[name] != value:
-            raise ConfigError(
-                f"--resume: {path} says that the finished cases were predicted with {name} {before[name]}, now it is "
-                f"{value}; predict with the same options, or without --resume, or into another folder"
-            )
+    return [job.output for job in mine]
 
 
 class _AbandonedError(Exception):
@@ -186,6 +144,7 @@ def _predict_jobs(predictor: CasePredictor, jobs: Sequence[PredictionJob], bar: 
             bar.set_postfix_str(f"{job.name}: {doing}", refresh=not total or total > 8)
 
         predictor.predict_case(job.images, job.output, show)
+        job.stale.unlink(missing_ok=True)
 
     at_once = CASES_AT_ONCE if predictor.settings.overlap else 1
     with ThreadPoolExecutor(min(at_once, max(1, len(jobs)))) as pool:

@@ -21,7 +21,7 @@ from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError, listing
 from ukbob_seg.filtering.body import body_mask, otsu_threshold
 from ukbob_seg.inference.case_predictor import CasePredictor, Prediction, Progress
 from ukbob_seg.inference.entropy_map import EntropyMap
-from ukbob_seg.inference.etta import adapted_to_case
+from ukbob_seg.inference.etta import adapted_to_case, norm_layers
 from ukbob_seg.inference.etta_entropy import OutputMeaning
 from ukbob_seg.inference.etta_field import remove_fields
 from ukbob_seg.inference.export import (
@@ -112,11 +112,15 @@ class Predictor(CasePredictor):
         # Adaptation changes the networks for the time of a case. The stages of a cascade take turns, too.
         self._serving: threading.Lock = threading.Lock() if previous_stage is None else previous_stage._serving
         self._networks = list(networks)
+        if self.settings.etta is not None:
+            for network in self._networks:
+                norm_layers(network)  # or say at once that there is none
         self._called = [maybe_compiled(network, self.settings.compile) for network in self._networks]
         network_plan = self.configuration.network(description.network)
         self._windows = WindowSettings(
             network_plan.patch_size, self.settings.step, self.settings.window_batch, self.configuration.slice_axis
         )
+        self._origin: list[str] = []
         self._last_sums: Accumulation | None = None
         self._previous_stage = previous_stage
         if (previous_stage is not None) != (self.configuration.previous_stage is not None):
@@ -190,7 +194,13 @@ class Predictor(CasePredictor):
             after = Postprocessing.of_model(folder, first.spec().labels)
             if after.largest_component:
                 log.info("stray pieces are removed of %s (%s)", listing(after.largest_component), POSTPROCESSING)
-        return cls([network for network, _ in loaded], first, device, settings, previous, after)
+        predictor = cls([network for network, _ in loaded], first, device, settings, previous, after)
+        predictor._origin = [str(found[fold].resolve()) for fold in chosen]
+        return predictor
+
+    def origin(self) -> list[str]:
+        """Checkpoints of the folds, and of the stages before; nothing for networks that were given."""
+        return [*self._origin, *(self._previous_stage.origin() if self._previous_stage is not None else [])]
 
     def predict_array(
         self,
@@ -269,7 +279,7 @@ class Predictor(CasePredictor):
                 None if field is None else field.spread(expected) for field, expected in zip(fields, usual, strict=True)
             ],
             "fields_removed": list(removed),
-            "field_decision": FIELD_REMOVED if removed else FIELD_USUAL,
+            "field_decision": FIELD_REMOVED if removed else FIELD_USUAL if any(fields) else None,
         }
 
     @contextmanager

@@ -15,7 +15,7 @@ import numpy as np
 
 SAMPLES = 60_000  # voxels that the field is found from, evenly spread
 LOWEST = 0.001  # share of the voxels that may lie below what counts as no signal
-DEGREE = 3
+DEGREE = 5
 TERMS = [
     term for term in itertools.product(range(DEGREE + 1), repeat=3) if 0 < sum(term) <= DEGREE
 ]  # powers of z, y, x
@@ -23,13 +23,14 @@ ITERATIONS = 60
 OFFSET, TOP, BINS = 0.2, 10.0, 192  # of the histogram: log(intensity + offset), up to a value, in units of the mean
 SMOOTHING = np.array([1, 4, 6, 4, 1]) / 16
 BOUND = 2.0  # of the coefficients: what a field may change by along an axis, in units of the logarithm
-RIDGE = np.where([sum(term) < DEGREE for term in TERMS], 0.1, 0.3)  # of the squared coefficients, in nats
+RIDGE_OF_DEGREE = 0.05, 0.05, 0.1, 0.2, 0.3  # of the squared coefficients of degree 1, 2, ..., in nats
+RIDGE = np.array([RIDGE_OF_DEGREE[sum(term) - 1] for term in TERMS])
 NO_WEIGHTS = (0.0,) * len(TERMS)
 
 
 @dataclass(frozen=True)
 class Field:
-    """A smooth factor over an image, whose logarithm is a polynomial of third degree.
+    """A smooth factor over an image, whose logarithm is a polynomial of degree ``DEGREE``.
 
     Attributes:
         weights: of the Legendre products ``TERMS``; the image times exp of their sum is free of the field, or has the
@@ -96,9 +97,10 @@ class UsualField:
         return {**asdict(self), "weights": list(self.weights)}
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> UsualField:
-        """Inverse of ``to_json``."""
-        return cls(tuple(content["weights"]), content["spread"])
+    def from_json(cls, content: dict[str, Any]) -> UsualField | None:
+        """Inverse of ``to_json``; None for what was found with other polynomials."""
+        weights = tuple(content["weights"])
+        return cls(weights, content["spread"]) if len(weights) == len(TERMS) else None
 
 
 def find_field(channel: np.ndarray, inside: np.ndarray | None = None, usual: UsualField | None = None) -> Field:

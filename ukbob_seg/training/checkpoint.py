@@ -70,6 +70,8 @@ class ModelDescription:
         """Inverse of ``to_json``."""
         fields = content.get("fields")
         usual = fields and tuple(each and UsualField.from_json(each) for each in fields)
+        if fields and usual and any(given and not found for given, found in zip(fields, usual, strict=True)):
+            usual = None  # an earlier version's
         return cls(**{**content, "mirror_axes": tuple(content["mirror_axes"]), "fields": usual})
 
 

@@ -1,0 +1,96 @@
+"""What an output folder holds of earlier runs: all its predictions are made in one way.
+
+``predict_args.json`` says in which. Predictions that a run will replace stay until there are new ones, and are marked
+meanwhile, so that a run that goes on later does not take them for its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ukbob_seg.errors import ConfigError
+from ukbob_seg.files import read_json
+from ukbob_seg.inference.settings import PredictionSettings
+
+log = logging.getLogger(__name__)
+
+ARGUMENTS = "predict_args.json"
+HARMLESS = ("window_batch", "compile", "overlap")  # settings that do not show in what is written
+
+
+@dataclass(frozen=True)
+class PredictionJob:
+    """One case to predict."""
+
+    name: str
+    images: tuple[Path, ...]
+    output: Path
+    ending: str = ".nii.gz"
+
+    @property
+    def stale(self) -> Path:
+        """Is there while the label file is of an earlier run, which this one replaces."""
+        return self.output.with_name(f".{self.output.name}.stale")
+
+    def is_finished(self) -> bool:
+        """Files are complete once they have their name, and the label file is the last of a case."""
+        return self.output.is_file() and not self.stale.is_file()
+
+
+def what_matters(settings: PredictionSettings) -> dict[str, Any]:
+    """Of settings what shows in label maps and the files beside them, as plain values that JSON keeps."""
+    chosen = {key: value for key, value in dataclasses.asdict(settings).items() if key not in HARMLESS}
+    return json.loads(json.dumps(chosen))
+
+
+def differences(folder: Path, record: dict[str, Any], jobs: Sequence[PredictionJob]) -> str | None:
+    """In what way the predictions in a folder were made that this run's are not; None if they are alike.
+
+    Raises:
+        ConfigError: there are label files that are not predictions, or other cases' that were made in another way.
+    """
+    path = folder / ARGUMENTS
+    if not path.is_file():
+        if there := [job.output.name for job in jobs if job.output.is_file()]:
+            raise ConfigError(
+                f"{folder} has {there[0]} ({len(there)} such files) but no {ARGUMENTS}: they are not predictions of "
+                "this command, which would replace or keep them; give another folder with -o"
+            )
+        return None
+    before = read_json(path, "record of the last run")
+    for name in ("checkpoints", "settings"):
+        if name in before and before[name] != record[name]:
+            break
+    else:
+        return None
+    said = f"{path} has other {name} than this run ({_first_difference(before[name], record[name])})"
+    ending, own = jobs[0].ending, {job.output.name for job in jobs}
+    labels = sorted(each.name for each in folder.glob(f"[!.]*{ending}") if not each.name.endswith(f"_entropy{ending}"))
+    if others := [label for label in labels if label not in own]:
+        raise ConfigError(f"{said}, and {folder} holds {others[0]}, which is not predicted now; give another folder")
+    return said
+
+
+def _first_difference(before: Any, now: Any) -> str:
+    """For people: what it was and what it is."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({*before, *now}):
+            if before.get(key) != now.get(key):
+                inner = _first_difference(before.get(key), now.get(key))
+                return f"{key}: {inner}" if isinstance(before.get(key), dict) else f"{key} {inner}"
+    return f"{before}, now {now}"
+
+
+def mark_stale(jobs: Sequence[PredictionJob]) -> None:
+    """Remember of each case that its label map is an earlier run's, until there is a new one."""
+    earlier = [job for job in jobs if job.output.is_file()]
+    for job in earlier:
+        job.stale.touch()
+    if earlier:
+        log.info("%d earlier predictions in %s will be replaced", len(earlier), earlier[0].output.parent)
