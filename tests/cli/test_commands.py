@@ -75,11 +75,15 @@ def test_the_whole_chain(run, make_dataset, tmp_path):
         code, out, err = run(predict, "-i", folder / "imagesTs", "-o", tmp_path / "out", "-d", 7, "-f", 0,
                              "--device", "cpu", *extra)  # fmt: skip
         assert code == 0, err
+        assert (tmp_path / "out" / "blob_005_etta.json").is_file() == ("--etta" in extra)  # of this run only
+    code, out, err = run(predict, "-i", folder / "imagesTs", "-o", tmp_path / "out", "-d", 7, "-f", 0,
+                         "--device", "cpu", "--resume")  # fmt: skip
+    assert code == 2
+    assert "predict_args.json has other settings than this run (mirror False, now True); predict as before" in err
     labels, _ = read_labels(tmp_path / "out" / "blob_005.nii.gz")
     image = folder / "imagesTs" / "blob_005_0000.nii.gz"
     assert read_geometry(image).difference(read_geometry(tmp_path / "out" / "blob_005.nii.gz"), ("a", "b")) is None
     assert set(np.unique(labels)) <= {0, 1, 2}
-    assert (tmp_path / "out" / "blob_005_etta.json").is_file()
     code, out, _ = run(evaluate, tmp_path / "out", folder / "labelsTs")
     assert code == 0
     assert "mean" in out

@@ -50,7 +50,7 @@ class EttaConfig:
     most_drift: float = 0.1
     least_field_gain: float | None = 0.1
     least_field_spread: float = 0.15
-    field_margin: float = 1.5
+    field_margin: float = 2.0
     least_foreground: float = 0.5
 
     @classmethod
