@@ -53,7 +53,11 @@ PLAN = ["--memory-gb", "2", "--feature-size", "12", "--batch-size", "1", "--patc
 TRAIN = ["--epochs", "1", "--iterations-per-epoch", "2", "--device", "cpu", "--validation-cases", "1"]
 
 
-def test_the_whole_chain(run, make_dataset, tmp_path):
+def _interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_the_whole_chain(run, make_dataset, tmp_path, monkeypatch):
     folder = make_dataset(cases=5, test_cases=2, shape=(24, 28, 20), spacing_mm=(1.5, 1.0, 1.0))
     code, out, _ = run(plan_and_preprocess, "-d", 7, "--verify", *PLAN)
     assert code == 0
@@ -80,6 +84,12 @@ def test_the_whole_chain(run, make_dataset, tmp_path):
                          "--device", "cpu", "--resume")  # fmt: skip
     assert code == 2
     assert "predict_args.json has other settings than this run (mirror False, now True); predict as before" in err
+    with monkeypatch.context() as patched:
+        patched.setattr("ukbob_seg.inference.predict._predict_jobs", _interrupted)
+        code, out, err = run(predict, "-i", folder / "imagesTs", "-o", tmp_path / "out", "-d", 7, "-f", 0,
+                             "--device", "cpu", "--tta", "--no-mirror", "--step-size", "1")  # fmt: skip
+    assert code == 130
+    assert "interrupted; finished cases are kept, run the same command with --resume to go on" in err
     labels, _ = read_labels(tmp_path / "out" / "blob_005.nii.gz")
     image = folder / "imagesTs" / "blob_005_0000.nii.gz"
     assert read_geometry(image).difference(read_geometry(tmp_path / "out" / "blob_005.nii.gz"), ("a", "b")) is None

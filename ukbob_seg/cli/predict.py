@@ -58,14 +58,13 @@ def main(argv: list[str] | None = None) -> None:
     recorded = {key: str(value) for key, value in sorted(vars(arguments).items()) if key != "part"}
     device = choose_device(arguments.device)
     with load_predictor(folders, arguments.folds, arguments.checkpoint, device, settings) as predictor:
-        written = predict(
-            predictor,
-            arguments.input,
-            arguments.output,
-            resume=arguments.resume,
-            part=part,
-            arguments=recorded,
-        )
+        try:
+            written = predict(
+                predictor, arguments.input, arguments.output, resume=arguments.resume, part=part, arguments=recorded
+            )
+        except KeyboardInterrupt as interrupt:
+            again = "interrupted; finished cases are kept, run the same command with --resume to go on"
+            raise KeyboardInterrupt(again) from interrupt
     share = "" if part is None else f"part {part.number} of {part.total}: "
     print(f"{share}{len(written)} cases -> {arguments.output}")
 

@@ -83,8 +83,9 @@ def _first_difference(before: Any, now: Any) -> str:
         for key in sorted({*before, *now}):
             if before.get(key) != now.get(key):
                 inner = _first_difference(before.get(key), now.get(key))
-                return f"{key}: {inner}" if isinstance(before.get(key), dict) else f"{key} {inner}"
-    return f"{before}, now {now}"
+                return f"{key} {inner}"
+    was, is_now = ("given" if isinstance(value, dict) else value for value in (before, now))
+    return f"{was}, now {is_now}"
 
 
 def mark_stale(jobs: Sequence[PredictionJob]) -> None:
