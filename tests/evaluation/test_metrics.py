@@ -20,10 +20,10 @@ from ukbob_seg.evaluation.metrics import (
     METRICS,
     VOLUMES,
     absent_from_both,
-    boundary_voxels,
     evaluate_case,
     present_values,
 )
+from ukbob_seg.evaluation.surface import boundary_voxels
 
 SPACING = (3.0, 1.0, 0.7)
 
@@ -324,3 +324,42 @@ def test_bad_input_is_named() -> None:
             evaluate_case(labels, labels, SPACING, bad)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="at most 2048"):
         evaluate_case(labels, labels, SPACING, range(1, 3000))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), density=st.sampled_from([0.001, 0.01, 0.1, 0.7]))
+def test_distances_of_sparse_objects_match_a_kd_tree(seed: int, density: float) -> None:
+    """Few voxels far apart: whole rows and planes hold no boundary, and envelopes have one parabola or many."""
+    rng = np.random.default_rng(seed)
+    spacing = rng.uniform(0.3, 5.0, 3)
+    maps = [(rng.random((9, 17, 13)) < density).astype(np.uint8) for _ in range(2)]
+    for labels in maps:
+        labels[tuple(rng.integers(0, labels.shape))] = 1
+    surfaces = [np.argwhere(boundary_voxels(labels.astype(bool))) * spacing for labels in maps]
+    there, back = boundary_distances(maps[0], maps[1], [1], spacing)
+    np.testing.assert_allclose(there, cKDTree(surfaces[1]).query(surfaces[0])[0], atol=1e-9)
+    np.testing.assert_allclose(back, cKDTree(surfaces[0]).query(surfaces[1])[0], atol=1e-9)
+
+
+def test_volume_differences_are_signed_and_relative_to_the_reference() -> None:
+    two, five = box((2, 3, 4), (1, 1, 2)), box((2, 3, 4), (1, 5, 1))
+    found = evaluate_case(two, five, SPACING, [1])[1]
+    assert found["volume_difference_mm3"] == pytest.approx(-3 * 2.1)
+    assert found["relative_volume_difference"] == pytest.approx(-0.6)
+    missed, invented = evaluate_case(volume(), five, SPACING, [1])[1], evaluate_case(five, volume(), SPACING, [1])[1]
+    assert missed["relative_volume_difference"] == -1
+    assert invented["volume_difference_mm3"] == pytest.approx(5 * 2.1)
+    assert math.isnan(invented["relative_volume_difference"])
+
+
+def test_several_tolerances_give_what_each_gives_alone(rng: np.random.Generator) -> None:
+    maps = blobs(rng), blobs(rng)
+    together = evaluate_case(*maps, SPACING, [1, 2], tolerance_mm=(2.0, 0.5))
+    for label, found in together.items():
+        alone = [evaluate_case(*maps, SPACING, [1, 2], tolerance_mm=t)[label]["nsd"] for t in (2.0, 0.5)]
+        assert [found["nsd_2mm"], found["nsd_0.5mm"]] == alone
+        assert found["nsd"] == alone[0] > alone[1]
+    absent = evaluate_case(*maps, SPACING, [9], tolerance_mm=(2.0, 0.5))[9]
+    assert math.isnan(absent["nsd_2mm"])
+    with pytest.raises(ConfigError, match="different"):
+        evaluate_case(*maps, SPACING, [1], tolerance_mm=(1.0, 1.0))

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
-from scipy.ndimage import distance_transform_edt, find_objects
 
 from ukbob_seg.errors import ConfigError, DatasetError
+from ukbob_seg.evaluation.counting import MOST_VALUE, PairCounts, count_pair
+from ukbob_seg.evaluation.surface import boundary_distances
+from ukbob_seg.parallel import thread_count
 
 OVERLAPS = ("dice", "iou", "nsd", "precision", "recall")
 DISTANCES = ("hd", "hd95", "assd")
+DIFFERENCES = ("volume_difference_mm3", "relative_volume_difference")
 VOLUMES = ("volume_pred_mm3", "volume_ref_mm3")
 COUNTS = ("n_pred", "n_ref", "tp", "fp", "fn")
-METRICS = ("dice", "iou", "hd", "hd95", "assd", "nsd", "precision", "recall", *VOLUMES, *COUNTS)
+METRICS = ("dice", "iou", *DISTANCES, "nsd", "precision", "recall", *DIFFERENCES, *VOLUMES, *COUNTS)
 
 MOST_CLASSES = 2048
-_MOST_VALUE = 65535
 # Spacings come out of file headers in single precision; their rounding must not decide who is within the tolerance.
 _ROUNDING_MM = 1e-4
-_SLAB_VOXELS = 2**20
+_NAN = float("nan")
 
-Box = tuple[slice, ...]
+Tolerances = float | Sequence[float]
 
 
 def evaluate_case(
@@ -30,7 +34,7 @@ def evaluate_case(
     reference: np.ndarray,
     spacing_mm: Sequence[float],
     labels: Mapping[Any, int | Sequence[int]] | Sequence[int],
-    tolerance_mm: float = 2.0,
+    tolerance_mm: Tolerances = 2.0,
     *,
     ignore_value: int | None = None,
 ) -> dict[Any, dict[str, float]]:
@@ -45,7 +49,7 @@ def evaluate_case(
         spacing_mm: voxel size (z, y, x).
         labels: name -> value, or name -> values (a region is their union); or a sequence of values, which are then
             the keys of the result. Values lie in 0..65535; all other values in the maps count as background.
-        tolerance_mm: of the normalized surface Dice.
+        tolerance_mm: of the normalized surface Dice, one or several.
         ignore_value: voxels where the reference has this value are background in both maps.
 
     Returns:
@@ -53,11 +57,14 @@ def evaluate_case(
         dice, iou, precision, recall: of the voxel sets;
         hd: largest distance; hd95: the larger of the two directions' 95th percentiles (linear interpolation);
         assd: mean over the boundary voxels of both maps together (all in mm);
-        nsd: share of the boundary voxels of both maps that lie within ``tolerance_mm`` of the other;
+        nsd: share of the boundary voxels of both maps that lie within ``tolerance_mm`` of the other (the first, if
+        several; further keys such as ``nsd_1mm`` then hold that of each);
+        volume_difference_mm3: prediction minus reference; relative_volume_difference: the same over the reference;
         volume_pred_mm3, volume_ref_mm3; n_pred, n_ref, tp, fp, fn: voxels (int).
 
         Absent from both maps: NaN, with volumes and counts 0. Absent from one: dice, iou, nsd 0 and distances
-        infinite; precision is NaN without a prediction, recall without a reference (nothing to divide by).
+        infinite; precision is NaN without a prediction, recall and the relative difference without a reference
+        (nothing to divide by).
 
     Raises:
         DatasetError: shapes differ, or an array is not a volume of integers.
@@ -66,37 +73,49 @@ def evaluate_case(
     Reference: UKBOB, section 4 (Dice, Hausdorff distance); Nikolov et al., 2018, arXiv:1809.04430 (surface Dice).
     """
     spacing = _checked_spacing(spacing_mm)
-    if not (np.isfinite(tolerance_mm) and tolerance_mm >= 0):
-        raise ConfigError(f"tolerance_mm must be zero or positive, got {tolerance_mm}")
+    tolerances = check_tolerances(tolerance_mm)
     _check_maps(prediction, reference)
     groups = _groups(labels)
     values = sorted({value for group in groups.values() for value in group})
     if len(values) > MOST_CLASSES:
         raise ConfigError(f"at most {MOST_CLASSES} label values can be scored, got {len(values)}")
-    predicted, true, joint = _compress(prediction, reference, values, ignore_value)
-    predicted_boxes = find_objects(predicted, max_label=len(values))
-    true_boxes = find_objects(true, max_label=len(values))
+    counts = count_pair(prediction, reference, values, ignore_value)
     index_of = {value: k for k, value in enumerate(values, start=1)}
-
-    result: dict[Any, dict[str, float]] = {}
-    for name, group in groups.items():
-        members = [index_of[value] for value in group]
-        overlap = _overlap(joint, members, float(spacing.prod()))
-        if not overlap["n_pred"] or not overlap["n_ref"] or overlap["tp"] == overlap["n_pred"] == overlap["n_ref"]:
-            surface = _trivial_surface(overlap)
-        else:
-            box = _union([boxes[k - 1] for boxes in (predicted_boxes, true_boxes) for k in members])
-            masks = [_mask(maps[box], members) for maps in (predicted, true)]
-            surface = surface_metrics(masks[0], masks[1], spacing, tolerance_mm)
-        both = {**overlap, **surface}
-        result[name] = {metric: both[metric] for metric in METRICS}
-    return result
+    members = [[index_of[value] for value in group] for group in groups.values()]
+    score = partial(_score_group, counts, spacing=spacing, tolerances=tolerances)
+    with ThreadPoolExecutor(thread_count()) as pool:  # the compiled passes run outside the interpreter's lock
+        return dict(zip(groups, pool.map(score, members), strict=True))
 
 
-def absent_from_both() -> dict[str, float]:
+def metric_names(tolerances: Sequence[float]) -> tuple[str, ...]:
+    """The keys of ``evaluate_case``'s metrics: ``METRICS``, and one more per tolerance if there are several."""
+    return (*METRICS, *nsd_names(tolerances))
+
+
+def nsd_names(tolerances: Sequence[float]) -> tuple[str, ...]:
+    """``nsd_1mm`` and so on for several tolerances; none for one, which is ``nsd`` alone."""
+    return tuple(f"nsd_{tolerance:g}mm" for tolerance in tolerances) if len(tolerances) > 1 else ()
+
+
+def check_tolerances(tolerance_mm: Tolerances) -> tuple[float, ...]:
+    """One or several tolerances as a tuple.
+
+    Raises:
+        ConfigError: none, one twice, or one that is negative or not finite.
+    """
+    given = tuple(tolerance_mm) if isinstance(tolerance_mm, Iterable) else (tolerance_mm,)
+    tolerances = tuple(float(tolerance) for tolerance in given)
+    if not tolerances or not all(np.isfinite(t) and t >= 0 for t in tolerances):
+        raise ConfigError(f"tolerance_mm must be zero or positive, got {tolerance_mm}")
+    if len(set(nsd_names(tolerances))) < len(nsd_names(tolerances)):
+        raise ConfigError(f"tolerance_mm must be different numbers, got {', '.join(f'{t:g}' for t in tolerances)}")
+    return tolerances
+
+
+def absent_from_both(metrics: Sequence[str] = METRICS) -> dict[str, float]:
     """The metrics of a class that neither map has: NaN, with volumes and counts 0."""
     known = {**dict.fromkeys(VOLUMES, 0.0), **dict.fromkeys(COUNTS, 0)}
-    return {metric: known.get(metric, float("nan")) for metric in METRICS}
+    return {metric: known.get(metric, _NAN) for metric in metrics}
 
 
 def present_values(labels: np.ndarray) -> list[int]:
@@ -110,67 +129,41 @@ def present_values(labels: np.ndarray) -> list[int]:
     return [int(value) for value in values if value != 0]
 
 
-def boundary_voxels(mask: np.ndarray) -> np.ndarray:
-    """Voxels of an object that have a face neighbour outside it; the array's border counts as outside.
+def surface_metrics(there: np.ndarray, back: np.ndarray, tolerances: Sequence[float]) -> dict[str, float]:
+    """hd, hd95, assd (mm), nsd, and ``nsd_names`` from the two directions' distances.
 
     Args:
-        mask: (Z, Y, X) bool.
-
-    Returns:
-        (Z, Y, X) bool, a subset of ``mask``; empty for an empty mask.
+        there: (boundary voxels of the prediction,) mm, not empty.
+        back: (boundary voxels of the reference,) mm, not empty.
+        tolerances: mm, at least one.
     """
-    padded = np.pad(mask, 1)
-    inside = mask.copy()
-    for axis in range(mask.ndim):
-        for start in (0, 2):
-            neighbour = [slice(1, -1)] * mask.ndim
-            neighbour[axis] = slice(start, start + mask.shape[axis])
-            inside &= padded[tuple(neighbour)]
-    return mask & ~inside
-
-
-def surface_distances(origin: np.ndarray, target: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
-    """Distance from every voxel of one set to the nearest voxel of another, exact, centre to centre.
-
-    Args:
-        origin: (Z, Y, X) bool, not empty.
-        target: (Z, Y, X) bool, not empty.
-        spacing_mm: (3,) voxel size.
-
-    Returns:
-        (voxels of ``origin``,) float64 in mm, in array order.
-    """
-    # Only the nearest voxel's indices are kept: the distances themselves are needed on the boundary alone.
-    nearest = distance_transform_edt(~target, sampling=spacing_mm, return_distances=False, return_indices=True)
-    squared = np.zeros(int(np.count_nonzero(origin)))
-    for here, there, step in zip(np.nonzero(origin), nearest, spacing_mm, strict=True):
-        squared += ((here - there[origin]) * step) ** 2
-    return np.sqrt(squared)
-
-
-def surface_metrics(
-    predicted: np.ndarray, true: np.ndarray, spacing_mm: np.ndarray, tolerance_mm: float
-) -> dict[str, float]:
-    """hd, hd95, assd (mm) and nsd of two masks.
-
-    Args:
-        predicted: (Z, Y, X) bool, not empty.
-        true: (Z, Y, X) bool, not empty.
-        spacing_mm: (3,) voxel size.
-        tolerance_mm: of the normalized surface Dice.
-    """
-    boundaries = boundary_voxels(predicted), boundary_voxels(true)
-    directed = (
-        surface_distances(boundaries[0], boundaries[1], spacing_mm),
-        surface_distances(boundaries[1], boundaries[0], spacing_mm),
-    )
-    pooled = np.concatenate(directed)
+    voxels = len(there) + len(back)
+    shares = [
+        sum(int(np.count_nonzero(distances <= tolerance + _ROUNDING_MM)) for distances in (there, back)) / voxels
+        for tolerance in tolerances
+    ]
     return {
-        "hd": float(pooled.max()),
-        "hd95": float(max(np.percentile(distances, 95) for distances in directed)),
-        "assd": float(pooled.mean()),
-        "nsd": float((pooled <= tolerance_mm + _ROUNDING_MM).mean()),
+        "hd": float(max(there.max(), back.max())),
+        "hd95": float(max(np.percentile(distances, 95) for distances in (there, back))),
+        "assd": float((there.sum() + back.sum()) / voxels),
+        "nsd": shares[0],
+        **dict(zip(nsd_names(tolerances), shares, strict=False)),
     }
+
+
+def _score_group(
+    counts: PairCounts, members: Sequence[int], spacing: np.ndarray, tolerances: Sequence[float]
+) -> dict[str, float]:
+    """All metrics of the union of ``members``."""
+    overlap = _overlap(counts.joint, members, float(spacing.prod()))
+    if not overlap["n_pred"] or not overlap["n_ref"] or overlap["tp"] == overlap["n_pred"] == overlap["n_ref"]:
+        surface = _trivial_surface(overlap, tolerances)
+    else:
+        box = counts.joint_box(members)
+        directed = boundary_distances(counts.predicted[box], counts.true[box], members, spacing)
+        surface = surface_metrics(*directed, tolerances)
+    both = {**overlap, **surface}
+    return {metric: both[metric] for metric in metric_names(tolerances)}
 
 
 def _checked_spacing(spacing_mm: Sequence[float]) -> np.ndarray:
@@ -201,48 +194,10 @@ def _groups(labels: Mapping[Any, int | Sequence[int]] | Sequence[int]) -> dict[H
         group = tuple(value) if isinstance(value, Iterable) else (value,)
         if not group or any(isinstance(v, bool) or not isinstance(v, (int, np.integer)) for v in group):
             raise ConfigError(f"label {name!r} must be an integer or several, got {value!r}")
-        if min(group) < 0 or max(group) > _MOST_VALUE:
-            raise ConfigError(f"label {name!r}: values must lie in 0..{_MOST_VALUE}, got {value!r}")
+        if min(group) < 0 or max(group) > MOST_VALUE:
+            raise ConfigError(f"label {name!r}: values must lie in 0..{MOST_VALUE}, got {value!r}")
         groups[name] = tuple(sorted({int(v) for v in group}))
     return groups
-
-
-def _compress(
-    prediction: np.ndarray, reference: np.ndarray, values: Sequence[int], ignore_value: int | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Both maps as indices (``values[k - 1]`` becomes k, anything else 0), and their joint histogram.
-
-    Returns:
-        (prediction, reference, histogram (K + 1, K + 1) with the prediction's index first).
-    """
-    size = len(values) + 1
-    table = np.zeros(_MOST_VALUE + 2, dtype=np.uint8 if size <= 256 else np.uint16)
-    table[list(values)] = np.arange(1, size)
-    predicted = np.empty(prediction.shape, dtype=table.dtype)
-    true = np.empty(reference.shape, dtype=table.dtype)
-    joint = np.zeros(size * size, dtype=np.int64)
-    # Slab by slab, since the conversions to machine integers need many times the memory of the maps.
-    step = max(1, _SLAB_VOXELS // max(1, int(np.prod(prediction.shape[1:]))))
-    for start in range(0, prediction.shape[0], step):
-        slab = slice(start, start + step)
-        here = _look_up(table, prediction[slab])
-        there = _look_up(table, reference[slab])
-        if ignore_value is not None:
-            ignored = reference[slab] == ignore_value
-            here[ignored] = 0
-            there[ignored] = 0
-        predicted[slab], true[slab] = here, there
-        joint += np.bincount(here.ravel().astype(np.intp) * size + there.ravel(), minlength=size * size)
-    return predicted, true, joint.reshape(size, size)
-
-
-def _look_up(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """``table[labels]``, where values beyond the table (negative ones too) take its last entry."""
-    if labels.dtype.kind == "b":
-        labels = labels.view(np.uint8)
-    elif labels.dtype.kind == "i" and labels.size and labels.min() < 0:
-        labels = np.where(labels < 0, len(table) - 1, labels.astype(np.int64))
-    return np.take(table, labels, mode="clip")
 
 
 def _overlap(joint: np.ndarray, members: Sequence[int], voxel_mm3: float) -> dict[str, float]:
@@ -255,6 +210,8 @@ def _overlap(joint: np.ndarray, members: Sequence[int], voxel_mm3: float) -> dic
         "iou": _ratio(tp, n_pred + n_ref - tp),
         "precision": _ratio(tp, n_pred),
         "recall": _ratio(tp, n_ref),
+        "volume_difference_mm3": (n_pred - n_ref) * voxel_mm3 if n_pred or n_ref else _NAN,
+        "relative_volume_difference": _ratio(n_pred - n_ref, n_ref),
         "volume_pred_mm3": n_pred * voxel_mm3,
         "volume_ref_mm3": n_ref * voxel_mm3,
         "n_pred": n_pred,
@@ -266,30 +223,15 @@ def _overlap(joint: np.ndarray, members: Sequence[int], voxel_mm3: float) -> dic
 
 
 def _ratio(part: int, whole: int) -> float:
-    return part / whole if whole else float("nan")
+    return part / whole if whole else _NAN
 
 
-def _trivial_surface(overlap: Mapping[str, float]) -> dict[str, float]:
+def _trivial_surface(overlap: Mapping[str, float], tolerances: Sequence[float]) -> dict[str, float]:
     """Surface metrics that need no distances: both maps equal, or the class absent from one or both."""
     if overlap["n_pred"] and overlap["n_ref"]:
         distance, nsd = 0.0, 1.0
     elif overlap["n_pred"] or overlap["n_ref"]:
         distance, nsd = float("inf"), 0.0
     else:
-        distance = nsd = float("nan")
-    return {"hd": distance, "hd95": distance, "assd": distance, "nsd": nsd}
-
-
-def _union(boxes: Sequence[Box | None]) -> Box:
-    """The smallest box around several (None: nothing there)."""
-    found = [box for box in boxes if box is not None]
-    return tuple(
-        slice(min(box[axis].start for box in found), max(box[axis].stop for box in found)) for axis in range(3)
-    )
-
-
-def _mask(indices: np.ndarray, members: Sequence[int]) -> np.ndarray:
-    mask = indices == members[0]
-    for member in members[1:]:
-        mask |= indices == member
-    return mask
+        distance = nsd = _NAN
+    return {"hd": distance, "hd95": distance, "assd": distance, **dict.fromkeys(("nsd", *nsd_names(tolerances)), nsd)}

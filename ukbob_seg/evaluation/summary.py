@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 
 from ukbob_seg.errors import DatasetError
-from ukbob_seg.evaluation.metrics import COUNTS, DISTANCES, METRICS, OVERLAPS, VOLUMES, absent_from_both
+from ukbob_seg.evaluation.metrics import COUNTS, DIFFERENCES, DISTANCES, METRICS, OVERLAPS, VOLUMES, absent_from_both
 from ukbob_seg.files import atomic_path, write_json
 
-SUMMARISED = (*OVERLAPS, *DISTANCES, *VOLUMES)
+SUMMARISED = (*OVERLAPS, *DISTANCES, *DIFFERENCES, *VOLUMES)
 OVERALL = (*OVERLAPS, *DISTANCES)
 
 
