@@ -23,7 +23,7 @@ from ukbob_seg.evaluation.metrics import (
     evaluate_case,
     present_values,
 )
-from ukbob_seg.evaluation.surface import boundary_voxels
+from ukbob_seg.evaluation.surface import boundary_distances, boundary_voxels
 
 SPACING = (3.0, 1.0, 0.7)
 
