@@ -18,6 +18,7 @@ COMMANDS = (
     "ensemble",
     "evaluate",
     "find_postprocessing",
+    "benchmark",
     "demo",
 )
 

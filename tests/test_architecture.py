@@ -10,7 +10,10 @@ import pytest
 import ukbob_seg
 
 PACKAGE = Path(ukbob_seg.__file__).parent
-ORDER = ["dataset", "preprocessing", "filtering", "networks", "training", "inference", "evaluation", "demo", "cli"]
+ORDER = [
+    "dataset", "preprocessing", "filtering", "networks", "training", "inference",
+    "evaluation", "benchmark", "demo", "cli",
+]  # fmt: skip
 # Validation inside training uses the sliding window, which itself needs nothing but networks.
 EXCEPTIONS = {("training", "ukbob_seg.inference.sliding_window"), ("training", "ukbob_seg.inference.passes")}
 # The same resampling for tensors, for inference to use.

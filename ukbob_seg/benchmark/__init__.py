@@ -1,0 +1,1 @@
+"""Protocols of public challenges: conversion, scoring by name, submission, and the paper's tables."""
