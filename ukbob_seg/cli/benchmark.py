@@ -10,6 +10,10 @@ from ukbob_seg.cli.common import command, make_parser
 # A subcommand's module has DESCRIPTION, EXAMPLE, add_arguments(parser) and run(arguments). Only the one that is called
 # is imported.
 SUBCOMMANDS = {
+    "convert": ("ukbob_seg.cli.benchmark_convert", "a challenge's official folder into a raw dataset"),
+    "score": ("ukbob_seg.cli.benchmark_score", "zero-shot: score on the organs that two sets of classes share"),
+    "package": ("ukbob_seg.cli.benchmark_package", "predictions into the archive that the organisers expect"),
+    "validate": ("ukbob_seg.cli.benchmark_validate", "check such an archive against the challenge's rules"),
     "table": ("ukbob_seg.cli.benchmark_table", "your scores beside the paper's figures"),
 }
 

@@ -312,3 +312,29 @@ def write_labels(labels: np.ndarray, geometry: Geometry, path: Path) -> None:
     if labels.dtype not in (np.uint8, np.uint16):
         labels = labels.astype(np.uint8 if labels.size == 0 or labels.max() <= 255 else np.uint16)
     write_image(labels, geometry, path)
+
+
+def write_labels_like(labels: np.ndarray, image: Path, path: Path) -> None:
+    """Write a (Z, Y, X) label map as NIfTI of uint8 with the geometry part of another NIfTI file's header, atomically.
+
+    The matrices (qform, sform, their codes) are the image's own, bit by bit, which is what strict readers compare.
+
+    Raises:
+        DatasetError: the image cannot be read or has another shape, or values that uint8 does not hold.
+    """
+    if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) <= 255:
+        raise DatasetError(f"{path}: values {labels.min()} to {labels.max()} do not fit into uint8")
+    try:
+        header = nibabel.nifti1.load(image).header.copy()
+    except _UNREADABLE as error:
+        raise DatasetError(f"{image} cannot be read: it is corrupt or truncated; copy it again") from error
+    voxels = labels.astype(np.uint8).T
+    if voxels.shape != tuple(header.get_data_shape())[:3]:
+        raise DatasetError(f"{path}: array of shape {labels.shape} does not fit the grid of {image}")
+    header.set_data_dtype(np.uint8)
+    header.set_data_shape(voxels.shape)
+    header.set_slope_inter(1, 0)
+    header["cal_min"], header["cal_max"], header["descrip"] = 0, 0, b""
+    written = nibabel.nifti1.Nifti1Image(voxels, None, header)
+    with atomic_path(Path(path)) as temporary:
+        nibabel.nifti1.save(written, temporary)
