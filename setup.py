@@ -18,6 +18,7 @@ COMMANDS = (
     "ensemble",
     "evaluate",
     "find_postprocessing",
+    "find_best",
     "benchmark",
     "demo",
 )

@@ -20,6 +20,8 @@ _PUBLIC = {
     "EnsemblePredictor": "ukbob_seg.inference.ensemble_predictor",
     "ensemble": "ukbob_seg.inference.ensemble",
     "evaluate": "ukbob_seg.evaluation.evaluate",
+    "accumulate_crossval": "ukbob_seg.evaluation.crossval",
+    "find_best": "ukbob_seg.evaluation.model_selection",
     "run_demo": "ukbob_seg.demo.run",
 }
 

@@ -21,11 +21,14 @@ def main(argv: list[str] | None = None) -> None:
     given = (arguments.etta_mode, arguments.etta_steps, arguments.etta_lr)
     if not arguments.etta and any(value is not None for value in given):
         raise ConfigError("--etta-mode, --etta-steps and --etta-lr need --etta")
+    if arguments.no_postprocessing and arguments.postprocessing is not None:
+        raise ConfigError("--postprocessing and --no-postprocessing exclude each other; give one of them")
     if arguments.no_mirror and not arguments.tta:
         print("--no-mirror: nothing is flipped without --tta in any case")
 
     from ukbob_seg.inference.ensemble_predictor import load_predictor
     from ukbob_seg.inference.etta import EttaConfig
+    from ukbob_seg.inference.postprocessing import names_in
     from ukbob_seg.inference.predict import model_folder, predict
     from ukbob_seg.inference.settings import PredictionSettings
     from ukbob_seg.parallel import Part
@@ -33,6 +36,9 @@ def main(argv: list[str] | None = None) -> None:
     etta = EttaConfig.of_mode(
         arguments.etta_mode or "guarded", steps=arguments.etta_steps, learning_rate=arguments.etta_lr
     )
+    largest = None if arguments.postprocessing is None else names_in(arguments.postprocessing)
+    if arguments.postprocessing is not None and largest is None:
+        raise ConfigError(f"--postprocessing {arguments.postprocessing}: it has no list 'largest_component'")
     settings = PredictionSettings(
         step=arguments.step_size,
         tta=arguments.tta,
@@ -41,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         window_batch=arguments.window_batch,
         skip_empty=arguments.skip_empty,
         postprocessing=not arguments.no_postprocessing,
+        largest_component=largest,
         overlap=not arguments.no_overlap,
         compile=arguments.compile,
         classes=None if arguments.classes is None else tuple(arguments.classes),
@@ -135,6 +142,11 @@ def _add_ways(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-empty", action="store_true",
         help="leave out windows that lie outside of the body: faster where there is much air around it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--postprocessing", type=Path, metavar="FILE",
+        help="remove stray pieces as this postprocessing.json says, of one model (instead of its own) or of several: "
+        "ukbob_find_best makes one for its winner",
     )  # fmt: skip
     parser.add_argument(
         "--no-postprocessing", action="store_true",

@@ -38,7 +38,11 @@ class Comparison:
 
 
 def find_postprocessing(
-    model_folder: Path, raw_folder: Path, workers: int | None = None, quiet: bool = False
+    model_folder: Path,
+    raw_folder: Path,
+    workers: int | None = None,
+    quiet: bool = False,
+    folds: Sequence[str] | None = None,
 ) -> Comparison:
     """Compare every class's Dice with and without its stray pieces, and write ``postprocessing.json``.
 
@@ -46,10 +50,11 @@ def find_postprocessing(
     worse. Fold ``all`` has no held-out cases and does not count.
 
     Args:
-        model_folder: with ``fold_K/validation/`` of at least one fold.
+        model_folder: with ``fold_K/validation/`` of at least one fold; a model's, or an ensemble's.
         raw_folder: of the dataset, for the true labels.
         workers: processes, None to choose.
         quiet: no progress bar.
+        folds: whose predictions to look at, None for all that have some.
 
     Raises:
         ConfigError: a model of regions, whose label values are no separate objects.
@@ -60,12 +65,12 @@ def find_postprocessing(
         raise ConfigError("a model of regions: its label values are parts of several regions, and stay as they are")
     truth = {case.name: case.label for case in require_cases(raw_folder, spec)}
     predicted: dict[str, Path] = {}
-    folds = []
+    used: list[str] = []
     for folder in sorted(model_folder.glob("fold_*/validation")):
         fold = folder.parent.name.removeprefix("fold_")
         files = {path.name.removesuffix(spec.file_ending): path for path in folder.glob(f"[!.]*{spec.file_ending}")}
-        if fold != "all" and files:
-            folds.append(fold)
+        if fold != "all" and files and (folds is None or fold in folds):
+            used.append(fold)
             predicted |= files
     if not predicted:
         raise DatasetError(
@@ -81,12 +86,12 @@ def find_postprocessing(
         partial(_scores, scheme=spec.labels), pairs, choose_workers(workers, len(pairs)), "comparing", quiet
     )
     table = _decide(np.stack(scores), spec.labels.output_names[1:])
-    comparison = Comparison(table, Postprocessing(tuple(table.index[table["kept"]])), tuple(folds))
+    comparison = Comparison(table, Postprocessing(tuple(table.index[table["kept"]])), tuple(used))
     evidence = {
         name: {k: v if isinstance(v, bool | int) else round(float(v), 6) for k, v in row.items()}
         for name, row in table.astype(object).to_dict("index").items()
     }
-    content = {"largest_component": list(comparison.postprocessing.largest_component), "folds": folds,
+    content = {"largest_component": list(comparison.postprocessing.largest_component), "folds": used,
                "evidence": evidence}  # fmt: skip
     write_json(model_folder / POSTPROCESSING, content)
     return comparison

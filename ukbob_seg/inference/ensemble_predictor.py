@@ -29,6 +29,7 @@ from ukbob_seg.inference.export import (
     probability_stream,
     to_file_values,
 )
+from ukbob_seg.inference.postprocessing import POSTPROCESSING, Postprocessing
 from ukbob_seg.inference.predictor import CaseStream, Predictor
 from ukbob_seg.inference.settings import PredictionSettings
 
@@ -45,19 +46,20 @@ class EnsemblePredictor(CasePredictor):
     """Models of the same channels and labels, whose probabilities are averaged.
 
     With ETTA each model adapts to the case by itself. ``spec``, ``plans``, ``settings`` and ``written`` are those of
-    the first model; probabilities of all classes are averaged, whatever is written. Label maps are not postprocessed,
-    as what helps was judged on each model alone. Threads may share an ensemble, but not two of the same models in
-    different orders.
+    the first model; probabilities of all classes are averaged, whatever is written. What the models' own folders say
+    of postprocessing is not done, as it was judged on each model alone. Threads may share an ensemble, but not two of
+    the same models in different orders.
 
     Args:
         members: by name, for messages and records.
+        largest_component: classes of which only the largest component is kept in the common label map.
 
     Raises:
         ConfigError: no model, or one predictor twice.
-        CheckpointError: models of other channels or labels.
+        CheckpointError: models of other channels or labels, or a class that they do not have.
     """
 
-    def __init__(self, members: Mapping[str, Predictor]) -> None:
+    def __init__(self, members: Mapping[str, Predictor], largest_component: Sequence[str] | None = None) -> None:
         if not members:
             raise ConfigError("an ensemble needs at least one model, got none")
         self._members = dict(members)
@@ -69,6 +71,11 @@ class EnsemblePredictor(CasePredictor):
             _check_same(first, other, (first_name, name))
         self.spec, self.plans = first.spec, first.plans
         self.settings, self.written = first.settings, first.written
+        self._postprocessing = Postprocessing()
+        if largest_component is not None:
+            self._postprocessing = Postprocessing.of_names(largest_component, self.spec.labels, POSTPROCESSING)
+            names = self._postprocessing.largest_component
+            self.settings = dataclasses.replace(self.settings, largest_component=names)
 
     @classmethod
     def from_model_folders(
@@ -86,7 +93,7 @@ class EnsemblePredictor(CasePredictor):
             folds: of each model, whose logits are averaged; None for every trained one.
             checkpoint: ``best`` or ``final``.
             device: where to predict.
-            settings: how to predict, with every model.
+            settings: how to predict, with every model; ``largest_component`` is done to the common label map.
 
         Raises:
             ConfigError: a folder is given twice, or classes that the models do not have.
@@ -96,13 +103,15 @@ class EnsemblePredictor(CasePredictor):
         if twice := [str(folder) for folder, place in zip(folders, places, strict=True) if places.count(place) > 1]:
             raise ConfigError(f"model folder {twice[0]} is given twice; give each model once")
         # What a model's own postprocessing removes was found in its own predictions, not in averages.
-        settings = dataclasses.replace(settings or PredictionSettings(), postprocessing=False)
+        wanted = settings or PredictionSettings()
+        largest = wanted.largest_component if wanted.postprocessing else None
+        settings = dataclasses.replace(wanted, postprocessing=False, largest_component=None)
         with ExitStack() as loaded:
             members = {}
             for folder in folders:
                 member = Predictor.from_model_folder(Path(folder), folds, checkpoint, device, settings)
                 members[str(folder)] = loaded.enter_context(member)
-            predictor = cls(members)
+            predictor = cls(members, largest)
             loaded.pop_all()  # from here on close() lets go of them
         return predictor
 
@@ -146,6 +155,7 @@ class EnsemblePredictor(CasePredictor):
             {"model": name, **fold_records(case.etta, case.previous_stage)} for name, case in cases.items() if case.etta
         ]
         labels = to_file_values(decision, properties, self.written.decision_values)
+        labels = self._postprocessing.apply(labels, self.spec.labels)
         return EnsemblePrediction(labels, tuple(records), entropy=None if entropy is None else entropy.values)
 
     def origin(self) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,14 +34,24 @@ class Postprocessing:
             CheckpointError: the file is not what ukbob_find_postprocessing writes, or names unknown classes.
         """
         path = folder / POSTPROCESSING
-        if not path.is_file():
-            return cls()
-        content = read_json(path, "postprocessing")
-        names = content.get("largest_component") if isinstance(content, dict) else None
+        return cls.of_names(names_in(path), scheme, str(path)) if path.is_file() else cls()
+
+    @classmethod
+    def of_names(cls, names: Sequence[str] | None, scheme: LabelScheme, where: str) -> Postprocessing:
+        """Of these classes, if they are those of a model.
+
+        Args:
+            names: of the classes; None is refused like a wrong name.
+            scheme: of the model.
+            where: where the names are from, for the message.
+
+        Raises:
+            CheckpointError: unknown classes, or regions.
+        """
         classes = () if scheme.has_regions else scheme.output_names[1:]
-        if not isinstance(names, list) or not all(name in classes for name in names):
+        if names is None or not all(name in classes for name in names):
             raise CheckpointError(
-                f"{path} must have a list 'largest_component' of class names "
+                f"{where} must have a list 'largest_component' of class names "
                 f"({', '.join(classes) or 'none: regions'}); make it with ukbob_find_postprocessing, or remove it"
             )
         return cls(tuple(names))
@@ -52,6 +62,17 @@ class Postprocessing:
             return labels
         values = dict(zip(scheme.output_names[1:], scheme.values, strict=True))
         return keep_largest(labels, [values[name] for name in self.largest_component])
+
+
+def names_in(path: Path) -> tuple[str, ...] | None:
+    """Class names that a ``postprocessing.json`` lists; None where it has no such list.
+
+    Raises:
+        DatasetError: the file does not exist or is no JSON.
+    """
+    content = read_json(path, "postprocessing")
+    names = content.get("largest_component") if isinstance(content, dict) else None
+    return tuple(map(str, names)) if isinstance(names, list) else None
 
 
 def keep_largest(labels: np.ndarray, values: Collection[int]) -> np.ndarray:

@@ -191,7 +191,9 @@ class Predictor(CasePredictor):
             previous = cls.from_model_folder(beside, previous_folds, checkpoint, device, plain)
         after = None
         if settings is None or settings.postprocessing:
-            after = Postprocessing.of_model(folder, first.spec().labels)
+            labels, names = first.spec().labels, None if settings is None else settings.largest_component
+            given = None if names is None else Postprocessing.of_names(names, labels, POSTPROCESSING)
+            after = given or Postprocessing.of_model(folder, labels)
             if after.largest_component:
                 log.info("stray pieces are removed of %s (%s)", listing(after.largest_component), POSTPROCESSING)
         predictor = cls([network for network, _ in loaded], first, device, settings, previous, after)

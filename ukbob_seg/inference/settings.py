@@ -20,6 +20,8 @@ class PredictionSettings:
         window_batch: windows per forward pass.
         skip_empty: leave out windows outside of the body (``filtering/body.py``, of the first channel): background.
         postprocessing: do what ``postprocessing.json`` of the model folder says, where there is one.
+        largest_component: classes of which only the largest component is kept, instead of what the model folder says
+            and for several models as well; None for what it says. Without ``postprocessing`` nothing is done.
         compile: call the networks through ``torch.compile``; as they are, with a warning, where that fails. ETTA adapts
             the networks as they are.
         overlap: read the next case and write the last one while the networks work on another; two are in memory then.
@@ -38,6 +40,7 @@ class PredictionSettings:
     window_batch: int = 1
     skip_empty: bool = False
     postprocessing: bool = True
+    largest_component: tuple[str, ...] | None = None
     compile: bool = False
     overlap: bool = True
     classes: tuple[str, ...] | None = None
