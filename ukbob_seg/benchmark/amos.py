@@ -109,6 +109,7 @@ AMOS = Protocol(
     find=find,
     submission=SubmissionRules(
         image=re.compile(r"amos_(?P<id>\d{4})(?:_0000)?\.nii\.gz"),
+        image_names="amos_0540.nii.gz or amos_0540_0000.nii.gz",
         case="amos_{id}",
         member="amos_{id}.nii.gz",
         classes={"": CLASSES},

@@ -114,6 +114,7 @@ BRATS = Protocol(
     find=find,
     submission=SubmissionRules(
         image=re.compile(r"(?P<id>BraTS-GLI-\d{5}-\d{3}|BraTS2021_\d{5})(?:-t1n|_t1|_0000)\.nii\.gz"),
+        image_names="BraTS-GLI-00000-000-t1n.nii.gz, BraTS2021_00000_t1.nii.gz or BraTS-GLI-00000-000_0000.nii.gz",
         case="{id}",
         member="{id}.nii.gz",
         classes=CLASSES,

@@ -86,7 +86,8 @@ BTCV = Protocol(
     options=frozenset({"separate_adrenals"}),
     find=find,
     submission=SubmissionRules(
-        image=re.compile(r"(?:img|btcv_)(?P<id>\d{4})(?:_0000)?\.nii\.gz"),
+        image=re.compile(r"(?:img(?=\d{4}\.)|btcv_(?=\d{4}_))(?P<id>\d{4})(?:_0000)?\.nii\.gz"),
+        image_names="img0061.nii.gz or btcv_0061_0000.nii.gz",
         case="btcv_{id}",
         member="label{id}.nii.gz",
         classes={"": CLASSES},

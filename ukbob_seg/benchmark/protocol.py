@@ -90,6 +90,7 @@ class SubmissionRules:
     Attributes:
         image: whole name of the (first) image file of a test case, in the challenge's layout or the converted one; its
             group ``id`` is what the following two build upon.
+        image_names: examples of such names, for messages.
         case: name of the case in the raw dataset; ``{id}`` is replaced.
         member: name of the label map in the archive, likewise.
         classes: class name -> value that the organisers expect, by edition ("" where there is one).
@@ -100,6 +101,7 @@ class SubmissionRules:
     """
 
     image: re.Pattern[str]
+    image_names: str
     case: str
     member: str
     classes: Mapping[str, Mapping[str, int]]

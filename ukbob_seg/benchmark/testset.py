@@ -34,5 +34,5 @@ def find_test_images(rules: SubmissionRules, folder: Path, modality: str | None 
         found = {case: path for case, path in found.items() if rules.has_modality(case, chosen)}
     if not found:
         example = f" of --modality {modality or 'mri'}" if rules.has_modality is not None else ""
-        raise DatasetError(f"{folder} holds no test image{example}; expected names like {rules.image.pattern}")
+        raise DatasetError(f"{folder} holds no test image{example}; expected names like {rules.image_names}")
     return found

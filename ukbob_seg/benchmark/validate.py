@@ -86,8 +86,8 @@ def _member(opened: zipfile.ZipFile, member: str, image: Path, allowed: tuple[in
     problems = []
     if label.get_data_dtype().kind not in "iu":
         problems.append(f"type {label.get_data_dtype()}, expected integers such as uint8")
-    slope, intercept = label.header.get_slope_inter()
-    if slope not in (None, 1.0) or intercept not in (None, 0.0):
+    slope, intercept = label.dataobj.slope, label.dataobj.inter  # type: ignore[attr-defined]
+    if (slope, intercept) != (1, 0):
         problems.append(f"values are scaled in the header (slope {slope}, intercept {intercept}); expected none")
     try:
         reference = nibabel.load(image)
