@@ -69,6 +69,7 @@ def test_what_cannot_be_mapped():
     with pytest.raises(ConfigError, match="regions"):
         common_values(LabelScheme.from_json({"background": 0, "spleen": [1, 2]}, [1]), "reference")
     assert common_values(_scheme({"adrenal_gland_left": 1}), "reference").keys() == {"adrenal_gland_left"}
+    assert common_values(_scheme({"prostate": 1, "uterus": 4}), "reference") == {"prostate_uterus": (1, 4)}
 
 
 def test_scores_of_a_foreign_scheme(tmp_path, rng, capsys):

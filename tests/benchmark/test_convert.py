@@ -135,6 +135,11 @@ def test_brats(brats, roots, edition):
         assert not both & set(split["train"]) or not both & set(split["val"])
 
 
+def test_brats_without_test_cases(brats, roots):
+    done = convert("brats", brats("2023") / "TrainingData", 612, roots, workers=1)
+    assert done.cases == {"Tr": 5, "Va": 0, "Ts": 0}
+
+
 @pytest.mark.parametrize("edition", ["2023", "2021"])
 def test_the_order_of_regions_gives_the_values_back(edition):
     """Regions of the truth, written in order, are the truth."""

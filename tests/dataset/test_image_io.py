@@ -18,6 +18,7 @@ from ukbob_seg.dataset.image_io import (
     read_stored,
     write_image,
     write_labels,
+    write_labels_like,
 )
 from ukbob_seg.errors import DatasetError
 
@@ -172,3 +173,29 @@ def test_stored_voxels_keep_their_type_and_order(tmp_path):
         assert found.shape == geometry.shape == (4, 3, 2)
         assert found.dtype == np.int16 or slope < 0
         assert (np.argsort(found, axis=None) == np.argsort(intensities, axis=None)).all()
+
+
+def test_labels_like_an_image_have_its_matrices_bit_by_bit(tmp_path, rng):
+    """Though the image is scaled, oblique, and its two matrices differ."""
+    matrix = np.array([[-0.7 * COS, 0.9 * SIN, 0, 3.3], [0.7 * SIN, 0.9 * COS, 0, -4.1], [0, 0, 3, 9.7], [0, 0, 0, 1]])
+    image = nibabel.Nifti1Image(rng.normal(size=(7, 6, 5)).astype(np.float32) * 1000, matrix)
+    image.set_qform(np.diag([0.7, 0.9, 3, 1]), code=1)
+    image.set_sform(matrix, code=2)
+    image.header.set_data_dtype(np.int16)  # stored with a slope
+    nibabel.save(image, tmp_path / "image.nii.gz")
+    labels = rng.integers(0, 14, (5, 6, 7))
+    write_labels_like(labels, tmp_path / "image.nii.gz", tmp_path / "labels.nii.gz")
+    like, written = nibabel.load(tmp_path / "image.nii.gz"), nibabel.load(tmp_path / "labels.nii.gz")
+    assert written.get_data_dtype() == np.uint8
+    assert np.array_equal(np.asarray(written.dataobj).T, labels)
+    assert (written.dataobj.slope, written.dataobj.inter) == (1, 0)
+    for field in ("qform_code", "sform_code", "pixdim", "srow_x", "srow_y", "srow_z", "quatern_b", "qoffset_x"):
+        assert np.array_equal(written.header[field], like.header[field]), field
+    read, _ = read_labels(tmp_path / "labels.nii.gz")
+    assert np.array_equal(read, labels)
+    for wrong, message in ((labels + 250, "do not fit into uint8"), (labels[:-1], "does not fit the grid")):
+        with pytest.raises(DatasetError, match=message):
+            write_labels_like(wrong, tmp_path / "image.nii.gz", tmp_path / "labels.nii.gz")
+    (tmp_path / "image.nii.gz").write_bytes(b"nonsense")
+    with pytest.raises(DatasetError, match="cannot be read"):
+        write_labels_like(labels, tmp_path / "image.nii.gz", tmp_path / "labels.nii.gz")

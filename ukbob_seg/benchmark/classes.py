@@ -59,6 +59,9 @@ SCORED: dict[str, tuple[str, ...]] = {
 # Common names that several of a scheme's classes make up together.
 MERGED: dict[str, tuple[str, ...]] = {ADRENALS: ADRENAL_SIDES}
 
+# Common names that stand for whatever of several organs a patient has.
+EITHER = frozenset({"prostate_uterus"})
+
 _SIDES = {"l": "left", "lt": "left", "r": "right", "rt": "right"}
 _FILLERS = frozenset({"and", "or", "the", "of"})
 
@@ -98,9 +101,9 @@ def common_values(scheme: LabelScheme, what: str) -> dict[str, tuple[int, ...]]:
         common = common_name(name)
         if common is None:
             continue
-        if common in found:
+        if common in found and common not in EITHER:
             raise DatasetError(f"the {what} has two classes for {common}: {named[common]} and {name}")
-        found[common], named[common] = values, name
+        found[common], named[common] = (*found.get(common, ()), *values), name
     for merged, parts in MERGED.items():
         together = tuple(value for part in parts for value in found.get(part, ()))
         if all(part in found for part in parts):

@@ -75,7 +75,7 @@ def score(
     with tempfile.TemporaryDirectory(prefix="ukbob_score_") as folder:
         jobs, pairs = [], []
         for pair in files.pairs:
-            one, two = Path(folder) / "prediction" / f"{pair.case}.nii", Path(folder) / "reference" / f"{pair.case}.nii"
+            one, two = (Path(folder) / side / f"{pair.case}.nii.gz" for side in ("prediction", "reference"))
             jobs.append(_Job(pair.case, pair.prediction, one, theirs, predicted, None))
             jobs.append(_Job(pair.case, pair.reference, two, ours, referred, ignore))
             pairs.append((pair.case, one, two))

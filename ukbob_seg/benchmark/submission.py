@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ukbob_seg.benchmark.brats import ORDER, REGIONS
-from ukbob_seg.benchmark.classes import ADRENAL_SIDES, ADRENALS, common_name
+from ukbob_seg.benchmark.classes import ADRENAL_SIDES, ADRENALS, EITHER, common_name
 from ukbob_seg.benchmark.protocol import SubmissionRules
 from ukbob_seg.benchmark.protocols import submission_rules
 from ukbob_seg.benchmark.score import load_scheme
@@ -150,6 +150,7 @@ def _value_plan(rules: SubmissionRules, edition: str, scheme: LabelScheme) -> _V
     table: dict[int, int] = {}
     split = None
     filled: dict[str, str] = {}
+    used: set[str] = set()
     for name, values in zip(scheme.names, scheme.members, strict=True):
         target = common[name]
         if target == ADRENALS and all(side in classes for side in ADRENAL_SIDES):
@@ -161,11 +162,12 @@ def _value_plan(rules: SubmissionRules, edition: str, scheme: LabelScheme) -> _V
         else:
             continue
         for one in reached:
-            if one in filled:
+            if one in filled and one not in EITHER:
                 raise DatasetError(f"the prediction has two classes for {one}: {filled[one]} and {name}")
             filled[one] = name
+            used.add(name)
     empty = tuple(one for one in classes if one not in filled)
-    dropped = tuple(name for name in scheme.names if name not in filled.values())
+    dropped = tuple(name for name in scheme.names if name not in used)
     if len(empty) == len(classes):
         raise ConfigError(
             f"no class of the prediction has a name of this challenge ({', '.join(classes)}); it has "
