@@ -276,3 +276,39 @@ def test_a_model_that_misses_an_organ_has_no_short_distances(roots):
     assert last.score.n_infinite == 1
     assert last.score.mean < selection.ranking[0].score.mean
     assert json.loads(selection.file.read_text())["lower_is_better"] is True
+
+
+def test_regions_have_no_postprocessing(roots, capsys):
+    regions = {"labels": {"background": 0, "whole": [2, 7], "core": [7]}, "regions_class_order": [2, 7]}
+    for folder in (roots.raw / NAME, roots.results / NAME / A, roots.results / NAME / B):
+        path = folder / "dataset.json"
+        path.write_text(json.dumps({**read_json(path), **regions}))
+    assert command.main(["-d", "5", "--no-ensembles", "--workers", "1", *_flags(roots)]) == 0
+    assert "largest component alone: not for regions" in capsys.readouterr().out
+    content = read_json(roots.results / NAME / "best_model.json")
+    assert content["postprocessing"] is None
+    assert len(content["ranking"]) == 2
+    assert not list((roots.results / NAME).glob("*/postprocessing.json"))
+
+
+def test_a_file_of_postprocessing_stands_for_the_models_own(roots, tmp_path, capsys):
+    model, file = roots.results / NAME / A, tmp_path / "mine.json"
+    (model / "postprocessing.json").write_text(json.dumps({"largest_component": ["low", "high"]}))
+    flags = ["-i", str(roots.raw / NAME / "imagesTs"), "-m", str(model), "-f", "0", "--device", "cpu"]
+    for names in (["high"], []):
+        file.write_text(json.dumps({"largest_component": names}))
+        output = tmp_path / f"{len(names)}"
+        assert predict_command.main([*flags, "-o", str(output), "--postprocessing", str(file)]) == 0
+        for number in (4, 5):
+            found, _ = read_labels(output / f"level_{number}.nii.gz")
+            plain = _average(number, SHIFTS_A["0"])
+            assert (found == (keep_largest(plain, [7]) if names else plain)).mean() > 0.999
+    for wrong, says in (
+        ("{}", "no list 'largest_component'"),
+        ('{"largest_component": ["kidney"]}', "class names (low"),
+    ):
+        file.write_text(wrong)
+        assert predict_command.main([*flags, "-o", str(tmp_path / "no"), "--postprocessing", str(file)]) == 2
+        assert says in capsys.readouterr().err
+    file.unlink()
+    assert predict_command.main([*flags, "-o", str(tmp_path / "no"), "--postprocessing", str(file)]) == 2

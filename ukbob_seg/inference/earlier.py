@@ -46,6 +46,8 @@ class PredictionJob:
 def what_matters(settings: PredictionSettings) -> dict[str, Any]:
     """Of settings what shows in label maps and the files beside them, as plain values that JSON keeps."""
     chosen = {key: value for key, value in dataclasses.asdict(settings).items() if key not in HARMLESS}
+    if settings.largest_component is None:
+        del chosen["largest_component"]  # so that folders of earlier versions, which did not have it, can be resumed
     return json.loads(json.dumps(chosen))
 
 
