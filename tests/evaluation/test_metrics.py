@@ -341,6 +341,13 @@ def test_distances_of_sparse_objects_match_a_kd_tree(seed: int, density: float) 
     np.testing.assert_allclose(back, cKDTree(surfaces[0]).query(surfaces[1])[0], atol=1e-9)
 
 
+def test_values_below_zero_are_background_and_hide_nothing() -> None:
+    """-1 in the reference is no ignore value: what is predicted there counts as invented."""
+    labels = box((2, 3, 4), (2, 2, 2)).astype(np.int16)
+    found = evaluate_case(labels, np.full_like(labels, -1), SPACING, [1])[1]
+    assert (found["n_pred"], found["fp"], found["n_ref"]) == (8, 8, 0)
+
+
 def test_volume_differences_are_signed_and_relative_to_the_reference() -> None:
     two, five = box((2, 3, 4), (1, 1, 2)), box((2, 3, 4), (1, 5, 1))
     found = evaluate_case(two, five, SPACING, [1])[1]

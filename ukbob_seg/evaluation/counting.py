@@ -53,7 +53,7 @@ def count_pair(
     joint = np.zeros((size, size), dtype=np.int64)
     boxes = np.empty((2, size, 3, 2), dtype=np.int64)
     boxes[..., 0], boxes[..., 1] = np.iinfo(np.int64).max, 0
-    ignored = -1 if ignore_value is None else int(ignore_value)
+    ignored = (ignore_value is not None, ignore_value or 0)  # a flag, since any value may occur
     _count(_countable(prediction), _countable(reference), table, ignored, predicted, true, joint, boxes)
     return PairCounts(predicted, true, joint, boxes)
 
@@ -73,6 +73,7 @@ def _countable(labels: np.ndarray) -> np.ndarray:
 def _count(prediction, reference, table, ignored, predicted, true, joint, boxes):  # type: ignore[no-untyped-def]
     """Fill the last four arrays. Labels lie in runs, so all but the look-up happens once per run."""
     depth, height, width = prediction.shape
+    ignores, ignore_value = ignored
     known = table.size
     for z in range(depth):
         for y in range(height):
@@ -81,7 +82,7 @@ def _count(prediction, reference, table, ignored, predicted, true, joint, boxes)
                 value_p, value_r = np.int64(prediction[z, y, x]), np.int64(reference[z, y, x])
                 p = table[value_p] if 0 <= value_p < known else table.dtype.type(0)
                 r = table[value_r] if 0 <= value_r < known else table.dtype.type(0)
-                if value_r == ignored:
+                if ignores and value_r == ignore_value:
                     p = r = table.dtype.type(0)
                 predicted[z, y, x], true[z, y, x] = p, r
                 if p != run_p or r != run_r:

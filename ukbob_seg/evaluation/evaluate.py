@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from ukbob_seg.dataset.image_io import read_geometry, read_labels
 from ukbob_seg.dataset.labels import LabelScheme
 from ukbob_seg.dataset.spec import DatasetSpec, summarise_problems
 from ukbob_seg.errors import ConfigError, DatasetError, UkbobError
-from ukbob_seg.evaluation.metrics import MOST_CLASSES, evaluate_case, present_values
+from ukbob_seg.evaluation.metrics import MOST_CLASSES, check_tolerances, evaluate_case, present_values
 from ukbob_seg.evaluation.summary import CaseMetrics, EvaluationSummary, collect
 from ukbob_seg.files import ensure_writable, read_json
 from ukbob_seg.parallel import choose_workers, map_cases
@@ -88,11 +88,11 @@ def evaluate(
     files = match_files(prediction, reference, allow_missing)
     scheme = find_labels(prediction, reference, dataset_json)
     folder = Path(output) if output is not None else prediction if prediction.is_dir() else None
-    _prepare_output(folder, report)
+    prepare_output(folder, report)
     summary = replace(
         score_pairs(files.pairs, scheme, tolerance_mm, workers), missing=files.missing, unmatched=files.unmatched
     )
-    _write_output(folder, summary, report)
+    write_output(folder, summary, report)
     return summary
 
 
@@ -117,9 +117,9 @@ def evaluate_pairs(
     Raises:
         DatasetError, ConfigError: as ``evaluate``.
     """
-    _prepare_output(output, report)
+    prepare_output(output, report)
     summary = score_pairs(pairs, scheme, tolerance_mm, workers)
-    _write_output(output, summary, report)
+    write_output(output, summary, report)
     return summary
 
 
@@ -130,8 +130,7 @@ def score_pairs(
     workers: int | None = None,
 ) -> EvaluationSummary:
     """Score files that the caller has matched already; nothing is written. Arguments as for ``evaluate_pairs``."""
-    if not (np.isfinite(tolerance_mm) and tolerance_mm >= 0):
-        raise ConfigError(f"--tolerance-mm must be zero or positive, got {tolerance_mm}")
+    check_tolerances(tolerance_mm, "--tolerance-mm")
     if not pairs:
         raise DatasetError("there is no case to evaluate")
     todo = [Pair(case, Path(prediction), Path(reference)) for case, prediction, reference in pairs]
@@ -214,7 +213,7 @@ def find_labels(prediction: Path, reference: Path, dataset_json: Path | None = N
     return DatasetSpec.from_json(read_json(Path(path), "dataset description"), Path(path).parent.name).labels
 
 
-def _prepare_output(folder: Path | None, report: ReportOptions) -> None:
+def prepare_output(folder: Path | None, report: ReportOptions) -> None:
     """Fail before the work, not after it."""
     if report.images is not None and not Path(report.images).is_dir():
         raise DatasetError(f"image folder {report.images} does not exist")
@@ -222,10 +221,23 @@ def _prepare_output(folder: Path | None, report: ReportOptions) -> None:
         ensure_writable(Path(folder))
 
 
-def _write_output(folder: Path | None, summary: EvaluationSummary, report: ReportOptions) -> None:
+def write_output(
+    folder: Path | None,
+    summary: EvaluationSummary,
+    report: ReportOptions,
+    files: Mapping[str, tuple[str, str]] | None = None,
+) -> None:
+    """Write tables and report; nothing without a folder.
+
+    Args:
+        folder: for summary.json, metrics.csv and report.html.
+        summary: what to write.
+        report: whether and how to write the page, whose pictures are drawn from the files that the summary names.
+        files: case -> (prediction, reference) to name in summary.json instead of those.
+    """
     if folder is None:
         return
-    summary.write(Path(folder))
+    replace(summary, files=summary.files if files is None else files).write(Path(folder))
     (Path(folder) / "report.html").unlink(missing_ok=True)  # an old one would not belong to the new numbers
     if report.write:
         from ukbob_seg.evaluation.report import write_report

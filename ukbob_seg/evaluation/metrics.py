@@ -22,6 +22,7 @@ COUNTS = ("n_pred", "n_ref", "tp", "fp", "fn")
 METRICS = ("dice", "iou", *DISTANCES, "nsd", "precision", "recall", *DIFFERENCES, *VOLUMES, *COUNTS)
 
 MOST_CLASSES = 2048
+_MOST_THREADS = 8  # each holds 11 bytes per voxel of a class's box: 0.2 GB where that is a whole body
 # Spacings come out of file headers in single precision; their rounding must not decide who is within the tolerance.
 _ROUNDING_MM = 1e-4
 _NAN = float("nan")
@@ -83,7 +84,9 @@ def evaluate_case(
     index_of = {value: k for k, value in enumerate(values, start=1)}
     members = [[index_of[value] for value in group] for group in groups.values()]
     score = partial(_score_group, counts, spacing=spacing, tolerances=tolerances)
-    with ThreadPoolExecutor(thread_count()) as pool:  # the compiled passes run outside the interpreter's lock
+    with ThreadPoolExecutor(
+        min(thread_count(), _MOST_THREADS)
+    ) as pool:  # the compiled passes run outside the interpreter's lock
         return dict(zip(groups, pool.map(score, members), strict=True))
 
 
@@ -97,8 +100,8 @@ def nsd_names(tolerances: Sequence[float]) -> tuple[str, ...]:
     return tuple(f"nsd_{tolerance:g}mm" for tolerance in tolerances) if len(tolerances) > 1 else ()
 
 
-def check_tolerances(tolerance_mm: Tolerances) -> tuple[float, ...]:
-    """One or several tolerances as a tuple.
+def check_tolerances(tolerance_mm: Tolerances, name: str = "tolerance_mm") -> tuple[float, ...]:
+    """One or several tolerances as a tuple; ``name`` is what the user knows them by.
 
     Raises:
         ConfigError: none, one twice, or one that is negative or not finite.
@@ -106,9 +109,9 @@ def check_tolerances(tolerance_mm: Tolerances) -> tuple[float, ...]:
     given = tuple(tolerance_mm) if isinstance(tolerance_mm, Iterable) else (tolerance_mm,)
     tolerances = tuple(float(tolerance) for tolerance in given)
     if not tolerances or not all(np.isfinite(t) and t >= 0 for t in tolerances):
-        raise ConfigError(f"tolerance_mm must be zero or positive, got {tolerance_mm}")
+        raise ConfigError(f"{name} must be zero or positive, got {tolerance_mm}")
     if len(set(nsd_names(tolerances))) < len(nsd_names(tolerances)):
-        raise ConfigError(f"tolerance_mm must be different numbers, got {', '.join(f'{t:g}' for t in tolerances)}")
+        raise ConfigError(f"{name} must be different numbers, got {', '.join(f'{t:g}' for t in tolerances)}")
     return tolerances
 
 

@@ -15,7 +15,7 @@ from ukbob_seg.dataset.paths import Roots, find_dataset
 from ukbob_seg.errors import ConfigError, DatasetError, UkbobError, listing
 from ukbob_seg.evaluation.crossval import HeldOut, accumulate, check_validated, crossval_folder
 from ukbob_seg.evaluation.ensemble_validation import checkpoints_of, stages_of, validate_ensemble
-from ukbob_seg.evaluation.metrics import DISTANCES
+from ukbob_seg.evaluation.metrics import DISTANCES, check_tolerances
 from ukbob_seg.evaluation.postprocessing import Comparison, find_postprocessing
 from ukbob_seg.evaluation.summary import OVERALL, OverallMean
 from ukbob_seg.files import ensure_writable, write_json
@@ -53,8 +53,7 @@ class SelectionOptions:
     def __post_init__(self) -> None:
         if self.metric not in OVERALL:
             raise ConfigError(f"--metric must be one of {', '.join(OVERALL)}, got {self.metric!r}")
-        if not (math.isfinite(self.tolerance_mm) and self.tolerance_mm >= 0):
-            raise ConfigError(f"--tolerance-mm must be zero or positive, got {self.tolerance_mm}")
+        check_tolerances(self.tolerance_mm, "--tolerance-mm")
         if self.ensemble_size < 1:
             raise ConfigError(f"--ensemble-size must be at least 1 (no ensembles), got {self.ensemble_size}")
 

@@ -83,7 +83,7 @@ def _distances(codes, origin, target, step_mm):  # type: ignore[no-untyped-def]
     depth, height, width = codes.shape
     squared = np.empty((depth, height, width), np.float64)
     in_row = np.empty((height, width), np.int32)
-    columns, bounds = np.empty(height, np.int64), np.empty(height + 1, np.float64)
+    columns, bounds = np.empty(height, np.int64), np.empty(height, np.float64)
     asking = 0
     for z in range(depth):
         found = False

@@ -193,7 +193,7 @@ class Predictor(CasePredictor):
         if settings is None or settings.postprocessing:
             labels, names = first.spec().labels, None if settings is None else settings.largest_component
             given = None if names is None else Postprocessing.of_names(names, labels, POSTPROCESSING)
-            after = given or Postprocessing.of_model(folder, labels)
+            after = given if given is not None else Postprocessing.of_model(folder, labels)
             if after.largest_component:
                 log.info("stray pieces are removed of %s (%s)", listing(after.largest_component), POSTPROCESSING)
         predictor = cls([network for network, _ in loaded], first, device, settings, previous, after)
