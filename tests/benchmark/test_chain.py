@@ -60,7 +60,7 @@ def test_from_the_official_folder_to_a_valid_submission(case, request, tmp_path,
 
 
 @pytest.mark.parametrize("numbered", [True, False])
-def test_ukbob_is_planned_and_trained(numbered, ukbob72, tmp_path, tiny):
+def test_ukbob_is_planned_trained_and_predicted(numbered, ukbob72, tmp_path, tiny):
     source = ukbob72(numbered)
     flags = [x for root in ("raw", "preprocessed", "results") for x in (f"--{root}", str(tmp_path / root))]
     assert benchmark.main(["convert", "ukbob72", str(source), "-d", "620", "--workers", "1", *flags[:4]]) == 0
@@ -69,3 +69,11 @@ def test_ukbob_is_planned_and_trained(numbered, ukbob72, tmp_path, tiny):
     tiny(tmp_path / "preprocessed" / "Dataset620_UKBOB72" / "plans.json")
     training = ["--epochs", "1", "--iterations-per-epoch", "2", "--device", "cpu", "--no-validation"]
     assert train.main(["620", "4", "--network", "tests_tiny_benchmark:Tiny", *training, *flags]) == 0
+    (model,) = (tmp_path / "results" / "Dataset620_UKBOB72").iterdir()
+    images = tmp_path / "raw" / "Dataset620_UKBOB72" / "imagesTr"
+    call = ["-i", images, "-o", tmp_path / "predicted", "-m", model, "--device", "cpu"]
+    assert predict.main([*map(str, call)]) == 0
+    predicted = sorted((tmp_path / "predicted").glob("[!.]*.nii.gz"))
+    assert [path.name for path in predicted] == sorted({f"{x.name[:-12]}.nii.gz" for x in images.glob("*_0000.nii.gz")})
+    for path in predicted:
+        assert set(np.unique(nibabel.load(path).dataobj)) <= set(range(73))

@@ -12,7 +12,7 @@ from ukbob_seg.benchmark.classes import SCORED, common_name, common_values, mapp
 from ukbob_seg.benchmark.sides import Midline, find_midline, left_mm, split_sides
 from ukbob_seg.benchmark.totalvibe import TOTALVIBE_LABELS
 from ukbob_seg.cli import benchmark
-from ukbob_seg.dataset.image_io import Geometry, write_labels
+from ukbob_seg.dataset.image_io import Geometry, read_image, read_labels, write_labels
 from ukbob_seg.dataset.labels import LabelScheme
 from ukbob_seg.errors import ConfigError, DatasetError
 
@@ -145,3 +145,22 @@ def test_the_midline_by_what_is_there():
     found = find_midline({}, lambda: body, GEOMETRY)
     assert found.landmark == "the body's width"
     assert found.left_mm == pytest.approx(2, abs=1.0)
+
+
+@pytest.mark.parametrize(
+    "landmarks", [{"inferior_vena_cava": 63, "aorta": 52}, {"kidney_right": 2, "kidney_left": 3}, {}]
+)
+    "landmarks", [{"inferior_vena_cava": 63, "aorta": 52}, {"kidney_right": 2, "kidney_left": 3}, {}]
+)
+def test_every_landmark_tells_the_adrenal_glands_of_a_real_ct_apart(landmarks, data_root):
+    """Merged and divided again, every voxel has its side back, whichever landmark is there to go by."""
+    folder = data_root / "totalsegmentator_ct"
+    labels, geometry = read_labels(folder / "ct_labels.nii.gz")
+    right, left = labels == 8, labels == 9
+    assert min(right.sum(), left.sum()) > 20
+    organs = {name: labels == value for name, value in landmarks.items()}
+    midline = find_midline(organs, lambda: read_image([folder / "ct_0000.nii.gz"])[0][0], geometry)
+    assert midline.landmark == (" and ".join(landmarks) or "the body's width")
+    found = split_sides(right | left, midline, geometry)
+    np.testing.assert_array_equal(found[0], right)
+    np.testing.assert_array_equal(found[1], left)

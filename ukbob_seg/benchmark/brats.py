@@ -119,6 +119,8 @@ BRATS = Protocol(
         member="{id}.nii.gz",
         classes=CLASSES,
         regions={edition: {ours: theirs for theirs, ours in table.items()} for edition, table in VALUES.items()},
+        region_labels=REGIONS,
+        region_order=ORDER,
         edition_of=edition_of,
     ),
 )

@@ -96,6 +96,8 @@ class SubmissionRules:
         classes: class name -> value that the organisers expect, by edition ("" where there is one).
         regions: value in predictions -> value that the organisers expect, by edition, where predictions are regions;
             empty where they are classes, which are matched by name.
+        region_labels: of the dataset.json that such predictions come with.
+        region_order: its ``regions_class_order``.
         edition_of: edition of a case's id.
         has_modality: whether an id belongs to a modality; None where there is one modality.
     """
@@ -106,6 +108,8 @@ class SubmissionRules:
     member: str
     classes: Mapping[str, Mapping[str, int]]
     regions: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    region_labels: Labels = field(default_factory=dict)
+    region_order: tuple[int, ...] = ()
     edition_of: Callable[[str], str] = lambda _: ""
     has_modality: Callable[[str, str], bool] | None = None
 

@@ -14,9 +14,16 @@ from ukbob_seg.dataset.image_io import largest_voxels, read_labels, write_labels
 from ukbob_seg.dataset.labels import LabelScheme
 from ukbob_seg.dataset.spec import DatasetSpec, summarise_problems
 from ukbob_seg.errors import DatasetError
-from ukbob_seg.evaluation.evaluate import DEFAULT_REPORT, ReportOptions, evaluate_pairs, match_files
+from ukbob_seg.evaluation.evaluate import (
+    DEFAULT_REPORT,
+    ReportOptions,
+    match_files,
+    prepare_output,
+    score_pairs,
+    write_output,
+)
 from ukbob_seg.evaluation.summary import EvaluationSummary
-from ukbob_seg.files import ensure_writable, read_json
+from ukbob_seg.files import read_json
 from ukbob_seg.parallel import choose_workers, map_cases
 
 _BYTES_PER_VOXEL = 12
@@ -71,7 +78,8 @@ def score(
     names = tuple(predicted)
     ignore = len(names) + 1 if ours.ignore_value is not None else None
     scheme = LabelScheme(names, tuple((k,) for k in range(1, len(names) + 1)), None, ignore)
-    ensure_writable(output)
+    prepare_output(output, options.report)
+    originals = {pair.case: (str(pair.prediction), str(pair.reference)) for pair in files.pairs}
     with tempfile.TemporaryDirectory(prefix="ukbob_score_") as folder:
         jobs, pairs = [], []
         for pair in files.pairs:
@@ -84,11 +92,10 @@ def score(
         problems = [problem for problem in map_cases(_map_file, jobs, count, "mapping classes") if problem]
         if problems:
             raise DatasetError(summarise_problems(problems))
-        summary = evaluate_pairs(pairs, scheme, output, options.tolerance_mm, options.workers, options.report)
-    originals = {pair.case: (str(pair.prediction), str(pair.reference)) for pair in files.pairs}
-    summary = replace(summary, files=originals, missing=files.missing, unmatched=files.unmatched)
-    summary.write(output)  # with the user's files instead of the mapped ones
-    return summary
+        summary = score_pairs(pairs, scheme, options.tolerance_mm, options.workers)
+        summary = replace(summary, missing=files.missing, unmatched=files.unmatched)
+        write_output(output, summary, options.report, originals)
+    return replace(summary, files=originals)
 
 
 def load_scheme(files: Path, given: Path | None, what: str, option: str) -> LabelScheme:

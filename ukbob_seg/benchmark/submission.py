@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ukbob_seg.benchmark.brats import ORDER, REGIONS
 from ukbob_seg.benchmark.classes import ADRENAL_SIDES, ADRENALS, EITHER, common_name
 from ukbob_seg.benchmark.protocol import SubmissionRules
 from ukbob_seg.benchmark.protocols import submission_rules
@@ -138,7 +137,7 @@ class _ValuePlan:
 
 def _value_plan(rules: SubmissionRules, edition: str, scheme: LabelScheme) -> _ValuePlan:
     if rules.regions:
-        wanted = LabelScheme.from_json({"background": 0, **REGIONS}, ORDER)
+        wanted = LabelScheme.from_json({"background": 0, **rules.region_labels}, rules.region_order)
         difference = wanted.difference(scheme, ("the challenge's conversion", "the prediction"))
         if difference is not None:
             raise ConfigError(f"{difference}; predict with a model of the converted dataset")
