@@ -150,8 +150,6 @@ def test_the_midline_by_what_is_there():
 @pytest.mark.parametrize(
     "landmarks", [{"inferior_vena_cava": 63, "aorta": 52}, {"kidney_right": 2, "kidney_left": 3}, {}]
 )
-    "landmarks", [{"inferior_vena_cava": 63, "aorta": 52}, {"kidney_right": 2, "kidney_left": 3}, {}]
-)
 def test_every_landmark_tells_the_adrenal_glands_of_a_real_ct_apart(landmarks, data_root):
     """Merged and divided again, every voxel has its side back, whichever landmark is there to go by."""
     folder = data_root / "totalsegmentator_ct"
