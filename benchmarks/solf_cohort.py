@@ -18,11 +18,11 @@ import numpy as np
 import pandas as pd
 
 from ukbob_seg.filtering.bounds import SOLF_FEATURES, learn_bounds
-from ukbob_seg.filtering.measure import CaseMeasurement
+from ukbob_seg.filtering.measure import CaseMeasurement, join_shards, shard_path
 from ukbob_seg.filtering.report_figures import distribution_figures
-from ukbob_seg.filtering.shards import Shard, find_shards, join_shards, known_cases, load_shards, shard_path, shard_size
 from ukbob_seg.filtering.solf import flag_organs
 from ukbob_seg.filtering.strata import StratifiedBounds
+from ukbob_seg.shards import Shard, find_shards, known_cases, load_shards, shard_size
 
 
 def features(names: list[str], organs: int, rng: np.random.Generator) -> pd.DataFrame:

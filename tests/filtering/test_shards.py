@@ -15,8 +15,8 @@ import pytest
 from ukbob_seg.filtering import measure
 from ukbob_seg.filtering.cohort import measure_part, solf_filter
 from ukbob_seg.filtering.config import FilterConfig
-from ukbob_seg.filtering.shards import Shard, shard_size
 from ukbob_seg.parallel import Part
+from ukbob_seg.shards import Shard, shard_size
 
 TABLES = ("features.parquet", "flags.parquet", "bounds.json", "policy.json")
 
@@ -44,7 +44,7 @@ def test_a_shard_survives_its_file(tmp_path: Path) -> None:
     assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
     again = Shard.load(tmp_path / "one.parquet")
     assert again is not None
-    assert (again.keys, again.evidence) == (shard.keys, True)
+    assert (again.keys, again.complete) == (shard.keys, True)
     pd.testing.assert_frame_equal(again.rows, rows)
     part = shard.select({"b", "c"})
     assert part.keys == {"b": "k2", "c": "k3"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,17 +16,8 @@ from ukbob_seg.files import digest
 from ukbob_seg.filtering.body import BODY_IMAGE, BODY_UNION, body_kind, body_voxels
 from ukbob_seg.filtering.evidence import EVIDENCE_COLUMNS, organ_evidence
 from ukbob_seg.filtering.shape_features import FEATURE_COLUMNS, organ_features
-from ukbob_seg.filtering.shards import (
-    Shard,
-    find_shards,
-    join_shards,
-    known_cases,
-    load_shards,
-    remove_other_shards,
-    shard_path,
-    shard_size,
-)
 from ukbob_seg.parallel import Part, choose_workers, map_cases
+from ukbob_seg.shards import Shard, find_shards, known_cases, load_shards, shard_size
 
 _VERSION = 2  # raise it when the meaning of a feature changes: kept results are then computed again
 _BYTES_PER_VOXEL = {BODY_IMAGE: 12, BODY_UNION: 6}
@@ -264,6 +255,29 @@ def refuse_failures(failures: dict[str, str], cases: int) -> None:
     raise DatasetError(problems + ("; " if len(failures) == 1 else "\n") + remedy)
 
 
+def shard_path(folder: Path, index: int) -> Path:
+    """Where the shard of a cohort's cases from ``index * shard_size`` is kept."""
+    return Path(folder) / f"shard_{index:05d}.parquet"
+
+
+def join_shards(shards: Iterable[Shard], cases: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
+    """One table of all shards in the order of the cases, and ascending by label within a case."""
+    frames = [shard.rows for shard in shards if len(shard.rows)]
+    if not frames:
+        return pd.DataFrame(columns=list(columns))
+    table = pd.concat(frames, ignore_index=True)[list(columns)]
+    place = table["case"].map({case: position for position, case in enumerate(cases)})
+    return table.assign(_place=place).sort_values(["_place", "label"], ignore_index=True).drop(columns="_place")
+
+
+def remove_other_shards(folder: Path, count: int) -> None:
+    """Delete shards of an earlier, larger cohort."""
+    expected = {shard_path(folder, index) for index in range(count)}
+    for path in find_shards(folder):
+        if path not in expected:
+            path.unlink(missing_ok=True)
+
+
 def _keys(cases: Sequence[Case], measurement: CaseMeasurement) -> tuple[dict[str, str], dict[str, str]]:
     keys, failures = {}, {}
     for case in cases:
@@ -289,7 +303,7 @@ def _job(
 
 def _is_in_place(job: _Job, kept: Shard | None) -> bool:
     """Whether the file of a job that has nothing to measure, as it was read, already holds just its cases."""
-    return kept is not None and dict(kept.keys) == dict(job.known.keys) and kept.evidence >= job.known.evidence
+    return kept is not None and dict(kept.keys) == dict(job.known.keys) and kept.complete >= job.known.complete
 
 
 def _compile_kernels(measurement: CaseMeasurement) -> None:
