@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ukbob_seg.networks import residual_blocks
-from ukbob_seg.networks.residual_blocks import ResidualBlock, UpBlock, project
+from ukbob_seg.networks.residual_blocks import Projection, ResidualBlock, UpBlock
 
 
 def _plain(block, x, skip):
@@ -73,10 +73,10 @@ def test_layouts_give_the_same_numbers(widths):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_projection_is_a_convolution_with_voxels_together(batch):
     torch.manual_seed(0)
-    convolution = nn.Conv3d(5, 7, 1)
+    convolution = Projection(5, 7)
     x = torch.randn(batch, 5, 4, 3, 6)
     last = x.contiguous(memory_format=torch.channels_last_3d).requires_grad_()
-    found, expected = project(last, convolution), convolution(x)
+    found, expected = convolution(last), F.conv3d(x, convolution.weight, convolution.bias)
     assert found.is_contiguous()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     weights = torch.randn_like(expected)

@@ -107,23 +107,26 @@ class UpBlock(nn.Module):
         return saved > 27 * 8 * into * out * out
 
 
-def project(x: Tensor, convolution: nn.Conv3d) -> Tensor:
-    """A 1x1x1 convolution whose result has its voxels together, whatever the layout of its input.
+class Projection(nn.Conv3d):
+    """The 1x1x1 convolution to the outputs, with a bias; its result has its voxels together in whatever layout it came.
 
     Args:
-        x: (B, C, d, h, w).
-        convolution: C -> K, with a bias.
-
-    Returns:
-        (B, K, d, h, w), contiguous.
+        in_channels: of the features.
+        out_channels: outputs.
     """
-    if x.is_cuda or not has_channels_last(x):
-        return convolution(x)
-    weight, bias = convolution.weight.flatten(1), convolution.bias
-    assert bias is not None
-    voxels = x.permute(0, 2, 3, 4, 1).flatten(1, 3)  # (B, N, C), a view
-    outputs = torch.baddbmm(bias[:, None], weight.expand(len(x), -1, -1), voxels.transpose(1, 2))
-    return outputs.view(len(x), len(weight), *x.shape[2:])
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, d, h, w) -> (B, K, d, h, w), contiguous."""
+        if input.is_cuda or not has_channels_last(input):
+            return super().forward(input)
+        weight, bias = self.weight.flatten(1), self.bias
+        assert bias is not None
+        voxels = input.permute(0, 2, 3, 4, 1).flatten(1, 3)  # (B, N, C), a view
+        outputs = torch.baddbmm(bias[:, None], weight.expand(len(input), -1, -1), voxels.transpose(1, 2))
+        return outputs.view(len(input), len(weight), *input.shape[2:])
 
 
 def _weight(part: nn.Module) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ukbob_seg.errors import ConfigError
-from ukbob_seg.networks.residual_blocks import SkipBlock, UpBlock, named, project
+from ukbob_seg.networks.residual_blocks import Projection, SkipBlock, UpBlock, named
 from ukbob_seg.networks.window_attention import MERGING_ORDERS, PatchMerging, SwinBlock, SwinStage
 
 STAGES = 4
@@ -91,11 +91,11 @@ class SwinUNETR(nn.Module):
         self.decoder3 = UpBlock(4 * f, 2 * f, 2, affine)
         self.decoder2 = UpBlock(2 * f, f, 2, affine)
         self.decoder1 = UpBlock(f, f, patch_size, affine)
-        self.out = nn.Sequential(OrderedDict(conv=named(nn.Conv3d(f, out_channels, 1))))
+        self.out = nn.Sequential(OrderedDict(conv=named(Projection(f, out_channels))))
         self.deep_supervision = deep_supervision
         # Last, so that the other weights are drawn as without; when off it is empty, and the names are MONAI's.
         widths = (f, 2 * f, 4 * f) if deep_supervision else ()
-        self.coarse_outs = nn.ModuleList([nn.Conv3d(width, out_channels, 1) for width in widths])
+        self.coarse_outs = nn.ModuleList([Projection(width, out_channels) for width in widths])
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(B, in_channels, D, H, W) -> (B, out_channels, D, H, W) logits.
@@ -113,12 +113,11 @@ class SwinUNETR(nn.Module):
         x3 = self.decoder4(x4, self.encoder4(stage2))
         x2 = self.decoder3(x3, self.encoder3(stage1))
         x1 = self.decoder2(x2, self.encoder2(tokens))
-        out: Any = self.out
-        logits = project(self.decoder1(x1, self.encoder1(x)), out.conv.conv)
+        logits = self.out(self.decoder1(x1, self.encoder1(x)))
         if not (self.deep_supervision and self.training and self.coarse_outs):
             return logits
         coarse: Any = self.coarse_outs
-        return [logits, *(project(x, head) for x, head in zip((x1, x2, x3), coarse, strict=True))]
+        return [logits, *(head(x) for x, head in zip((x1, x2, x3), coarse, strict=True))]
 
     def _check(self, whole: tuple[int, ...]) -> None:
         if len(whole) != 5 or whole[1] != self.in_channels:
