@@ -6,6 +6,16 @@ import argparse
 from pathlib import Path
 
 from ukbob_seg.cli.common import add_roots, choose_device, command, make_parser, roots_from
+from ukbob_seg.cli.models import (
+    ONE_MODEL,
+    adaptation,
+    add_adaptation,
+    add_model,
+    add_postprocessing,
+    add_windows,
+    largest_components,
+    model_folders,
+)
 
 
 @command
@@ -14,31 +24,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = _parser()
     arguments = parser.parse_args(argv)
     if (arguments.model is None) == (arguments.dataset is None):
-        parser.error("give the model either as -d ID or as -m MODEL_FOLDER")
+        parser.error(ONE_MODEL)
     roots = roots_from(arguments)
-    from ukbob_seg.errors import ConfigError
-
-    given = (arguments.etta_mode, arguments.etta_steps, arguments.etta_lr)
-    if not arguments.etta and any(value is not None for value in given):
-        raise ConfigError("--etta-mode, --etta-steps and --etta-lr need --etta")
-    if arguments.no_postprocessing and arguments.postprocessing is not None:
-        raise ConfigError("--postprocessing and --no-postprocessing exclude each other; give one of them")
+    etta = adaptation(arguments, arguments.etta, "--etta")
     if arguments.no_mirror and not arguments.tta:
         print("--no-mirror: nothing is flipped without --tta in any case")
 
     from ukbob_seg.inference.ensemble_predictor import load_predictor
-    from ukbob_seg.inference.etta import EttaConfig
-    from ukbob_seg.inference.postprocessing import names_in
-    from ukbob_seg.inference.predict import model_folder, predict
+    from ukbob_seg.inference.predict import predict
     from ukbob_seg.inference.settings import PredictionSettings
     from ukbob_seg.parallel import Part
 
-    etta = EttaConfig.of_mode(
-        arguments.etta_mode or "guarded", steps=arguments.etta_steps, learning_rate=arguments.etta_lr
-    )
-    largest = None if arguments.postprocessing is None else names_in(arguments.postprocessing)
-    if arguments.postprocessing is not None and largest is None:
-        raise ConfigError(f"--postprocessing {arguments.postprocessing}: it has no list 'largest_component'")
     settings = PredictionSettings(
         step=arguments.step_size,
         tta=arguments.tta,
@@ -47,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         window_batch=arguments.window_batch,
         skip_empty=arguments.skip_empty,
         postprocessing=not arguments.no_postprocessing,
-        largest_component=largest,
+        largest_component=largest_components(arguments),
         overlap=not arguments.no_overlap,
         compile=arguments.compile,
         classes=None if arguments.classes is None else tuple(arguments.classes),
@@ -57,9 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         save_entropy=arguments.save_entropy,
     )
     part = None if arguments.part is None else Part.parse(arguments.part)
-    folders = arguments.model or [
-        model_folder(roots.results, arguments.dataset, arguments.configuration, arguments.network)
-    ]
+    folders = model_folders(arguments, roots)
     arguments.model = arguments.model and ", ".join(map(str, arguments.model))  # for predict_args.json
     # All parts write the same file.
     recorded = {key: str(value) for key, value in sorted(vars(arguments).items()) if key != "part"}
@@ -90,20 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-i", "--input", type=Path, required=True, help="folder of CASE_0000.ext files, or one file")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder, or a label file for one input file")
-    parser.add_argument("-d", "--dataset", metavar="ID", help="dataset id (4) or DatasetXXX_Name that was trained")
-    parser.add_argument(
-        "-m",
-        "--model",
-        type=Path,
-        metavar="DIR",
-        action="append",
-        help="model folder (CONFIG__NETWORK) instead of -d; several of them are averaged (probabilities)",
-    )
-    parser.add_argument("-c", "--configuration", default="3d_fullres", help="with -d; default: 3d_fullres")
-    parser.add_argument("--network", help="with -d; default: swin_unetr, or the only one trained")
-    parser.add_argument("-f", "--folds", nargs="+", metavar="FOLD", help="folds to average (default: all trained)")
-    parser.add_argument("--checkpoint", choices=("best", "final"), default="best", help="default: best")
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    add_model(parser)
     _add_ways(parser)
     _add_outputs(parser)
     add_roots(parser, "results")
@@ -113,45 +94,14 @@ def _parser() -> argparse.ArgumentParser:
 def _add_ways(parser: argparse.ArgumentParser) -> None:
     """How cases are predicted."""
     parser.add_argument("--etta", action="store_true", help="adapt normalization layers to each case")
-    parser.add_argument(
-        "--etta-mode", metavar="MODE",
-        help="guarded (default: how far is decided per case, and undone where it fails) or paper (the plain recipe)",
-    )  # fmt: skip
-    parser.add_argument("--etta-steps", type=int, metavar="N", help="entropy steps at most (default: 5; mode paper: 8)")
-    parser.add_argument(
-        "--etta-lr",
-        type=float,
-        metavar="RATE",
-        help="rate of the entropy steps (default: 4e-3, with BatchNorm 1e-3; mode paper: 5e-3)",
-    )
+    add_adaptation(parser)
     parser.add_argument(
         "--tta",
         action="store_true",
         help="average over flips along the axes that training mirrored, and over small changes of intensity",
     )
-    parser.add_argument(
-        "--no-mirror", action="store_true",
-        help="no flips in --tta, changes of intensity alone (without --tta nothing is flipped in any case)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--step-size", type=float, default=0.5, metavar="S", help="window distance / patch (default: 0.5)"
-    )
-    parser.add_argument(
-        "--window-batch", type=int, default=1, metavar="N", help="windows per forward pass (default: 1)"
-    )
-    parser.add_argument(
-        "--skip-empty", action="store_true",
-        help="leave out windows that lie outside of the body: faster where there is much air around it",
-    )  # fmt: skip
-    parser.add_argument(
-        "--postprocessing", type=Path, metavar="FILE",
-        help="remove stray pieces as this postprocessing.json says, of one model (instead of its own) or of several: "
-        "ukbob_find_best makes one for its winner",
-    )  # fmt: skip
-    parser.add_argument(
-        "--no-postprocessing", action="store_true",
-        help="keep stray pieces also where ukbob_find_postprocessing found that removing them helps",
-    )  # fmt: skip
+    add_windows(parser)
+    add_postprocessing(parser)
     parser.add_argument(
         "--no-overlap", action="store_true",
         help="do not read the next case while the network works on another: less memory, slower",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +11,7 @@ from tqdm import tqdm
 
 from ukbob_seg.errors import CheckpointError
 from ukbob_seg.evaluation.crossval import HeldOut
-from ukbob_seg.files import ensure_writable, read_json, write_json
+from ukbob_seg.files import ensure_writable, file_sha256, read_json, write_json
 from ukbob_seg.inference.earlier import ARGUMENTS, PredictionJob, mark_stale, what_matters
 from ukbob_seg.inference.ensemble_predictor import EnsemblePredictor
 from ukbob_seg.inference.predictor import PredictionSettings, Predictor
@@ -56,7 +54,7 @@ def _validate_fold(models: Sequence[Path], output: Path, fold: str, held_out: He
         "models": [model.name for model in models],
         "fold": fold,
         "checkpoints": {
-            f"{path.parents[1].name}/{path.parent.name}/{path.name}": _sha256(path) for path in checkpoints
+            f"{path.parents[1].name}/{path.parent.name}/{path.name}": file_sha256(path) for path in checkpoints
         },
         "settings": what_matters(SETTINGS),
     }
@@ -115,15 +113,3 @@ def checkpoints_of(model: Path, fold: str) -> list[Path]:
 def _record_of(output: Path) -> Any:
     path = output / ARGUMENTS
     return read_json(path, "record of the last run") if path.is_file() else None
-
-
-def _sha256(path: Path) -> str:
-    stat = path.stat()
-    return _sha256_once(path.resolve(), stat.st_size, stat.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=1024)
-def _sha256_once(path: Path, size: int, changed: int) -> str:
-    """Of a file's content; a model is a member of several ensembles, and read once."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,13 +14,18 @@ import numpy as np
 from scipy import ndimage
 
 from ukbob_seg.errors import ConfigError
-
-BIAS_LOG_AMPLITUDE, BIAS_GRID = 1.3, 16  # factors from 1/3.7 up or to 3.7; voxels along an axis of its coarse grid
-BLUR_SIGMA_MM = 1.2
-NOISE_SHARE = 0.1  # standard deviation, as a share of the image's range
-GHOST_LINES = 0.5  # what is left of every second line
-COARSENING = 2  # voxels that become one, along each axis
-CONTRAST_SLOPE = 3.0
+from ukbob_seg.evaluation.shift_strengths import (
+    BIAS_GRID,
+    BIAS_LOG_AMPLITUDE,
+    BLUR_SIGMA_MM,
+    BRIGHTEST_PERCENTILE,
+    COARSENING,
+    CONTRAST_SLOPE,
+    GAMMAS,
+    GHOST_LINES,
+    NOISE_SHARE,
+    gamma_name,
+)
 
 Spacing = tuple[float, float, float]
 Channel = np.ndarray  # (Z, Y, X) float, with values in [0, 1] but for rare bright voxels
@@ -49,7 +54,7 @@ def apply_shift(image: np.ndarray, name: str, spacing_mm: Spacing, seed: int = 0
     shifted = np.empty_like(image)
     for channel, values in enumerate(image):
         generator = np.random.default_rng([seed, zlib.crc32(name.encode())])  # the same in all channels
-        low, high = float(values.min()), float(np.percentile(values, 99.5))
+        low, high = float(values.min()), float(np.percentile(values, BRIGHTEST_PERCENTILE))
         span = high - low or 1.0
         shifted[channel] = low + span * SHIFTS[name]((values - low) / span, spacing_mm, generator)
     return shifted
@@ -120,8 +125,7 @@ SHIFTS: dict[str, Callable[[Channel, Spacing, np.random.Generator], Channel]] = 
     "bias field": bias_field,
     "blur": blur,
     "noise": noise,
-    "gamma 0.5": _gamma(0.5),
-    "gamma 2": _gamma(2.0),
+    **{gamma_name(gamma): _gamma(gamma) for gamma in GAMMAS},
     "ghosting": ghosting,
     "low resolution": low_resolution,
     "contrast": contrast,

@@ -115,6 +115,12 @@ class EnsemblePredictor(CasePredictor):
             loaded.pop_all()  # from here on close() lets go of them
         return predictor
 
+    def with_settings(self, settings: PredictionSettings) -> EnsemblePredictor:
+        """The same networks, which both use in turn, with other settings; postprocessing is that of these settings."""
+        largest = settings.largest_component if settings.postprocessing else None
+        plain = dataclasses.replace(settings, postprocessing=False, largest_component=None)
+        return EnsemblePredictor({name: m.with_settings(plain) for name, m in self._members.items()}, largest)
+
     def predict_array(
         self,
         image: np.ndarray,

@@ -185,9 +185,7 @@ class Predictor(CasePredictor):
         previous = None
         if stage is not None:
             beside = folder.resolve().with_name(f"{stage}__{first.network.replace(':', '.')}")
-            plain = dataclasses.replace(
-                settings or PredictionSettings(), postprocessing=False, classes=None, save_entropy=False
-            )
+            plain = _of_first_stage(settings or PredictionSettings())
             previous = cls.from_model_folder(beside, previous_folds, checkpoint, device, plain)
         after = None
         if settings is None or settings.postprocessing:
@@ -199,6 +197,16 @@ class Predictor(CasePredictor):
         predictor = cls([network for network, _ in loaded], first, device, settings, previous, after)
         predictor._origin = [str(found[fold].resolve()) for fold in chosen]
         return predictor
+
+    def with_settings(self, settings: PredictionSettings) -> Predictor:
+        """The same networks, which both use in turn, with other settings; postprocessing stays as it was loaded."""
+        previous = self._previous_stage
+        if previous is not None:
+            previous = previous.with_settings(_of_first_stage(settings))
+        after = self._postprocessing
+        other = Predictor(self._networks, self.description, self.device, settings, previous, after)
+        other._serving, other._origin = self._serving, self._origin
+        return other
 
     def origin(self) -> list[str]:
         """Checkpoints of the folds, and of the stages before; nothing for networks that were given."""
@@ -358,6 +366,10 @@ def find_folds(folder: Path, checkpoint: str) -> dict[str, Path]:
     if not folder.is_dir():
         raise CheckpointError(f"model folder {folder} does not exist; train first, or give it with -m")
     return {path.parent.name.removeprefix("fold_"): path for path in sorted(folder.glob(f"fold_*/{NAMES[checkpoint]}"))}
+
+
+def _of_first_stage(settings: PredictionSettings) -> PredictionSettings:
+    return dataclasses.replace(settings, postprocessing=False, classes=None, save_entropy=False)
 
 
 def _common_fields(folds: Sequence[ModelDescription]) -> tuple[UsualField | None, ...] | None:

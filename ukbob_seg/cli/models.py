@@ -1,0 +1,135 @@
+"""How commands name trained models and say how these predict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
+
+    from ukbob_seg.dataset.paths import Roots
+    from ukbob_seg.inference.etta_config import EttaConfig
+
+ONE_MODEL = "give the model either as -d ID or as -m MODEL_FOLDER"
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add -d or -m, which folds and checkpoint, and the device."""
+    parser.add_argument("-d", "--dataset", metavar="ID", help="dataset id (4) or DatasetXXX_Name that was trained")
+    parser.add_argument(
+        "-m",
+        "--model",
+        type=Path,
+        metavar="DIR",
+        action="append",
+        help="model folder (CONFIG__NETWORK) instead of -d; several of them are averaged (probabilities)",
+    )
+    parser.add_argument("-c", "--configuration", default="3d_fullres", help="with -d; default: 3d_fullres")
+    parser.add_argument("--network", help="with -d; default: swin_unetr, or the only one trained")
+    parser.add_argument("-f", "--folds", nargs="+", metavar="FOLD", help="folds to average (default: all trained)")
+    parser.add_argument("--checkpoint", choices=("best", "final"), default="best", help="default: best")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+
+
+def model_folders(arguments: argparse.Namespace, roots: Roots) -> list[Path]:
+    """The model folders that are meant.
+
+    Raises:
+        ConfigError: both or neither of -d and -m, no such dataset, or several networks to choose from.
+    """
+    from ukbob_seg.errors import ConfigError
+    from ukbob_seg.inference.predict import model_folder
+
+    if (arguments.model is None) == (arguments.dataset is None):
+        raise ConfigError(ONE_MODEL)
+    return arguments.model or [
+        model_folder(roots.results, arguments.dataset, arguments.configuration, arguments.network)
+    ]
+
+
+def add_adaptation(parser: argparse.ArgumentParser) -> None:
+    """Add the limits of ETTA."""
+    parser.add_argument(
+        "--etta-mode", metavar="MODE",
+        help="guarded (default: how far is decided per case, and undone where it fails) or paper (the plain recipe)",
+    )  # fmt: skip
+    parser.add_argument("--etta-steps", type=int, metavar="N", help="entropy steps at most (default: 5; mode paper: 8)")
+    parser.add_argument(
+        "--etta-lr",
+        type=float,
+        metavar="RATE",
+        help="rate of the entropy steps (default: 4e-3, with BatchNorm 1e-3; mode paper: 5e-3)",
+    )
+
+
+def adaptation(arguments: argparse.Namespace, is_used: bool, switch: str) -> EttaConfig:
+    """The limits of ETTA.
+
+    Args:
+        arguments: of ``add_adaptation``.
+        is_used: whether anything adapts.
+        switch: what makes it adapt, for the message.
+
+    Raises:
+        ConfigError: limits without adaptation, or out of range.
+    """
+    from ukbob_seg.errors import ConfigError
+    from ukbob_seg.inference.etta_config import EttaConfig
+
+    given = (arguments.etta_mode, arguments.etta_steps, arguments.etta_lr)
+    if not is_used and any(value is not None for value in given):
+        raise ConfigError(f"--etta-mode, --etta-steps and --etta-lr need {switch}")
+    return EttaConfig.of_mode(
+        arguments.etta_mode or "guarded", steps=arguments.etta_steps, learning_rate=arguments.etta_lr
+    )
+
+
+def add_windows(parser: argparse.ArgumentParser) -> None:
+    """Add how windows slide, and flips."""
+    parser.add_argument(
+        "--no-mirror", action="store_true",
+        help="no flips in TTA, changes of intensity alone (without TTA nothing is flipped in any case)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--step-size", type=float, default=0.5, metavar="S", help="window distance / patch (default: 0.5)"
+    )
+    parser.add_argument(
+        "--window-batch", type=int, default=1, metavar="N", help="windows per forward pass (default: 1)"
+    )
+    parser.add_argument(
+        "--skip-empty", action="store_true",
+        help="leave out windows that lie outside of the body: faster where there is much air around it",
+    )  # fmt: skip
+
+
+def add_postprocessing(parser: argparse.ArgumentParser) -> None:
+    """Add what is done to label maps."""
+    parser.add_argument(
+        "--postprocessing", type=Path, metavar="FILE",
+        help="remove stray pieces as this postprocessing.json says, of one model (instead of its own) or of several: "
+        "ukbob_find_best makes one for its winner",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-postprocessing", action="store_true",
+        help="keep stray pieces also where ukbob_find_postprocessing found that removing them helps",
+    )  # fmt: skip
+
+
+def largest_components(arguments: argparse.Namespace) -> tuple[str, ...] | None:
+    """Classes that --postprocessing names; None for what the model folder says.
+
+    Raises:
+        ConfigError: --no-postprocessing was given, too, or the file is another.
+    """
+    from ukbob_seg.errors import ConfigError
+    from ukbob_seg.inference.postprocessing import names_in
+
+    if arguments.postprocessing is None:
+        return None
+    if arguments.no_postprocessing:
+        raise ConfigError("--postprocessing and --no-postprocessing exclude each other; give one of them")
+    largest = names_in(arguments.postprocessing)
+    if largest is None:
+        raise ConfigError(f"--postprocessing {arguments.postprocessing}: it has no list 'largest_component'")
+    return largest
