@@ -22,11 +22,12 @@ padding:0 1rem}
 h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.2rem;margin-top:2.2rem;border-bottom:1px solid var(--line)}
 p.lead{color:var(--soft);margin-top:0}.scroll{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.92rem}
-th,td{padding:.25rem .7rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
+th,td{padding:.25rem .55rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}thead th{background:var(--tint);position:sticky;top:0}
 figure{margin:1rem 0}figure img{max-width:100%;background:#fff;border-radius:4px}figcaption{color:var(--soft)}
 .tiles{display:flex;flex-wrap:wrap;gap:1rem}.tile{background:var(--tint);border-radius:6px;padding:.6rem 1rem}
 .tile b{display:block;font-size:1.4rem}code{background:var(--tint);padding:0 .25em}
+details{margin:.6rem 0}summary{cursor:pointer;color:var(--accent)}
 """
 
 
@@ -56,13 +57,20 @@ class ReportPage:
         cells = "".join(f'<div class="tile">{html.escape(k)}<b>{html.escape(v)}</b></div>' for k, v in values)
         self._parts.append(f'<div class="tiles">{cells}</div>')
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Add a table; floats are printed with three decimals, NaN as a dash."""
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[object]], folded: str = "") -> None:
+        """Add a table; floats are printed with three decimals, NaN as a dash.
+
+        Args:
+            header: of the columns.
+            rows: cells.
+            folded: a title; the table is then shown only when the reader opens it.
+        """
         head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in header)
         body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-        self._parts.append(
-            f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        )
+        table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        if folded:
+            table = f"<details><summary>{html.escape(folded)}</summary>{table}</details>"
+        self._parts.append(table)
 
     def figure(self, figure: Figure, caption: str = "") -> None:
         """Inline a matplotlib figure as PNG."""

@@ -44,7 +44,60 @@ def test_prints_classes_and_mean_and_writes_everything(
     assert content["tolerance_mm"] == 1
     assert len({len(line) for line in lines[:4]}) == 1
     assert lines[-1].endswith("report.html")
-    assert {p.name for p in (tmp_path / "scores").iterdir()} == {"summary.json", "metrics.csv", "report.html"}
+    written = {p.name for p in (tmp_path / "scores").iterdir()}
+    assert written == {"summary.json", "metrics.csv", "metrics.parquet", "report.html"}
+
+
+def test_several_tolerances_are_columns(folders: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*folders, "--tolerance-mm", "1", "3.0", "--no-report"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:9] == ["class", "n", "Dice", "NSD", "1", "mm", "NSD", "3", "mm"]
+    first = lines[1].split()
+    assert (float(first[3]) < 0.999, float(first[4])) == (True, 1.0)  # moved by 3 mm
+    assert len({len(line) for line in lines[:4]}) == 1
+    content = json.loads((Path(folders[0]) / "summary.json").read_text())
+    assert content["tolerances_mm"] == [1, 3]
+    assert content["classes"]["first"]["nsd_3mm"]["mean"] == 1
+
+
+def test_parts_then_the_whole(
+    folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    there = ["-o", str(tmp_path / "scores"), "--workers", "1"]
+    for part, scored in (("1/2", 2), ("2/2", 1), ("1/2", 0)):
+        assert main([*folders, *there, "--part", part]) == 0
+        assert f"{scored} cases scored" in capsys.readouterr().out
+    assert [p.name for p in (tmp_path / "scores").iterdir()] == ["metrics_parts"]
+    assert main([*folders, *there]) == 0
+    assert "3 of 3 cases were scored earlier" in caplog.text
+    in_parts = (tmp_path / "scores" / "summary.json").read_bytes()
+    assert main([*folders, *there, "--overwrite"]) == 0
+    assert (tmp_path / "scores" / "summary.json").read_bytes() == in_parts
+    for more in (["--images", "."], ["--compare", "x"], ["--overwrite"]):
+        assert main([*folders, *there, "--part", "1/2", *more]) == 2
+        assert more[0] in capsys.readouterr().err
+    pair = [f"{folder}/blob_000.nii.gz" for folder in folders]
+    assert main([*pair, "--part", "1/2"]) == 2
+    assert "--part" in capsys.readouterr().err
+
+
+def test_comparison_is_printed_and_written(
+    folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predictions, references = folders
+    assert main([predictions, references, "--compare", references, "-o", str(tmp_path / "cmp")]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "baseline: predictions, 3 cases"
+    assert out[2].split()[:2] == ["Dice", "labelsTr"]
+    assert out[2].split()[3] == "1.000"
+    assert out[-1].endswith("comparison.html")
+    assert {p.name for p in (tmp_path / "cmp").iterdir()} == {
+        "comparison.json", "comparison.csv", "comparison.html", "predictions", "labelsTr",
+    }  # fmt: skip
+    assert main([predictions, references, "--compare", predictions]) == 2
+    assert "different folders" in capsys.readouterr().err
+    assert main([predictions, references, "--compare", str(tmp_path / "none")]) == 2
+    assert "does not exist" in capsys.readouterr().err
 
 
 def test_options(folders: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,7 +38,9 @@ def test_the_mean_is_that_over_cases(roots, model):
     assert all(0.2 < score < 1 for scores in dice.values() for score in scores)
     assert summary.mean("dice") == pytest.approx(np.mean([np.mean(scores) for scores in dice.values()]), abs=1e-12)
     output = model / "crossval_results_folds_0_1"
-    assert {path.name for path in output.iterdir()} == {"summary.json", "metrics.csv", "report.html"}
+    assert {path.name for path in output.iterdir()} == {
+        "summary.json", "metrics.csv", "metrics.parquet", "report.html",
+    }  # fmt: skip
     content = json.loads((output / "summary.json").read_text())
     assert content["overall"]["dice"]["mean"] == pytest.approx(summary.mean("dice"))
     assert {row["case"] for row in content["per_case"]} == {name for names in FOLDS.values() for name in names}

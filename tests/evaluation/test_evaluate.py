@@ -15,8 +15,9 @@ import pytest
 from ukbob_seg.dataset.image_io import Geometry, read_labels, write_labels
 from ukbob_seg.dataset.labels import LabelScheme
 from ukbob_seg.errors import ConfigError, DatasetError, UkbobError
-from ukbob_seg.evaluation.evaluate import ReportOptions, case_name, evaluate, evaluate_pairs, match_files
+from ukbob_seg.evaluation.evaluate import ReportOptions, evaluate, evaluate_pairs
 from ukbob_seg.evaluation.metrics import evaluate_case
+from ukbob_seg.evaluation.pairing import case_name, match_files
 
 SPACING = (3.0, 1.0, 0.7)
 QUIET = ReportOptions(write=False)
@@ -49,14 +50,14 @@ def test_scores_every_case_and_class_in_mm(folders: tuple[Path, Path]) -> None:
         for name, metrics in expected.items():
             assert rows.loc[name, list(metrics)].to_dict() == pytest.approx(metrics)
     assert summary.statistics("hd")["mean"].tolist() == pytest.approx([0.7, 0.7], rel=1e-6)
-    assert {p.name for p in predictions.iterdir()} >= {"summary.json", "metrics.csv", "report.html"}
+    assert {p.name for p in predictions.iterdir()} >= {"summary.json", "metrics.csv", "metrics.parquet", "report.html"}
     assert not [p for p in predictions.iterdir() if p.name.startswith(".")]
 
 
 def test_output_folder_and_no_report(folders: tuple[Path, Path], tmp_path: Path) -> None:
     evaluate(*folders, output=tmp_path / "deep" / "scores", report=QUIET)
     written = tmp_path / "deep" / "scores"
-    assert {p.name for p in written.iterdir()} == {"summary.json", "metrics.csv"}
+    assert {p.name for p in written.iterdir()} == {"summary.json", "metrics.csv", "metrics.parquet"}
     assert len(list(folders[0].iterdir())) == 3
     (written / "report.html").write_text("of an earlier run")
     evaluate(*folders, output=written, report=QUIET)

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 
 from ukbob_seg.dataset.image_io import Geometry, write_image, write_labels
 from ukbob_seg.drawing import outline
+from ukbob_seg.evaluation.distribution_figures import distribution_figures
 from ukbob_seg.evaluation.evaluate import ReportOptions, evaluate
 from ukbob_seg.evaluation.metrics import absent_from_both
 from ukbob_seg.evaluation.report import find_image, worst_cases, write_report
-from ukbob_seg.evaluation.report_figures import dice_figures
 from ukbob_seg.evaluation.summary import CaseMetrics, EvaluationSummary, collect
 
 GEOMETRY = Geometry((10, 20, 24), (3.0, 1.0, 0.7))
@@ -48,7 +48,8 @@ def test_page_is_self_contained_and_names_everything(files: tuple[Path, Path, Pa
     predictions, references, images = files
     evaluate(predictions, references, report=ReportOptions(images=images if with_images else None))
     page = (predictions / "report.html").read_text()
-    assert page.count("<img") == 2
+    assert page.count("<img") == 4  # overlays; Dice, HD95 and NSD of every case
+    assert page.count("<details>") == 4  # NSD, HD95, HD, ASSD
     assert not re.search(r"(?:src|href)=\"(?!data:)", page)
     assert "mean over classes" in page
     for case in range(2, 12):
@@ -101,13 +102,38 @@ def test_report_without_files_or_foreground(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("classes", "figures"), [(1, 1), (2, 1), (40, 1), (72, 2), (138, 4)])
 def test_dice_figures_hold_every_class_once(classes: int, figures: int, rng: np.random.Generator) -> None:
-    drawn = list(dice_figures(many_classes(classes, 3, rng)))
+    drawn = list(distribution_figures(many_classes(classes, 3, rng)))
     assert len(drawn) == figures
     names: list[str] = []
     for figure, _ in drawn:
         assert isinstance(figure, Figure)
         names += [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert sorted(names) == sorted(f"organ {k}" for k in range(classes))
+
+
+def test_distances_of_missed_classes_are_drawn_at_the_end(rng: np.random.Generator) -> None:
+    cases = [CaseMetrics(f"c{k}", {"x": scores(0.5, hd=float(k)), "y": scores(0.9, hd=1.0)}) for k in range(6)]
+    cases += [CaseMetrics("m", {"x": scores(0.0, hd=np.inf)}), CaseMetrics("n", {"x": scores(0.0, hd=np.inf)})]
+    ((figure, caption),) = distribution_figures(collect(cases), "hd95")
+    axis = figure.axes[0]
+    assert [text.get_text() for text in axis.texts] == ["2"]
+    assert axis.texts[0].xy == pytest.approx((5 * 1.06, 0))
+    assert axis.get_xlim()[1] > 5 * 1.06
+    assert axis.get_xlabel() == "HD95 (mm)"
+    assert "infinite" in caption
+    far = collect([*cases, CaseMetrics("far", {"x": scores(0.1, hd=200.0)})])
+    ((figure, caption),) = distribution_figures(far, "hd95")
+    assert figure.axes[0].get_xscale() == "symlog"
+    assert "Logarithmic" in caption
+
+
+def test_many_cases_are_a_density_with_the_worst_ten(rng: np.random.Generator) -> None:
+    values = rng.uniform(0.3, 1, 600)
+    summary = collect([CaseMetrics(f"c{k}", {"x": scores(v)}) for k, v in enumerate(values)])
+    ((figure, caption),) = distribution_figures(summary)
+    dots = [c for c in figure.axes[0].collections if len(c.get_offsets()) == 10]
+    assert sorted(float(x) for x, _ in dots[0].get_offsets()) == pytest.approx(np.sort(values)[:10].tolist())
+    assert caption.startswith("Shape: density")
 
 
 def test_outline_encloses_the_mask(rng: np.random.Generator) -> None:

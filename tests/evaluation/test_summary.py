@@ -81,15 +81,17 @@ def test_json_is_strict_and_complete(summary: EvaluationSummary, tmp_path: Path)
         raise AssertionError(literal)
 
     content = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
-    assert content["tolerance_mm"] == 1.5
+    assert (content["tolerance_mm"], content["tolerances_mm"]) == (1.5, [1.5])
     assert content["cases"] == 3
     assert content["missing_predictions"] == ["d"]
     assert content["predictions_without_reference"] == ["e"]
     assert content["absent_classes"] == ["tail"]
-    assert content["overall"]["dice"] == {"mean": pytest.approx(0.5), "classes": 2, "values": 5, "n_infinite": 0}
+    assert content["overall"]["dice"] == {
+        "mean": pytest.approx(0.5), "classes": 2, "values": 5, "n_infinite": 0, "ci95": None,
+    }  # fmt: skip
     spleen = content["classes"]["spleen"]
     assert spleen["values"] == [2, 3]
-    assert spleen["hd"] == {"mean": 4.0, "sd": None, "median": 4.0, "n": 1, "n_infinite": 1}
+    assert spleen["hd"] == {"mean": 4.0, "sd": None, "median": 4.0, "n": 1, "n_infinite": 1, "ci95": None}
     assert content["classes"]["tail"]["dice"]["mean"] is None
     first, second, third = content["per_case"]
     assert (first["case"], first["prediction"], first["reference"]) == ("a", "p/a", "r/a")
@@ -97,6 +99,23 @@ def test_json_is_strict_and_complete(summary: EvaluationSummary, tmp_path: Path)
     assert third["classes"]["spleen"]["dice"] is None
     assert list(third["classes"]["liver"]) == list(METRICS)
     assert third["classes"]["liver"]["n_ref"] == 10
+
+
+def test_intervals_are_written(tmp_path: Path) -> None:
+    cases = [CaseMetrics(f"c{k}", {"x": metrics(k / 10)}) for k in range(10)]
+    collect(cases).write(tmp_path)
+    content = json.loads((tmp_path / "summary.json").read_text())
+    low, high = content["classes"]["x"]["dice"]["ci95"]
+    assert 0.2 < low < 0.45 < high < 0.7
+    assert content["overall"]["dice"]["ci95"] == [low, high]  # of one class
+    assert "ci95" not in content["classes"]["x"]["volume_pred_mm3"]
+
+
+def test_a_huge_table_stays_out_of_the_json(summary: EvaluationSummary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ukbob_seg.evaluation.summary.MOST_ROWS_IN_JSON", 9)
+    assert summary.to_json()["per_case"] is not None
+    monkeypatch.setattr("ukbob_seg.evaluation.summary.MOST_ROWS_IN_JSON", 8)
+    assert summary.to_json()["per_case"] is None
 
 
 def test_csv_reads_back_as_the_table(summary: EvaluationSummary, tmp_path: Path) -> None:

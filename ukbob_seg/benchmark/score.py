@@ -14,14 +14,9 @@ from ukbob_seg.dataset.image_io import largest_voxels, read_labels, write_labels
 from ukbob_seg.dataset.labels import LabelScheme
 from ukbob_seg.dataset.spec import DatasetSpec, summarise_problems
 from ukbob_seg.errors import DatasetError
-from ukbob_seg.evaluation.evaluate import (
-    DEFAULT_REPORT,
-    ReportOptions,
-    match_files,
-    prepare_output,
-    score_pairs,
-    write_output,
-)
+from ukbob_seg.evaluation.evaluate import DEFAULT_REPORT, ReportOptions, prepare_output, score_pairs, write_output
+from ukbob_seg.evaluation.metrics import Tolerances
+from ukbob_seg.evaluation.pairing import match_files
 from ukbob_seg.evaluation.summary import EvaluationSummary
 from ukbob_seg.files import read_json
 from ukbob_seg.parallel import choose_workers, map_cases
@@ -36,7 +31,7 @@ class ScoreOptions:
     Attributes:
         prediction_labels: dataset.json of the predictions; None: beside them or one folder up.
         reference_labels: dataset.json of the references, likewise.
-        tolerance_mm: of the normalized surface Dice.
+        tolerance_mm: of the normalized surface Dice, one or several.
         workers: processes; None chooses.
         allow_missing: score what is there when predictions are missing.
         report: whether and how to write the HTML report.
@@ -44,7 +39,7 @@ class ScoreOptions:
 
     prediction_labels: Path | None = None
     reference_labels: Path | None = None
-    tolerance_mm: float = 2.0
+    tolerance_mm: Tolerances = 2.0
     workers: int | None = None
     allow_missing: bool = False
     report: ReportOptions = DEFAULT_REPORT

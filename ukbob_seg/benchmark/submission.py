@@ -21,7 +21,7 @@ from ukbob_seg.dataset.image_io import largest_voxels, read_geometry, read_image
 from ukbob_seg.dataset.labels import LabelScheme
 from ukbob_seg.dataset.spec import summarise_problems
 from ukbob_seg.errors import ConfigError, DatasetError, listing
-from ukbob_seg.evaluation.evaluate import label_files
+from ukbob_seg.evaluation.pairing import label_files
 from ukbob_seg.files import atomic_path
 from ukbob_seg.parallel import choose_workers, map_cases
 

@@ -37,7 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument("--images", type=Path, metavar="DIR", help="images to draw the worst cases on")
     parser.add_argument(
-        "--tolerance-mm", type=float, default=2.0, metavar="MM", help="of the normalized surface Dice (default: 2)"
+        "--tolerance-mm",
+        type=float,
+        nargs="+",
+        default=[2.0],
+        metavar="MM",
+        help="of the normalized surface Dice, one or several (default: 2)",
     )
     parser.add_argument("--allow-missing", action="store_true", help="score what is there when predictions are missing")
     parser.add_argument("--no-report", action="store_true", help="do not write report.html")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ukbob_seg.errors import listing
-from ukbob_seg.evaluation.report_figures import Overlay, dice_figures, overlay_figure
+from ukbob_seg.evaluation.distribution_figures import distribution_figures, metric_title
+from ukbob_seg.evaluation.intervals import LEAST_VALUES, REPLICATES
+from ukbob_seg.evaluation.metrics import DISTANCES, nsd_names
+from ukbob_seg.evaluation.overlays import Overlay, overlay_figure
 from ukbob_seg.evaluation.summary import EvaluationSummary
 from ukbob_seg.report_page import ReportPage
 
 WORST_CASES = 10
+DRAWN = ("dice", "hd95", "nsd")
 
 
 def write_report(path: Path, summary: EvaluationSummary, images: Path | None = None) -> None:
@@ -32,10 +37,11 @@ def write_report(path: Path, summary: EvaluationSummary, images: Path | None = N
     _class_table(page, summary)
     page.heading("Worst cases")
     _worst_section(page, summary, images)
-    for number, (figure, caption) in enumerate(dice_figures(summary)):
-        if number == 0:
-            page.heading("Dice of every case")
-        page.figure(figure, caption)
+    for metric in DRAWN:
+        for number, (figure, caption) in enumerate(distribution_figures(summary, metric)):
+            if number == 0:
+                page.heading(f"{metric_title(metric, summary.tolerances)} of every case")
+            page.figure(figure, caption)
     page.heading("Definitions")
     page.bullets(_definitions(summary))
     page.write(path)
@@ -63,7 +69,7 @@ def worst_cases(summary: EvaluationSummary, most: int = WORST_CASES) -> pd.DataF
 
 def find_image(folder: Path, case: str) -> Path | None:
     """The first channel of a case (``CASE_0000.nii.gz``), or its only file (``CASE.nii.gz``); None without one."""
-    from ukbob_seg.evaluation.evaluate import FILE_ENDINGS
+    from ukbob_seg.evaluation.pairing import FILE_ENDINGS
 
     candidates = (Path(folder) / f"{case}{suffix}{ending}" for suffix in ("_0000", "") for ending in FILE_ENDINGS)
     return next((path for path in candidates if path.is_file()), None)
@@ -71,12 +77,15 @@ def find_image(folder: Path, case: str) -> Path | None:
 
 def _headline(page: ReportPage, summary: EvaluationSummary) -> None:
     missed = summary.overall("hd").n_infinite
+    nsd = nsd_names(summary.tolerances) or ("nsd",)
+    low, high = summary.intervals.overall["dice"]
     page.tiles(
         [
             ("mean Dice", _fixed(summary.mean("dice"), 3)),
+            *([("95 % interval", f"{low:.3f} to {high:.3f}")] if np.isfinite(low) else []),
             ("mean HD95", f"{_fixed(summary.mean('hd95'))} mm"),
             ("mean HD", f"{_fixed(summary.mean('hd'))} mm"),
-            (f"mean NSD at {summary.tolerance_mm:g} mm", _fixed(summary.mean("nsd"), 3)),
+            *((f"mean {metric_title(metric, summary.tolerances)}", _fixed(summary.mean(metric), 3)) for metric in nsd),
             ("missed or invented", str(missed)),
             ("cases", str(len(summary.cases))),
         ]
@@ -101,25 +110,55 @@ def _headline(page: ReportPage, summary: EvaluationSummary) -> None:
 
 
 def _class_table(page: ReportPage, summary: EvaluationSummary) -> None:
-    dice = summary.statistics("dice")
-    means = {metric: summary.statistics(metric)["mean"] for metric in ("nsd", "hd", "hd95", "assd")}
+    """Dice in full with the means of the other metrics; then each of those in full, folded."""
+    others = (*(nsd_names(summary.tolerances) or ("nsd",)), "hd95", "hd", "assd")
+    titles = [metric_title(metric, summary.tolerances).replace(" (mm)", " mm").replace(" at", "") for metric in others]
+    full = {metric: _statistics(summary, metric) for metric in ("dice", *others)}
     infinite = summary.statistics("hd")["n_infinite"]
-    header = ["class", "n", "Dice", "sd", "median", "NSD", "HD95 mm", "HD mm", "ASSD mm", "n infinite"]
+    header = ["class", "n", "Dice", "95 % interval", "sd", "median", *titles, "n infinite"]
     rows: list[list[object]] = []
-    for name in summary.classes:
-        row = dice.loc[name]
-        if not row["n"]:
+    for name, dice in full["dice"].items():
+        if dice is None:
             rows.append([name, "absent", *["-"] * (len(header) - 2)])
-            continue
-        distances = [_fixed(means[metric][name]) for metric in ("hd95", "hd", "assd")]
-        scores = [float(row[key]) for key in ("mean", "sd", "median")]
-        rows.append([name, int(row["n"]), *scores, float(means["nsd"][name]), *distances, int(infinite[name])])
+        else:
+            rows.append([name, *dice, *(_mean(full[metric][name]) for metric in others), int(infinite[name])])
     if len(rows) > 1:
-        overall = {metric: summary.overall(metric) for metric in ("dice", "nsd", "hd95", "hd", "assd")}
-        distances = [_fixed(overall[metric].mean) for metric in ("hd95", "hd", "assd")]
-        total = [overall["dice"].values, overall["dice"].mean, "", "", overall["nsd"].mean]
-        rows.append(["mean over classes", *total, *distances, overall["hd"].n_infinite])
+        overall = summary.overall("dice")
+        means = [_digits(metric, summary.mean(metric)) for metric in others]
+        interval = _interval("dice", summary.intervals.overall["dice"])
+        missed = summary.overall("hd").n_infinite
+        rows.append(["mean over classes", overall.values, _fixed(overall.mean, 3), interval, "", "", *means, missed])
     page.table(header, rows)
+    for metric, title in zip(others, titles, strict=True):
+        page.table(
+            ["class", "n", "mean", "95 % interval", "sd", "median"],
+            [[name, *(found or ["-"] * 5)] for name, found in full[metric].items()],
+            folded=f"{title}: interval, sd and median of every class",
+        )
+
+
+def _statistics(summary: EvaluationSummary, metric: str) -> dict[str, list[object] | None]:
+    """Class -> n, mean, interval, sd and median, written out; None without a finite value."""
+    table, intervals = summary.statistics(metric), summary.intervals.classes[metric]
+    found: dict[str, list[object] | None] = {}
+    for name, row in table.iterrows():
+        mean, sd, median = (_digits(metric, row[key]) for key in ("mean", "sd", "median"))
+        interval = _interval(metric, intervals.loc[name])
+        found[str(name)] = [int(row["n"]), mean, interval, sd, median] if row["n"] else None
+    return found
+
+
+def _mean(statistics: list[object] | None) -> object:
+    return "-" if statistics is None else statistics[1]
+
+
+def _interval(metric: str, limits: Sequence[float]) -> str:
+    low, high = limits
+    return f"{_digits(metric, low)} to {_digits(metric, high)}" if np.isfinite(low) else "-"
+
+
+def _digits(metric: str, value: float) -> str:
+    return _fixed(value, 2 if metric in DISTANCES else 3)
 
 
 def _worst_section(page: ReportPage, summary: EvaluationSummary, images: Path | None) -> None:
@@ -156,13 +195,16 @@ def _worst_section(page: ReportPage, summary: EvaluationSummary, images: Path | 
 
 
 def _definitions(summary: EvaluationSummary) -> list[str]:
+    tolerances = " or ".join(f"{tolerance:g}" for tolerance in summary.tolerances)
     return [
         "Dice: twice the common voxels over the sum of both maps' voxels.",
         "HD, HD95, ASSD: largest, 95th percentile (the larger of both directions) and mean distance between the "
         "boundary voxels of both maps, in mm.",
-        f"NSD: share of boundary voxels within {summary.tolerance_mm:g} mm of the other map's boundary.",
+        f"NSD: share of boundary voxels within {tolerances} mm of the other map's boundary.",
         "n: cases in which the class is in at least one of the maps. A class absent from both maps of a case enters "
         "no mean; n infinite counts cases in which only one map has it. sd: sample standard deviation over cases.",
+        f"95 % interval: of the mean, percentiles 2.5 and 97.5 of {REPLICATES} bootstrap samples of whole cases; from "
+        f"{LEAST_VALUES} values.",
     ]
 
 
