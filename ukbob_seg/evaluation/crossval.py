@@ -89,7 +89,7 @@ def accumulate_crossval(
     """Score the validation predictions of several folds of a model as one set of cases.
 
     Writes ``MODEL/crossval_results_folds_0_1_.../`` with summary.json, metrics.csv and report.html; the label files
-    stay where they are. Cases are scored again, unless an earlier call scored the same files, whatever the folds say.
+    stay where they are. The scores are this function's own, whatever the folds' summaries say; an earlier call's are kept.
 
     Args:
         model_folder: ``results/DatasetXXX_Name/CONFIG__NETWORK``.
