@@ -51,6 +51,7 @@ setup(
     extras_require={
         "dask": ["dask>=2024.1", "distributed>=2024.1"],
         "tensorboard": ["tensorboard>=2.14"],
+        "tsne": ["scikit-learn>=1.3"],
         "nnunet": ["dynamic-network-architectures>=0.4"],
         "test": [
             "pytest>=8",
