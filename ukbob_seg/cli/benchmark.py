@@ -15,6 +15,8 @@ SUBCOMMANDS = {
     "package": ("ukbob_seg.cli.benchmark_package", "predictions into the archive that the organisers expect"),
     "validate": ("ukbob_seg.cli.benchmark_validate", "check such an archive against the challenge's rules"),
     "table": ("ukbob_seg.cli.benchmark_table", "your scores beside the paper's figures"),
+    "scaling": ("ukbob_seg.cli.benchmark_scaling", "Dice against the number of training cases"),
+    "embeddings": ("ukbob_seg.cli.benchmark_embeddings", "t-SNE of a model's features, averaged over each class"),
 }
 
 
