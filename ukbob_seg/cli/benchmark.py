@@ -14,6 +14,10 @@ SUBCOMMANDS = {
     "score": ("ukbob_seg.cli.benchmark_score", "zero-shot: score on the organs that two sets of classes share"),
     "package": ("ukbob_seg.cli.benchmark_package", "predictions into the archive that the organisers expect"),
     "validate": ("ukbob_seg.cli.benchmark_validate", "check such an archive against the challenge's rules"),
+    "robustness": (
+        "ukbob_seg.cli.benchmark_robustness",
+        "a trained model on shifted images, with and without adaptation",
+    ),
     "table": ("ukbob_seg.cli.benchmark_table", "your scores beside the paper's figures"),
     "scaling": ("ukbob_seg.cli.benchmark_scaling", "Dice against the number of training cases"),
     "embeddings": ("ukbob_seg.cli.benchmark_embeddings", "t-SNE of a model's features, averaged over each class"),

@@ -71,6 +71,10 @@ class CasePredictor(ABC):
         """Where the networks came from, for records."""
 
     @abstractmethod
+    def with_settings(self, settings: PredictionSettings) -> CasePredictor:
+        """The same networks, which both use in turn, with other settings."""
+
+    @abstractmethod
     def predict_array(
         self,
         image: np.ndarray,

@@ -116,7 +116,7 @@ class EnsemblePredictor(CasePredictor):
         return predictor
 
     def with_settings(self, settings: PredictionSettings) -> EnsemblePredictor:
-        """The same networks, which both use in turn, with other settings; postprocessing is that of these settings."""
+        """As of all predictors; postprocessing is that of these settings."""
         largest = settings.largest_component if settings.postprocessing else None
         plain = dataclasses.replace(settings, postprocessing=False, largest_component=None)
         return EnsemblePredictor({name: m.with_settings(plain) for name, m in self._members.items()}, largest)
@@ -130,39 +130,83 @@ class EnsemblePredictor(CasePredictor):
     ) -> EnsemblePrediction:
         """Segment one image; see ``CasePredictor.predict_array``. Windows of all models are counted together."""
         scheme, count = self.spec.labels, len(self._members)
-        windows = _WindowCount(progress)
         with ExitStack() as stack:
-            cases = {
-                name: stack.enter_context(member.stream(image, geometry, windows.of(name)))
-                for name, member in self._members.items()
-            }
+            cases = self._streams(image, geometry, progress, stack)
             properties = next(iter(cases.values())).properties
-            if any(case.properties.box != properties.box for case in cases.values()):
-                raise RuntimeError("the models crop this image differently")  # the box depends on the image alone
             decision: np.ndarray = np.empty(box_shape(properties), dtype=np.uint16)
-            streams = [in_blocks(_planes(self._members[name], case), PLANES_AT_ONCE) for name, case in cases.items()]
             stream = stack.enter_context(probability_stream(probabilities, properties, scheme))
             heads = {member.description.head for member in self._members.values()}
             head = "sigmoid" if "sigmoid" in heads else "softmax"
             entropy = EntropyMap(properties, head) if self.settings.save_entropy else None
             sinks = [sink for sink in (stream, entropy) if sink is not None]
-            start = 0
-            for blocks in zip(*streams, strict=True):
+            for planes, blocks in self._blocks(cases):
                 total = _sum(blocks)
-                stop = start + total.shape[1]
-                found = decide_probabilities(self.written.deciding(total), count / 2 if scheme.has_regions else None)
-                decision[start:stop] = found.cpu().numpy()
+                decision[planes] = self._decide(total, count)
                 if sinks:
                     average = total / count
                     for sink in sinks:
                         sink.append(average)
-                start = stop
         records = [
             {"model": name, **fold_records(case.etta, case.previous_stage)} for name, case in cases.items() if case.etta
         ]
         labels = to_file_values(decision, properties, self.written.decision_values)
         labels = self._postprocessing.apply(labels, self.spec.labels)
         return EnsemblePrediction(labels, tuple(records), entropy=None if entropy is None else entropy.values)
+
+    def predict_subsets(
+        self,
+        image: np.ndarray,
+        geometry: Geometry,
+        subsets: Sequence[Sequence[str]],
+        progress: Progress | None = None,
+    ) -> list[np.ndarray]:
+        """Label maps (Z, Y, X) of the averages of some of the models each, for which every model runs once.
+
+        They are those of ensembles of these models; nothing is postprocessed.
+
+        Args:
+            image: (C, Z, Y, X) float32 as read from file.
+            geometry: its grid.
+            subsets: names of models, in the order in which an ensemble of them would have them.
+            progress: called with (windows done, windows in all).
+        """
+        with ExitStack() as stack:
+            cases = self._streams(image, geometry, progress, stack)
+            properties = next(iter(cases.values())).properties
+            decisions = [np.empty(box_shape(properties), dtype=np.uint16) for _ in subsets]
+            place = {name: number for number, name in enumerate(cases)}
+            for planes, blocks in self._blocks(cases):
+                for decision, names in zip(decisions, subsets, strict=True):
+                    decision[planes] = self._decide(_sum([blocks[place[name]] for name in names]), len(names))
+        return [to_file_values(decision, properties, self.written.decision_values) for decision in decisions]
+
+    def _streams(
+        self, image: np.ndarray, geometry: Geometry, progress: Progress | None, stack: ExitStack
+    ) -> dict[str, CaseStream]:
+        """Every model's logits of the case, by name."""
+        windows = _WindowCount(progress)
+        cases = {
+            name: stack.enter_context(member.stream(image, geometry, windows.of(name)))
+            for name, member in self._members.items()
+        }
+        boxes = [case.properties.box for case in cases.values()]
+        if any(box != boxes[0] for box in boxes):
+            raise RuntimeError("the models crop this image differently")  # the box depends on the image alone
+        return cases
+
+    def _blocks(self, cases: Mapping[str, CaseStream]) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+        """The same planes of all models' probabilities, and where they are."""
+        streams = [in_blocks(_planes(self._members[name], case), PLANES_AT_ONCE) for name, case in cases.items()]
+        start = 0
+        for blocks in zip(*streams, strict=True):
+            stop = start + blocks[0].shape[1]
+            yield slice(start, stop), blocks
+            start = stop
+
+    def _decide(self, total: Tensor, count: int) -> np.ndarray:
+        """Decision of summed probabilities of so many models."""
+        threshold = count / 2 if self.spec.labels.has_regions else None
+        return decide_probabilities(self.written.deciding(total), threshold).cpu().numpy()
 
     def origin(self) -> list[str]:
         """Checkpoints of all models."""

@@ -199,7 +199,7 @@ class Predictor(CasePredictor):
         return predictor
 
     def with_settings(self, settings: PredictionSettings) -> Predictor:
-        """The same networks, which both use in turn, with other settings; postprocessing stays as it was loaded."""
+        """As of all predictors; postprocessing stays as it was loaded."""
         previous = self._previous_stage
         if previous is not None:
             previous = previous.with_settings(_of_first_stage(settings))
