@@ -1,5 +1,6 @@
 """The best model wins, ensembles never see what they predict, and the printed command works."""
 
+import itertools
 import json
 import math
 import shlex
@@ -24,11 +25,13 @@ from ukbob_seg.cli import predict as predict_command
 from ukbob_seg.dataset.image_io import read_labels, write_labels
 from ukbob_seg.dataset.paths import Roots
 from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError
+from ukbob_seg.evaluation import ensemble_validation
+from ukbob_seg.evaluation.ensemble_validation import in_groups
 from ukbob_seg.evaluation.model_selection import Candidate, Ranked, SelectionOptions, rank
 from ukbob_seg.evaluation.summary import OverallMean
 from ukbob_seg.files import read_json
-from ukbob_seg.inference.case_predictor import CasePredictor
 from ukbob_seg.inference.postprocessing import keep_largest
+from ukbob_seg.inference.predictor import Predictor
 
 A, B = folder_name("3d_fullres", "a"), folder_name("2d", "b")
 SHIFTS_A, SHIFTS_B = {"0": 0.5, "1": -0.4}, {"0": -0.3, "1": 0.55}
@@ -53,13 +56,13 @@ def roots(trained, tmp_path):
 @pytest.fixture
 def counted(monkeypatch):
     """Names of the label files that are predicted."""
-    calls, real = [], CasePredictor.predict_case
+    calls, real = [], ensemble_validation.predict_jobs
 
-    def predict_case(self, images, output, progress=None):
-        calls.append(output.name)
-        return real(self, images, output, progress)
+    def predict_jobs(predictor, jobs):
+        calls.extend(job.output.name for job in jobs.values())
+        return real(predictor, jobs)
 
-    monkeypatch.setattr(CasePredictor, "predict_case", predict_case)
+    monkeypatch.setattr(ensemble_validation, "predict_jobs", predict_jobs)
     return calls
 
 
@@ -148,15 +151,15 @@ def test_goes_on_where_it_stopped_but_not_with_other_checkpoints(roots, counted,
     monkeypatch.setitem(SHIFTS_A, "1", -0.1)
     make_model(roots, "3d_fullres", "a", {"1": -0.1})  # trained again
     counted.clear()
-    real, before = CasePredictor.predict_case, first.parents[2] / "fold_1" / "validation" / "level_3.nii.gz"
+    real, before = ensemble_validation.predict_jobs, first.parents[2] / "fold_1" / "validation" / "level_3.nii.gz"
 
-    def interrupted(self, images, output, progress=None):
-        if output == before:
+    def interrupted(predictor, jobs):
+        if any(job.output == before for job in jobs.values()):
             raise KeyboardInterrupt
-        return real(self, images, output, progress)
+        return real(predictor, jobs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CasePredictor, "predict_case", interrupted)
+        patch.setattr(ensemble_validation, "predict_jobs", interrupted)
         with pytest.raises(KeyboardInterrupt):
             find_best(5, roots, workers=1)
     assert before.is_file()  # of the earlier network, and marked as such
@@ -165,6 +168,38 @@ def test_goes_on_where_it_stopped_but_not_with_other_checkpoints(roots, counted,
     find_best(5, roots, workers=1)
     assert counted == ["level_3.nii.gz"]
     _expected(roots)
+
+
+@pytest.mark.parametrize(("at_once", "runs"), [(2, 12), (3, 8), (4, 4)])
+def test_a_model_runs_once_for_all_ensembles_made_together(roots, monkeypatch, at_once, runs):
+    """Four models, six pairs: by twos every pair runs both of its models."""
+    for letter, shift in (("a", 0.15), ("b", -0.2)):
+        make_model(roots, "3d_lowres", letter, {"0": shift, "1": shift})
+    calls, real = [], Predictor.stream
+
+    def stream(self, image, geometry, progress=None):
+        calls.append(self)
+        return real(self, image, geometry, progress)
+
+    monkeypatch.setattr(Predictor, "stream", stream)
+    selection = find_best(5, roots, SelectionOptions(models_at_once=at_once), workers=1)
+    assert len(selection.ranking) == 10
+    assert len(calls) == runs * 4  # cases
+    _expected(roots)
+    calls.clear()
+    find_best(5, roots, SelectionOptions(models_at_once=at_once, metric="hd95"), workers=1)
+    assert calls == []
+
+
+def test_groups_have_every_ensemble_once_and_few_models():
+    models = [Path(letter) for letter in "abcdef"]
+    ensembles = [*itertools.combinations(models, 2), *itertools.combinations(models, 3)]
+    for most in (2, 3, 4, 6):
+        groups = in_groups(ensembles, most)
+        assert sorted(ensemble for group in groups for ensemble in group) == sorted(ensembles)
+        for group in groups:
+            assert len({model for ensemble in group for model in ensemble}) <= max(most, 3 if len(group) == 1 else 0)
+    assert len(in_groups(ensembles, 6)) == 1
 
 
 def test_the_printed_command_predicts_with_an_ensemble(roots, capsys):
@@ -214,6 +249,7 @@ def test_models_that_cannot_be_compared_are_named(roots, capsys):
     assert command.main(["-d", "5", "--workers", "1", *_flags(roots)]) == 0
     out = capsys.readouterr().out
     assert f"{B} has no complete validation of fold 1" in out
+    assert "-c 2d --network shifted_models:" in out
     assert not (roots.results / NAME / "ensembles").exists()
     assert B in read_json(roots.results / NAME / "best_model.json")["skipped"]
     assert len(find_best(5, roots, SelectionOptions(folds=("0",)), workers=1).ranking) == 3
@@ -227,6 +263,7 @@ def test_errors(roots, capsys):
     assert "--metric must be one of dice, iou" in fails("--metric", "beauty")
     assert "exclude each other" in fails("--no-ensembles", "--ensemble-size", "3")
     assert "--ensemble-size must be at least 1" in fails("--ensemble-size", "0")
+    assert "--models-at-once must be at least 2" in fails("--models-at-once", "1")
     assert "--tolerance-mm must be zero or positive" in fails("--tolerance-mm", "-1")
     assert "fold must be 0..1" in fails("-f", "7")
     assert "fold all holds no case out" in fails("-f", "all")

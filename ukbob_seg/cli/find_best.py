@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         configurations=_tuple(arguments.configuration),
         networks=_tuple(arguments.network),
         ensemble_size=1 if arguments.no_ensembles else size,
+        models_at_once=arguments.models_at_once,
         postprocessing=not arguments.no_postprocessing,
     )
     _print(find_best(arguments.dataset, roots, options, choose_device(arguments.device), arguments.workers))
@@ -72,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ensemble-size", type=int, metavar="N", help="averages of up to N models (default: 2; every one is predicted)"
     )
+    parser.add_argument(
+        "--models-at-once", type=int, default=4, metavar="N",
+        help="models in memory together while averages are predicted (default: 4); with all of them, each predicts "
+        "every case only once",
+    )  # fmt: skip
     parser.add_argument(
         "--no-postprocessing", action="store_true", help="decide nothing about stray pieces; files stay as they are"
     )

@@ -89,7 +89,8 @@ def accumulate_crossval(
     """Score the validation predictions of several folds of a model as one set of cases.
 
     Writes ``MODEL/crossval_results_folds_0_1_.../`` with summary.json, metrics.csv and report.html; the label files
-    stay where they are. The scores are this function's own, whatever the folds' summaries say; an earlier call's are kept.
+    stay where they are. The scores are this function's own, whatever the folds' summaries say; those of an earlier call
+    are kept.
 
     Args:
         model_folder: ``results/DatasetXXX_Name/CONFIG__NETWORK``.
@@ -172,6 +173,7 @@ def fold_predictions(folder: Path, fold: str, held_out: HeldOut) -> dict[str, Pa
 
 def _how_to_validate(folder: Path, fold: str, held_out: HeldOut) -> str:
     configuration, _, network = folder.name.partition("__")
+    network = ":".join(network.rsplit(".", 1))  # package.module:Class has a dot there in the name of the folder
     return (
         "train it with its final validation on all cases: "
         f"ukbob_train {int(held_out.raw.name[7:].split('_')[0])} {fold} -c {configuration} --network {network} --resume"

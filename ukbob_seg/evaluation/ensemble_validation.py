@@ -1,15 +1,17 @@
-"""Predict what each fold holds out with an ensemble of that fold's networks alone."""
+"""Predict what each fold holds out with ensembles of that fold's networks alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from ukbob_seg.errors import CheckpointError
+from ukbob_seg.dataset.image_io import read_image, write_labels
+from ukbob_seg.errors import CheckpointError, DatasetError, listing
 from ukbob_seg.evaluation.crossval import HeldOut
 from ukbob_seg.files import ensure_writable, file_sha256, read_json, write_json
 from ukbob_seg.inference.earlier import ARGUMENTS, PredictionJob, mark_stale, what_matters
@@ -22,39 +24,64 @@ from ukbob_seg.training.checkpoint import NAMES
 SETTINGS = PredictionSettings(postprocessing=False)
 
 
-def validate_ensemble(models: Sequence[Path], folder: Path, held_out: HeldOut, device: str = "cpu") -> None:
-    """Write ``FOLDER/fold_K/validation/CASE.ext`` of all held-out cases.
+def validate_ensembles(
+    ensembles: Mapping[Path, Sequence[Path]], held_out: HeldOut, device: str = "cpu", models_at_once: int = 4
+) -> None:
+    """Write ``FOLDER/fold_K/validation/CASE.ext`` of all held-out cases, for every ensemble.
 
     Fold K's cases are predicted by the models' checkpoints of fold K, and with cascades by their first stages' of fold
-    K: no network has seen them. Cases that are there are left alone, unless one of the checkpoints is another than that
-    they were made with (``predict_args.json`` has their SHA-256); then all of the fold are predicted again.
+    K: no network has seen them. A model runs once per case for all ensembles that are predicted together. Cases that
+    are there are left alone, unless one of the checkpoints is another than that they were made with
+    (``predict_args.json`` has their SHA-256); then all of the fold are predicted again.
 
     Args:
-        models: model folders, at least two, in one folder.
-        folder: for the results.
+        ensembles: folder for the results -> model folders, at least two.
         held_out: folds and cases.
         device: where to predict.
+        models_at_once: so many models are in memory together; more save repeated runs.
 
     Raises:
         CheckpointError: a checkpoint is lacking, or models of other labels or channels.
         DatasetError: an image cannot be read; finished cases are kept.
     """
     for fold in held_out.folds:
-        _validate_fold(models, folder / f"fold_{fold}" / "validation", fold, held_out, device)
+        todo = {}
+        for folder, models in ensembles.items():
+            jobs = _prepare(models, folder / f"fold_{fold}" / "validation", fold, held_out)
+            if pending := [job for job in jobs if not job.is_finished()]:
+                todo[tuple(models)] = pending
+        for group in in_groups(list(todo), models_at_once):
+            _predict({models: todo[models] for models in group}, fold, device)
 
 
-def _validate_fold(models: Sequence[Path], output: Path, fold: str, held_out: HeldOut, device: str) -> None:
+def in_groups(ensembles: Sequence[tuple[Path, ...]], most: int) -> list[list[tuple[Path, ...]]]:
+    """All ensembles, in groups of which each has at most ``most`` different models (or is one larger ensemble)."""
+    rest, groups = list(ensembles), []
+    while rest:
+        models, group = set(rest[0]), [rest[0]]
+        for ensemble in rest[1:]:
+            if len(models | set(ensemble)) <= most:
+                models |= set(ensemble)
+                group.append(ensemble)
+        groups.append(group)
+        rest = [ensemble for ensemble in rest if ensemble not in group]
+    return groups
+
+
+def _prepare(models: Sequence[Path], output: Path, fold: str, held_out: HeldOut) -> list[PredictionJob]:
+    """An ensemble's cases of a fold; those made with other checkpoints are marked, and the record is ours."""
     ending = held_out.spec.file_ending
     jobs = [
         PredictionJob(name, held_out.cases[name].images, output / f"{name}{ending}", ending)
         for name in held_out.folds[fold]
     ]
-    checkpoints = [path for model in models for path in checkpoints_of(model, fold)]
     record = {
         "models": [model.name for model in models],
         "fold": fold,
         "checkpoints": {
-            f"{path.parents[1].name}/{path.parent.name}/{path.name}": file_sha256(path) for path in checkpoints
+            f"{path.parents[1].name}/{path.parent.name}/{path.name}": _sha256(path)
+            for model in models
+            for path in checkpoints_of(model, fold)
         },
         "settings": what_matters(SETTINGS),
     }
@@ -62,21 +89,46 @@ def _validate_fold(models: Sequence[Path], output: Path, fold: str, held_out: He
     if _record_of(output) != record:
         mark_stale(jobs)  # before the record changes: an interrupted run must not take them for its own
         write_json(output / ARGUMENTS, record)
-    todo = [job for job in jobs if not job.is_finished()]
-    if not todo:
-        return
+    return jobs
+
+
+def _predict(todo: Mapping[tuple[Path, ...], Sequence[PredictionJob]], fold: str, device: str) -> None:
+    """Predict the pending cases of some ensembles, each case with all models that it needs at once."""
+    folders = list(dict.fromkeys(model for models in todo for model in models))
+    jobs: dict[str, dict[tuple[str, ...], PredictionJob]] = {}
+    for models, pending in todo.items():
+        for job in pending:
+            jobs.setdefault(job.name, {})[tuple(model.name for model in models)] = job
     with ExitStack() as loaded:
         members = {}
-        for model in models:
+        for model in folders:
             # In a cascade the first stage must not have seen these cases either: its fold of the same number, then.
             member = Predictor.from_model_folder(model, [fold], "best", device, SETTINGS, [fold])
             members[model.name] = loaded.enter_context(member)
         predictor = EnsemblePredictor(members)
-        if [Path(path) for path in predictor.origin()] != [path.resolve() for path in checkpoints]:
-            raise RuntimeError(f"loaded {predictor.origin()}, expected {checkpoints}")
-        for job in tqdm(todo, desc=f"{' + '.join(members)}, fold {fold}", unit="case"):
-            predictor.predict_case(job.images, job.output)
-            job.stale.unlink(missing_ok=True)
+        expected = [path.resolve() for model in folders for path in checkpoints_of(model, fold)]
+        if [Path(path) for path in predictor.origin()] != expected:
+            raise RuntimeError(f"loaded {predictor.origin()}, expected {expected}")
+        for wanted in tqdm(jobs.values(), desc=f"{listing([*members], 3)}, fold {fold}", unit="case"):
+            needed = {name for names in wanted for name in names}
+            predict_jobs(EnsemblePredictor({n: m for n, m in members.items() if n in needed}), wanted)
+
+
+def predict_jobs(predictor: EnsemblePredictor, jobs: Mapping[tuple[str, ...], PredictionJob]) -> None:
+    """Write the label maps of one case, for every average of some of the models.
+
+    Raises:
+        DatasetError: the image cannot be read, or does not fit.
+    """
+    images = next(iter(jobs.values())).images
+    try:
+        image, geometry = read_image(images)
+        labels = predictor.predict_subsets(image, geometry, list(jobs))
+    except DatasetError as error:
+        raise DatasetError(f"{images[0]}: {error}") from error
+    for job, found in zip(jobs.values(), labels, strict=True):
+        write_labels(found, geometry, job.output)
+        job.stale.unlink(missing_ok=True)
 
 
 def stages_of(model: Path) -> list[Path]:
@@ -108,6 +160,17 @@ def checkpoints_of(model: Path, fold: str) -> list[Path]:
                 "fold; train it, or go without ensembles (--no-ensembles)"
             )
     return paths
+
+
+def _sha256(path: Path) -> str:
+    """Of a checkpoint, which several ensembles have."""
+    stat = path.stat()
+    return _sha256_of(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _sha256_of(path: Path, size: int, modified_ns: int) -> str:
+    return file_sha256(path)
 
 
 def _record_of(output: Path) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 from ukbob_seg.dataset.paths import Roots, find_dataset
 from ukbob_seg.errors import ConfigError, DatasetError, UkbobError, listing
 from ukbob_seg.evaluation.crossval import HeldOut, accumulate, check_validated, crossval_folder
-from ukbob_seg.evaluation.ensemble_validation import checkpoints_of, stages_of, validate_ensemble
+from ukbob_seg.evaluation.ensemble_validation import checkpoints_of, stages_of, validate_ensembles
 from ukbob_seg.evaluation.metrics import DISTANCES, check_tolerances
 from ukbob_seg.evaluation.postprocessing import Comparison, find_postprocessing
 from ukbob_seg.evaluation.summary import OVERALL, OverallMean
@@ -39,6 +39,7 @@ class SelectionOptions:
         configurations: only models of these; None for all.
         networks: only models of these; None for all.
         ensemble_size: ensembles of up to so many models; 1 for none.
+        models_at_once: in memory together while ensembles are predicted; more save repeated runs.
         postprocessing: decide for the winner which classes keep their largest component alone.
     """
 
@@ -48,6 +49,7 @@ class SelectionOptions:
     configurations: tuple[str, ...] | None = None
     networks: tuple[str, ...] | None = None
     ensemble_size: int = 2
+    models_at_once: int = 4
     postprocessing: bool = True
 
     def __post_init__(self) -> None:
@@ -56,6 +58,8 @@ class SelectionOptions:
         check_tolerances(self.tolerance_mm, "--tolerance-mm")
         if self.ensemble_size < 1:
             raise ConfigError(f"--ensemble-size must be at least 1 (no ensembles), got {self.ensemble_size}")
+        if self.models_at_once < 2:
+            raise ConfigError(f"--models-at-once must be at least 2, got {self.models_at_once}")
 
     @property
     def lower_is_better(self) -> bool:
@@ -152,11 +156,11 @@ def find_best(
     if options.ensemble_size > 1 and len(models) > 1:
         for model, fold in itertools.product(models, held_out.folds):
             checkpoints_of(model, fold)  # say what is lacking before the work
+    ensembles = {candidate.folder: candidate.models for candidate in candidates if len(candidate.models) > 1}
+    validate_ensembles(ensembles, held_out, device, options.models_at_once)
     scored = []
     for number, candidate in enumerate(candidates, 1):
         log.info("%d of %d: %s", number, len(candidates), candidate.name)
-        if len(candidate.models) > 1:
-            validate_ensemble(candidate.models, candidate.folder, held_out, device)
         summary = accumulate(candidate.folder, held_out, options.tolerance_mm, workers)
         scored.append(Ranked(candidate, summary.overall(options.metric)))
     ranking = rank(scored, options.lower_is_better)
