@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +19,7 @@ from ukbob_seg.benchmark.embeddings_features import class_features, features_of
 from ukbob_seg.dataset.image_io import Geometry, read_image, read_labels
 from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError, listing
 from ukbob_seg.files import atomic_path, digest, ensure_writable, file_sha256, read_json, write_json
+from ukbob_seg.inference.case_predictor import Progress
 from ukbob_seg.inference.predict import find_jobs
 from ukbob_seg.inference.predictor import Predictor, find_folds
 from ukbob_seg.inference.settings import PredictionSettings
@@ -125,8 +127,12 @@ class EmbeddingModel:
         log.info("model %s, fold %s (%s)", folder, chosen, NAMES[checkpoint])
         return cls(network, description, device, settings, previous, checkpoints)
 
-    def embed(self, case: EmbeddingCase) -> dict[str, tuple[int, np.ndarray]]:
+    def embed(self, case: EmbeddingCase, progress: Progress | None = None) -> dict[str, tuple[int, np.ndarray]]:
         """Class or region -> (voxels at the network's resolution, (F,) float64 mean features), absent ones left out.
+
+        Args:
+            case: files.
+            progress: called with (windows done, windows in all), of the prediction and then of the features.
 
         Raises:
             DatasetError: image or labels cannot be read, or do not belong together.
@@ -144,16 +150,18 @@ class EmbeddingModel:
             indices = preprocess_labels(scheme.to_indices(first, "the first stage"), properties)
             extra = torch.from_numpy(indices.astype(np.float32))[None].to(self._device)
             channels = torch.cat([channels, extra])
-        values = self._values(case, image, geometry)
+        values = self._values(case, image, geometry, progress)
         labels = preprocess_labels(scheme.to_indices(values, f"case {case.name}"), properties)
         with features_of(self._network, self._example, scheme.num_outputs) as features:
-            voxels, means = class_features(features, channels, labels, len(scheme.values), self._windows)
+            voxels, means = class_features(features, channels, labels, len(scheme.values), self._windows, progress)
         return _of_regions(scheme.names, scheme.region_table[:, 1:], voxels, means)
 
-    def _values(self, case: EmbeddingCase, image: np.ndarray, geometry: Geometry) -> np.ndarray:
+    def _values(
+        self, case: EmbeddingCase, image: np.ndarray, geometry: Geometry, progress: Progress | None
+    ) -> np.ndarray:
         """(Z, Y, X) label values of dataset.json on the file's grid."""
         if case.reference is None:
-            return self._predictor.predict_array(image, geometry).labels
+            return self._predictor.predict_array(image, geometry, progress=progress).labels
         values, grid = read_labels(case.reference)
         if grid.shape != geometry.shape:
             raise DatasetError(
@@ -246,11 +254,12 @@ def embed_cases(
     """
     ensure_writable(output / CASES)
     rows = []
-    for case in tqdm(cases, desc="embedding", unit="case", disable=quiet):
+    bar = tqdm(cases, desc="embedding", unit="case", disable=quiet)
+    for case in bar:
         path, key = output / CASES / f"{case.name}.json", model.key(case)
         classes = _stored(path, key)
         if classes is None:
-            found = model.embed(case)
+            found = model.embed(case, partial(_show, bar, case.name))
             classes = {name: {"voxels": n, "features": mean.tolist()} for name, (n, mean) in found.items()}
             write_json(path, {"key": key, "classes": classes}, indent=None)
         rows += [
@@ -266,6 +275,10 @@ def embed_cases(
     with atomic_path(output / TABLE) as temporary:
         table.to_parquet(temporary, index=False)
     return table
+
+
+def _show(bar: tqdm, name: str, done: int, total: int) -> None:
+    bar.set_postfix_str(f"{name}: window {done}/{total}", refresh=total > 8)
 
 
 def _stored(path: Path, key: str) -> Mapping[str, Any] | None:

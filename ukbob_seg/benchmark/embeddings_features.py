@@ -124,7 +124,7 @@ def class_features(
         has any.
     """
     padded, _ = settings.pad(image)
-    known = np.where((labels >= 1) & (labels <= classes), labels, 0).astype(np.int64)
+    known = np.where((labels >= 1) & (labels <= classes), labels, 0).astype(np.int32)
     indices = settings.pad(torch.from_numpy(known))[0].to(image.device)
     voxels = np.bincount(known.ravel(), minlength=classes + 1)[1:]
     patch = settings.window(image.shape[1:])

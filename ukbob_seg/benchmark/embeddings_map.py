@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ log = logging.getLogger(__name__)
 
 LARGEST_PERPLEXITY = 30.0  # scikit-learn's default
 FEWEST_POINTS = 4  # of which t-SNE makes a map
+SEED = 0
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,6 @@ class EmbeddingMap:
         judged: points of classes that have others.
         silhouette: mean over points; NaN with one class, or no class of two points.
         perplexity: of t-SNE.
-        seed: of t-SNE.
     """
 
     points: pd.DataFrame
@@ -41,7 +42,6 @@ class EmbeddingMap:
     judged: int
     silhouette: float
     perplexity: float
-    seed: int
 
     def to_json(self) -> dict[str, Any]:
         """Strict JSON of the numbers; NaN is null."""
@@ -60,7 +60,6 @@ class EmbeddingMap:
             "judged": self.judged,
             "silhouette": strict(self.silhouette),
             "perplexity": self.perplexity,
-            "seed": self.seed,
         }
 
 
@@ -105,20 +104,20 @@ def choose_perplexity(points: int, given: float | None = None) -> float:
     return given
 
 
-def tsne(features: np.ndarray, perplexity: float, seed: int = 0) -> np.ndarray:
-    """Places (N, 2) float64 of standardised features (N, F); the same on one machine for the same input and seed.
+def tsne(features: np.ndarray, perplexity: float) -> np.ndarray:
+    """Places (N, 2) float64 of standardised features (N, F); the same on one machine for the same input.
 
-    One thread works, because several add up in an order that varies.
+    It begins with the two principal components, which leaves nothing to chance; where there are no two, with places
+    drawn from a fixed seed. One thread works, because several add up in an order that varies.
     """
     manifold, _ = require_tsne()
     from threadpoolctl import threadpool_limits
 
-    if len(features) > 1000:
+    if len(features) > 300:  # some seconds
         log.info("t-SNE of %d embeddings", len(features))
-    # With fewer than two features or points there are no two principal components to begin with.
     start = "pca" if min(features.shape) >= 2 and np.linalg.matrix_rank(features) >= 2 else "random"
     with threadpool_limits(1):
-        method = manifold.TSNE(2, perplexity=perplexity, init=start, learning_rate="auto", random_state=seed, n_jobs=1)
+        method = manifold.TSNE(2, perplexity=perplexity, init=start, learning_rate="auto", random_state=SEED, n_jobs=1)
         return np.asarray(method.fit_transform(features.astype(np.float32)), np.float64)
 
 
@@ -150,13 +149,13 @@ def nearest_centroids(features: np.ndarray, labels: np.ndarray, classes: int) ->
     return np.where(alone, -1, nearest)
 
 
-def make_map(table: pd.DataFrame, perplexity: float | None = None, seed: int = 0) -> EmbeddingMap:
+def make_map(table: pd.DataFrame, perplexity: float | None = None, order: Sequence[str] = ()) -> EmbeddingMap:
     """Map and judge embeddings.
 
     Args:
         table: of ``embed_cases``: case, class, features.
         perplexity: of t-SNE, None to choose by ``choose_perplexity``.
-        seed: of t-SNE.
+        order: names of classes in reporting order; those that it lacks follow as they come.
 
     Raises:
         DatasetError, ConfigError: too few embeddings, a perplexity that does not fit, no scikit-learn.
@@ -164,13 +163,14 @@ def make_map(table: pd.DataFrame, perplexity: float | None = None, seed: int = 0
     _, metrics = require_tsne()
     chosen = choose_perplexity(len(table), perplexity)
     features = standardised(np.stack(table["features"].to_numpy()))  # type: ignore[arg-type]
-    names = list(dict.fromkeys(table["class"]))
+    there = dict.fromkeys(table["class"])
+    names = [*(name for name in order if name in there), *(name for name in there if name not in order)]
     labels = table["class"].map({name: k for k, name in enumerate(names)}).to_numpy(np.int64)
     nearest = nearest_centroids(features, labels, len(names))
     single = np.full(len(labels), np.nan)
     if 2 <= len(names) < len(labels):
         single = np.asarray(metrics.silhouette_samples(features, labels), np.float64)
-    places = tsne(features, chosen, seed)
+    places = tsne(features, chosen)
     points = pd.DataFrame(
         {
             "case": table["case"].to_numpy(),
@@ -190,7 +190,6 @@ def make_map(table: pd.DataFrame, perplexity: float | None = None, seed: int = 0
         judged=int(judged.sum()),
         silhouette=float(single.mean()),
         perplexity=chosen,
-        seed=seed,
     )
 
 

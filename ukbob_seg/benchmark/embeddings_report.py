@@ -57,9 +57,10 @@ def write_report(path: Path, result: EmbeddingMap, source: str, notes: Sequence[
         "its own class than to the next one, on average."
     )
     page.figure(
-        map_figure(result.points),
-        f"t-SNE, perplexity {result.perplexity:g}, seed {result.seed}. A dot per case and class, its name at the "
-        "median. Neighbours mean something; sizes of clusters and distances between them do not.",
+        map_figure(result.points, list(classes.index)),
+        f"t-SNE, perplexity {result.perplexity:.3g}. A dot per case and class; from a name a line "
+        "leads to the median of its dots. Neighbours mean something; sizes of clusters and distances between them do "
+        "not.",
     )
     page.heading("Classes")
     header = ["class", "embeddings", "nearest to its own", "silhouette", "else nearest to, most often"]
@@ -83,9 +84,13 @@ def write_report(path: Path, result: EmbeddingMap, source: str, notes: Sequence[
     page.write(path)
 
 
-def map_figure(points: pd.DataFrame) -> Figure:
-    """The map; names at the medians of the classes, moved apart where they would cover each other."""
-    names = list(dict.fromkeys(points["class"]))
+def map_figure(points: pd.DataFrame, names: Sequence[str]) -> Figure:
+    """The map; names beside the medians of the classes, moved apart where they would cover each other.
+
+    Args:
+        points: of an ``EmbeddingMap``.
+        names: of the classes, in reporting order, which decides their colours.
+    """
     many = len(names) > FEW_CLASSES
     size = (11.0, 9.5) if many else (8.0, 5.8)
     figure = Figure(figsize=size)
@@ -113,16 +118,16 @@ def _frame(axis: Axes, points: pd.DataFrame) -> None:
 
 
 def _write_names(axis: Axes, points: pd.DataFrame, names: Sequence[str], font: float) -> None:
-    """Each in a dark shade of its class's colour, with a thin line to its place where it had to move."""
+    """Each beside the middle of its dots, in a dark shade of their colour, with a thin line to the median."""
     medians = points.groupby("class")[["x", "y"]].median().loc[list(names)].to_numpy()
     texts = [shorten_middle(name, _LONGEST) for name in names]
     figure = axis.get_figure()
     assert figure is not None
-    pixels = axis.transData.transform(medians)
     scale = figure.dpi / 72 * font
     sizes = np.array([(_WIDTH * scale * len(text), _HEIGHT * scale) for text in texts])
     low, high = axis.transAxes.transform([(0, 0), (1, 1)])
-    placed = axis.transData.inverted().transform(apart(pixels, sizes, low, high))
+    wanted = _beside(axis, points, names, medians, sizes[:, 1])
+    placed = axis.transData.inverted().transform(apart(wanted, sizes, low, high))
     for number, (text, (x, y), (to_x, to_y)) in enumerate(zip(texts, placed, medians, strict=True)):
         color = tuple(0.55 * part for part in class_color(number, len(names)))
         axis.plot([x, to_x], [y, to_y], color=color, linewidth=0.7, alpha=0.8, zorder=3)
@@ -130,6 +135,23 @@ def _write_names(axis: Axes, points: pd.DataFrame, names: Sequence[str], font: f
             x, y, text, ha="center", va="center", fontsize=font, color=color, zorder=4,
             path_effects=[withStroke(linewidth=2.4, foreground="white")],
         )  # fmt: skip
+
+
+def _beside(
+    axis: Axes, points: pd.DataFrame, names: Sequence[str], medians: np.ndarray, heights: np.ndarray
+) -> np.ndarray:
+    """Where names are wanted, in pixels: above the inner half of the dots, or below where the next class is above."""
+    pixels = axis.transData.transform(medians)
+    wanted = pixels.copy()
+    for number, name in enumerate(names):
+        dots = axis.transData.transform(points.loc[points["class"] == name, ["x", "y"]].to_numpy())
+        reach = float(np.quantile(np.abs(dots[:, 1] - pixels[number, 1]), 0.5))
+        distances = np.linalg.norm(pixels - pixels[number], axis=1)
+        distances[number] = np.inf
+        next_one = pixels[int(distances.argmin())]
+        below = len(names) > 1 and next_one[1] > pixels[number, 1]
+        wanted[number, 1] += (-1 if below else 1) * (min(reach, 3 * heights[number]) + 0.9 * heights[number])
+    return wanted
 
 
 def apart(centres: np.ndarray, sizes: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:

@@ -54,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--perplexity", type=float, metavar="P",
         help="of t-SNE (default: 30, or a third of the other embeddings where these are fewer than 90)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of t-SNE (default: 0)")
     add_roots(parser, "results")
 
 
@@ -71,14 +70,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError("every network has features of its own: give one model and one fold")
     if arguments.of == "prediction" and arguments.references is not None:
         raise ConfigError("--references is not used with --of prediction; give one of them")
-    if arguments.seed < 0:
-        raise ConfigError(f"--seed must not be negative, got {arguments.seed}")
     settings = PredictionSettings(step=arguments.step_size, window_batch=arguments.window_batch, postprocessing=False)
     device = choose_device(arguments.device)
     model = EmbeddingModel.load(folders[0], folds[0], arguments.checkpoint, device, settings)
     cases = find_cases(arguments.input, arguments.references, arguments.of, model)
     table = embed_cases(model, cases, arguments.output)
-    result = make_map(table, arguments.perplexity, arguments.seed)
+    result = make_map(table, arguments.perplexity, model.spec.labels.names)
     _write(arguments, table, result, f"{folders[0].parent.name}, {folders[0].name}; {arguments.input}")
 
 
