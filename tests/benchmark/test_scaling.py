@@ -9,10 +9,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from ukbob_seg.benchmark import scaling
 from ukbob_seg.benchmark.scaling import ScalingStudy, Stage, run_scaling, units
-from ukbob_seg.benchmark.scaling_report import scaling_figure, write_report
+from ukbob_seg.benchmark.scaling_report import _far_apart, scaling_figure, write_report
 from ukbob_seg.benchmark.scaling_results import collect_results, fit_line, table_lines
 from ukbob_seg.cli import benchmark
 from ukbob_seg.dataset.image_io import Geometry, write_image, write_labels
@@ -307,7 +308,8 @@ def test_fine_tuning_starts_from_the_run_before_it(make_study):
         for key in before:
             torch.testing.assert_close(after[key], before[key], rtol=0, atol=1e-9)
         record = json.loads((run.folder / "pretrained.json").read_text())
-        assert record["file"] == str(run.source.checkpoint.resolve())
+        assert record["file"] == str((run.source.folder / "checkpoint_final.pt").resolve())
+        assert json.loads((run.folder / "training.json").read_text())["seed"] == run.seed
     fresh = [run for run in runs if run.fraction == 0]
     assert [run.seed for run in fresh] == [0, 1]
     for run in fresh:
@@ -326,6 +328,30 @@ def test_fine_tuning_starts_from_the_run_before_it(make_study):
     assert [row.split()[:3] for row in lines[1:]] == [["0", "0", "2"], ["0.25", "2", "2"], ["1", "8", "2"]]
     assert lines[1].split()[3] == "-"
     write_report(study.output / "page.html", results)
+
+
+@pytest.mark.parametrize("checkpoint", ["best", "final"])
+def test_one_checkpoint_is_scored_and_fine_tuned(checkpoint, make_study, monkeypatch):
+    scored, real = [], scaling.validate_fold
+
+    def validate(folder, *more, **named):
+        scored.append(named["checkpoint"])
+        return real(folder, *more, **named)
+
+    monkeypatch.setattr(scaling, "validate_fold", validate)
+    config = dataclasses.replace(CONFIG, epochs=1, validation_every=1)
+    _, after, _ = run_scaling(make_study(config, config, fractions=(1.0,), checkpoint=checkpoint), QUIET)
+    assert scored == [checkpoint] * 3
+    record = json.loads((after.folder / "pretrained.json").read_text())
+    assert record["file"].endswith(f"checkpoint_{checkpoint}.pt")
+
+
+def test_close_labels_of_the_axis_are_left_out():
+    figure = Figure(figsize=(8, 4))
+    axis = figure.subplots()
+    axis.set_xscale("log")
+    axis.set_xlim(9, 110)
+    assert _far_apart(axis, [10.0, 20, 70, 80, 90, 100]) == [10, 20, 80, 100]
 
 
 def test_the_line_is_the_least_squares_line():

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 TABLE, CASES = "embeddings.parquet", "cases"
-REFERENCE, PREDICTION = "reference", "prediction"
+PREDICTION = "prediction"
 
 
 @dataclass(frozen=True)
@@ -173,10 +173,8 @@ class EmbeddingModel:
         """Hash of all that decides a case's embeddings: checkpoints, windows, the files as size and time tell."""
         files = [*case.images, *([] if case.reference is None else [case.reference])]
         stamps = [[path.name, (stat := path.stat()).st_size, stat.st_mtime_ns] for path in files]
-        kind = PREDICTION if case.reference is None else REFERENCE
-        return digest(
-            [FORMAT_VERSION, [file_sha256(path) for path in self.checkpoints], self.settings.step, kind, stamps]
-        )
+        models = [file_sha256(path) for path in self.checkpoints]
+        return digest([FORMAT_VERSION, models, self.settings.step, stamps])
 
 
 def _of_regions(

@@ -17,7 +17,7 @@ from ukbob_seg.report_page import ReportPage
 _RUN, _MEAN, _FIT, _FRESH, _INK = "#3b6ea5", "#1d2733", "#d1495b", "#7a8691", "#1d2733"
 LOG_FROM = 4  # largest over smallest number of cases, from which their axis is logarithmic
 LEAST_SPAN = 0.04  # of the Dice axis, so that noise does not fill it
-MOST_TICKS = 12
+LEAST_GAP = 0.07  # between labels of the x axis, as a share of its length
 
 
 def write_report(path: Path, results: ScalingResults) -> None:
@@ -62,7 +62,7 @@ def scaling_figure(results: ScalingResults, stage: str) -> Figure:
         _draw_fresh(axis, fresh)
     _scale_axes(axis, rows, fresh, cases)
     percent = {n: f"{n:g}\n{100 * fraction:g}%" for fraction, n in zip(means.index, cases, strict=True)}
-    kept = list(percent)[:: -(-len(percent) // MOST_TICKS)]
+    kept = _far_apart(axis, list(percent))
     axis.set_xticks(kept, [percent[n] for n in kept])
     axis.minorticks_off()
     what = "training cases" if stage == SUBSETS else "pre-training cases"
@@ -71,8 +71,18 @@ def scaling_figure(results: ScalingResults, stage: str) -> Figure:
     axis.grid(color="#e3e8ee", linewidth=0.8)
     axis.set_axisbelow(True)
     hide_spines(axis)
-    axis.legend(loc="lower right", frameon=False, fontsize=9)
+    figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=9)
     return figure
+
+
+def _far_apart(axis: Axes, places: list[float]) -> list[float]:
+    """Of ascending places on the x axis the last, and those before it whose labels do not touch."""
+    along = axis.transAxes.inverted().transform(axis.transData.transform([(place, 0.5) for place in places]))[:, 0]
+    kept = [len(places) - 1]
+    for number in reversed(range(len(places) - 1)):
+        if along[kept[-1]] - along[number] >= LEAST_GAP:
+            kept.append(number)
+    return [places[number] for number in reversed(kept)]
 
 
 def _draw_fit(axis: Axes, fit: Fit) -> None:
@@ -151,11 +161,16 @@ def _class_table(page: ReportPage, results: ScalingResults, stage: str) -> None:
     rows: list[list[object]] = []
     for name, row in means.iterrows():
         values = [float(value) for value in row]
-        rows.append([str(name), *values, *([values[-1] - values[0]] if gains else [])])
+        rows.append([str(name), *values, *([_gain(values)] if gains else [])])
     if len(rows) > 1:
         values = [float(overall.loc[f, "mean"]) for f in fractions]
-        rows.append(["mean over classes", *values, *([values[-1] - values[0]] if gains else [])])
+        rows.append(["mean over classes", *values, *([_gain(values)] if gains else [])])
     page.table([*header, *([f"{header[1]} to {header[-1]}"] if gains else [])], rows)
+
+
+def _gain(values: list[float]) -> str:
+    gain = values[-1] - values[0]
+    return f"{gain:+.3f}" if gain == gain else "-"
 
 
 def _texts(row: dict[str, object]) -> list[object]:
