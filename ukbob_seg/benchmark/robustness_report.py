@@ -19,6 +19,7 @@ from ukbob_seg.evaluation.shift_strengths import BRIGHTEST_PERCENTILE, definitio
 from ukbob_seg.evaluation.shifts import apply_shift
 from ukbob_seg.report_page import ReportPage
 
+_MOST_OPEN = 15  # classes of a table that is not folded
 _METHODS = {
     PLAIN: "none: the network as trained",
     "tta": "tta: average over flips along the axes that training mirrored, if any, and over small changes of intensity",
@@ -105,13 +106,11 @@ def read_example(table: RobustnessTable, judged: JudgedCases, store: RecordStore
 
 def _headline(page: ReportPage, table: RobustnessTable) -> None:
     means = table.means()
-    tiles = [
-        (f"{method}, {'no shift' if row == UNSHIFTED else row}", _fixed(float(means.loc[row, method]), 3))
-        for method in table.methods
-        for row in (UNSHIFTED, MEAN)
-        if row in means.index
-    ]
-    page.tiles([*tiles, ("cases", str(len(table.cases)))])
+    tiles = [("cases", str(len(table.cases))), ("no shift", _fixed(float(means.loc[UNSHIFTED, table.methods[0]]), 3))]
+    if MEAN in means.index:
+        tiles += [(f"{MEAN}, {method}", _fixed(float(means.loc[MEAN, method]), 3)) for method in table.methods]
+    page.tiles(tiles)
+    page.paragraph("Dice, mean over classes and cases.")
 
 
 def _dice_table(page: ReportPage, table: RobustnessTable) -> None:
@@ -146,25 +145,26 @@ def _distance_table(page: ReportPage, table: RobustnessTable) -> None:
     nsd, hd95, infinite = table.means("nsd"), table.means("hd95"), table.infinite()
     header = ["shift"]
     for method in table.methods:
-        header += [f"{method}: NSD", "HD95 mm", "missed or invented"]
+        header += [f"{method}: NSD", "HD95 mm (n infinite)"]
     rows: list[list[object]] = []
     for row in nsd.index:
         cells: list[object] = []
         for method in table.methods:
-            count = float(infinite.loc[row, method])
-            cells += [float(nsd.loc[row, method]), _fixed(float(hd95.loc[row, method]), 2), f"{count:g}"]
+            distance, count = _fixed(float(hd95.loc[row, method]), 2), float(infinite.loc[row, method])
+            cells += [float(nsd.loc[row, method]), f"{distance} ({count:g})"]
         rows.append([shift_title(row), *cells])
     page.table(header, rows)
 
 
 def _class_table(page: ReportPage, table: RobustnessTable) -> None:
-    """Mean Dice of each class with the first method, by shift."""
+    """Mean Dice of each class by shift, a table per method, of which long ones and later ones are folded."""
     by_class = table.by_class()
+    page.paragraph("Mean Dice of each class over the cases in which at least one of the two maps has it.")
     for method in table.methods:
         part = by_class[by_class["method"] == method].pivot(index="class", columns="shift", values="mean_dice")
-        page.paragraph(f"Mean Dice of each class over the cases that have it, {method}.")
         rows = [[name, *(float(part.loc[name, shift]) for shift in table.shifts)] for name in table.classes]
-        page.table(["class", *map(shift_title, table.shifts)], rows)
+        is_folded = method != table.methods[0] or len(rows) > _MOST_OPEN
+        page.table([method, *map(shift_title, table.shifts)], rows, folded=method if is_folded else "")
 
 
 def _definitions(table: RobustnessTable, options: RobustnessOptions) -> list[str]:
@@ -178,7 +178,7 @@ def _definitions(table: RobustnessTable, options: RobustnessOptions) -> list[str
         f"{options.tolerance_mm:g} mm of the other map's boundary. HD95: 95th percentile of boundary distances, the "
         "larger of both directions.",
         "A class that neither map of a case has is left out; one that only one of them has (missed or invented) has "
-        "Dice and NSD 0 and no finite distance: it is counted, and its distance left out.",
+        "Dice and NSD 0 and an infinite distance, which is left out of the mean and counted (n infinite).",
         f"{MEAN}: the mean of the rows, without that of the unshifted images.",
         f"Cases: {listing(table.cases, 40)}.",
     ]
