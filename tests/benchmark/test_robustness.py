@@ -265,10 +265,22 @@ def test_parts_share_the_cases_and_the_last_one_writes_the_tables(roots, model, 
     assert len(calls) == 18
     for name in TABLES[:3]:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    call = ["robustness", "-m", model.folders[0], "--raw", roots.raw, "-o", tmp_path / "third", "--device", "cpu",
-            "--shifts", "blur", "--methods", "none", "--part", "2/3"]  # fmt: skip
+    call = ["robustness", "-d", 5, "--raw", roots.raw, "--results", roots.results, "-o", tmp_path / "third",
+            "--device", "cpu", "--shifts", "blur", "--methods", "none", "--part", "2/3"]  # fmt: skip
     assert benchmark.main([*map(str, call)]) == 0
     assert capsys.readouterr().out == "part 2/3: 2 predictions made; 4 of other parts are lacking\n"
+
+
+def test_without_plain_prediction_there_is_no_gain_to_show(page, roots, model, tmp_path, capsys):
+    raw = roots.raw / shifted_models.NAME
+    call = ["-m", model.folders[0], "-i", raw / "imagesTs", "-r", raw / "labelsTs", "-o", tmp_path / "out",
+            "--device", "cpu", "--shifts", "none", "--methods", "etta", "--cases", 1]  # fmt: skip
+    assert benchmark.main(["robustness", *map(str, call)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("mean Dice of 1 case\nshift    etta\nnone   0.")
+    assert "gain" not in out
+    assert MEAN not in out
+    assert {cell["gain"] for cell in _strict(tmp_path / "out" / "robustness.json")["table"]} == {None}
 
 
 def test_cases_are_drawn_by_seed(roots, model, tmp_path):

@@ -10,7 +10,7 @@ from ukbob_seg.benchmark.robustness_cases import JudgedCases, label_of, shift_se
 from ukbob_seg.benchmark.robustness_figures import Cut, Example, dice_figure, example_figure, shift_title
 from ukbob_seg.benchmark.robustness_options import PLAIN, UNSHIFTED, ModelChoice, RobustnessOptions
 from ukbob_seg.benchmark.robustness_records import RecordStore
-from ukbob_seg.benchmark.robustness_table import MEAN, RobustnessTable, gain_text
+from ukbob_seg.benchmark.robustness_table import MEAN, RobustnessTable, count_cases, gain_text
 from ukbob_seg.dataset.image_io import read_image, read_labels
 from ukbob_seg.dataset.labels import LabelScheme
 from ukbob_seg.dataset.spec import DatasetSpec
@@ -50,7 +50,7 @@ def write_report(
     """
     folds = f", fold {', '.join(model.folds)}" if model.folds else ""
     names = " and ".join(f"{folder.resolve().parent.name}/{folder.name}" for folder in model.folders)
-    lead = f"{names}{folds}, checkpoint {model.checkpoint}; {len(table.cases)} cases: {judged.source}."
+    lead = f"{names}{folds}, checkpoint {model.checkpoint}; {count_cases(table)}: {judged.source}."
     page = ReportPage("Robustness", lead)
     _headline(page, table)
     page.heading("Dice")

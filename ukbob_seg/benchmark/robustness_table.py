@@ -203,14 +203,18 @@ def write_tables(
 def plain(table: RobustnessTable) -> str:
     """For a terminal: Dice with its change from the unshifted images, then gains over ``none``."""
     means, changes = table.means(), table.changes()
-    cells = [
-        [f"{means.loc[row, method]:.4f} {changes.loc[row, method]:+.4f}" if row in changes.index
-         else f"{means.loc[row, method]:.4f}        " for method in table.methods]
-        for row in means.index
-    ]  # fmt: skip
+
+    def cell(row: str, method: str) -> str:
+        change = f" {changes.loc[row, method]:+.4f}" if row in changes.index else " " * 8 * bool(len(changes))
+        return f"{means.loc[row, method]:.4f}{change}"
+
     text = [
-        f"mean Dice of {len(table.cases)} cases, and its change from the unshifted images",
-        *_columns(["shift", *table.methods], list(means.index), cells),
+        f"mean Dice of {count_cases(table)}" + (", and its change from the unshifted images" if len(changes) else ""),
+        *_columns(
+            ["shift", *table.methods],
+            list(means.index),
+            [[cell(row, method) for method in table.methods] for row in means.index],
+        ),
     ]
     others = [method for method in table.methods if (UNSHIFTED, method) in table.gains]
     if others:
@@ -220,6 +224,11 @@ def plain(table: RobustnessTable) -> str:
             *_columns(["shift", *others], list(means.index), cells),
         ]
     return "\n".join(text)
+
+
+def count_cases(table: RobustnessTable) -> str:
+    """Such as ``20 cases``."""
+    return f"{len(table.cases)} case{'' if len(table.cases) == 1 else 's'}"
 
 
 def gain_text(gain: Gain) -> str:
