@@ -113,7 +113,7 @@ def _frame(axis: Axes, points: pd.DataFrame) -> None:
     """Limits with room for names at the border."""
     for column, limits in (("x", axis.set_xlim), ("y", axis.set_ylim)):
         low, high = float(points[column].min()), float(points[column].max())
-        margin = max(high - low, 1e-6) * (0.1 if column == "x" else 0.06)
+        margin = max(high - low, 1e-6) * (0.1 if column == "x" else 0.08)
         limits(low - margin, high + margin)
 
 
@@ -140,17 +140,23 @@ def _write_names(axis: Axes, points: pd.DataFrame, names: Sequence[str], font: f
 def _beside(
     axis: Axes, points: pd.DataFrame, names: Sequence[str], medians: np.ndarray, heights: np.ndarray
 ) -> np.ndarray:
-    """Where names are wanted, in pixels: above the inner half of the dots, or below where the next class is above."""
+    """Where names are wanted, in pixels: above the dots, or below where the next class is above.
+
+    Of many classes, whose dots leave less room, near the inner half of the dots.
+    """
     pixels = axis.transData.transform(medians)
     wanted = pixels.copy()
     for number, name in enumerate(names):
         dots = axis.transData.transform(points.loc[points["class"] == name, ["x", "y"]].to_numpy())
-        reach = float(np.quantile(np.abs(dots[:, 1] - pixels[number, 1]), 0.5))
         distances = np.linalg.norm(pixels - pixels[number], axis=1)
         distances[number] = np.inf
         next_one = pixels[int(distances.argmin())]
         below = len(names) > 1 and next_one[1] > pixels[number, 1]
-        wanted[number, 1] += (-1 if below else 1) * (min(reach, 3 * heights[number]) + 0.9 * heights[number])
+        sign = -1 if below else 1
+        offsets = sign * (dots[:, 1] - pixels[number, 1])
+        many = len(names) > FEW_CLASSES
+        reach = min(float(np.quantile(np.abs(offsets), 0.5)), 3 * heights[number]) if many else float(offsets.max())
+        wanted[number, 1] += sign * (reach + 0.9 * heights[number])
     return wanted
 
 
@@ -168,6 +174,8 @@ def apart(centres: np.ndarray, sizes: np.ndarray, low: np.ndarray, high: np.ndar
     """
     places = centres.astype(float) + 1e-3 * np.stack([np.arange(len(centres)), -np.arange(len(centres))], axis=1)
     half = sizes / 2
+    most = np.maximum(high - half, low + half)
+    places = np.clip(places, low + half, most)
     for _ in range(_STEPS):
         between = places[:, None] - places[None]
         overlap = half[:, None] + half[None] - np.abs(between)
@@ -177,7 +185,7 @@ def apart(centres: np.ndarray, sizes: np.ndarray, low: np.ndarray, high: np.ndar
         upright = overlap[..., 1] <= overlap[..., 0]  # the way that is shorter
         step = np.where(np.stack([~upright, upright], axis=2), np.sign(between) * overlap, 0.0)
         places = places + np.where(covered[..., None], 0.5 * step, 0.0).sum(axis=1)
-        places = np.clip(places, low + half, np.maximum(high - half, low + half))
+        places = np.clip(places, low + half, most)
     return places
 
 
