@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -173,8 +173,11 @@ class EmbeddingModel:
         """Hash of all that decides a case's embeddings: checkpoints, windows, the files as size and time tell."""
         files = [*case.images, *([] if case.reference is None else [case.reference])]
         stamps = [[path.name, (stat := path.stat()).st_size, stat.st_mtime_ns] for path in files]
-        models = [file_sha256(path) for path in self.checkpoints]
-        return digest([FORMAT_VERSION, models, self.settings.step, stamps])
+        return digest([FORMAT_VERSION, self._hashes, self.settings.step, stamps])
+
+    @cached_property
+    def _hashes(self) -> list[str]:
+        return [file_sha256(path) for path in self.checkpoints]
 
 
 def _of_regions(
