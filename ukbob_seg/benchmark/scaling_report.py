@@ -17,6 +17,7 @@ from ukbob_seg.report_page import ReportPage
 _RUN, _MEAN, _FIT, _FRESH, _INK = "#3b6ea5", "#1d2733", "#d1495b", "#7a8691", "#1d2733"
 LOG_FROM = 4  # largest over smallest number of cases, from which their axis is logarithmic
 LEAST_SPAN = 0.04  # of the Dice axis, so that noise does not fill it
+FARTHEST = 3  # spans of the runs that fresh weights may lie away from them, to be on the axis
 LEAST_GAP = 0.07  # between labels of the x axis, as a share of its length
 
 
@@ -53,14 +54,17 @@ def scaling_figure(results: ScalingResults, stage: str) -> Figure:
     if fit is not None:
         _draw_fit(axis, fit)
     cases = means["training_cases"].to_numpy(float)
+    for _, own in rows.groupby("seed"):  # seeds often differ by more than sizes do
+        own = own.sort_values("training_cases")
+        axis.plot(own["training_cases"], own["dice"], color=_RUN, linewidth=0.8, alpha=0.45, zorder=2)
     axis.plot(cases, means["mean"], color=_MEAN, linewidth=1.6, zorder=3, label="mean over seeds")
-    axis.scatter(
-        rows["training_cases"], rows["dice"], s=34, color=_RUN, alpha=0.75, linewidths=0, zorder=4, label="a run"
-    )
+    label = "a run (thin lines: one seed)"
+    x, y = rows["training_cases"], rows["dice"]
+    axis.scatter(x, y, s=34, color=_RUN, alpha=0.75, linewidths=0, zorder=4, label=label)
     fresh = results.table[(results.table["stage"] == stage) & (results.table["fraction"] == 0)]
+    _scale_axes(axis, rows, fresh, cases)
     if len(fresh):
         _draw_fresh(axis, fresh)
-    _scale_axes(axis, rows, fresh, cases)
     percent = {n: f"{n:g}\n{100 * fraction:g}%" for fraction, n in zip(means.index, cases, strict=True)}
     kept = _far_apart(axis, list(percent))
     axis.set_xticks(kept, [percent[n] for n in kept])
@@ -93,15 +97,19 @@ def _draw_fit(axis: Axes, fit: Fit) -> None:
 
 def _draw_fresh(axis: Axes, fresh: pd.DataFrame) -> None:
     """Runs from fresh weights, which no place on a logarithmic axis belongs to: a line, and its range over seeds."""
-    mean = float(fresh["dice"].mean())
-    axis.axhline(mean, color=_FRESH, linewidth=1.3, linestyle=(0, (1, 2)), label="from fresh weights", zorder=1)
+    mean, (low, high) = float(fresh["dice"].mean()), axis.get_ylim()
+    label = f"fresh weights: {mean:.3f}" + ("" if low <= mean <= high else ", off the axis")
+    axis.axhline(mean, color=_FRESH, linewidth=1.3, linestyle=(0, (1, 2)), label=label, zorder=1)
     if len(fresh) > 1:
         axis.axhspan(float(fresh["dice"].min()), float(fresh["dice"].max()), color=_FRESH, alpha=0.13, linewidth=0)
 
 
 def _scale_axes(axis: Axes, rows: pd.DataFrame, fresh: pd.DataFrame, cases: np.ndarray) -> None:
-    known = pd.concat([rows["dice"], fresh["dice"]]).dropna()
+    known = rows["dice"].dropna()
     if len(known):
+        span = max(float(known.max() - known.min()), LEAST_SPAN)
+        near = fresh["dice"].between(known.min() - FARTHEST * span, known.max() + FARTHEST * span)
+        known = pd.concat([known, fresh.loc[near, "dice"]])  # farther ones would press the curve flat
         low, high = float(known.min()), float(known.max())
         middle, half = (low + high) / 2, max(high - low, LEAST_SPAN) * 0.6
         axis.set_ylim(middle - half, min(middle + half, 1.01))

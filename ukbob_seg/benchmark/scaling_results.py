@@ -99,7 +99,7 @@ class ScalingResults:
                     "fold": stage.fold,
                     "steps": stage.config.epochs * stage.config.iterations_per_epoch,
                     "recipe": stage.config.to_json(),
-                    "means": [_plain({"fraction": k, **row}) for k, row in self.of_stage(name).iterrows()],
+                    "means": [_plain(row) for row in self.of_stage(name).reset_index().to_dict("records")],
                     "classes": {
                         str(key): {f"{fraction:g}": _number(value) for fraction, value in row.items()}
                         for key, row in self.class_means(name).iterrows()
