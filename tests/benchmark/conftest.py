@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from official_labels import AMOS_LABELS
 
 SHAPE = (32, 32, 32)  # x, y, z, as the files have them
 RIGHT = (4, 8, 12)  # positions along the right-left axis, in voxels from the patient's right
@@ -88,7 +89,7 @@ def amos(tmp_path: Path, rng: np.random.Generator) -> Path:
             save(scan(labels, rng, low=0.0), folder / f"images{part}" / f"amos_{number:04d}.nii.gz")
             if part != "Ts":
                 save(labels, folder / f"labels{part}" / f"amos_{number:04d}.nii.gz")
-    (folder / "dataset.json").write_text(json.dumps({"name": "AMOS", "labels": {"0": "background"}}))
+    (folder / "dataset.json").write_text(json.dumps({"name": "AMOS", "labels": AMOS_LABELS}))
     return folder
 
 

@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from official_labels import AMOS_LABELS, BRATS_LABELS, BTCV_LABELS
 
 from ukbob_seg.benchmark.amos import CLASSES as AMOS
+from ukbob_seg.benchmark.brats import CLASSES as BRATS
 from ukbob_seg.benchmark.btcv import CLASSES as BTCV
 from ukbob_seg.benchmark.btcv import MERGED
 from ukbob_seg.benchmark.classes import SCORED, common_name, common_values, mapped_values
@@ -40,6 +42,9 @@ def _scheme(labels):
         ("Portal vein and splenic vein", "portal_vein_and_splenic_vein"),
         ("prostate/uterus", "prostate_uterus"),
         ("bladder", "urinary_bladder"),
+        ("arota", "aorta"),
+        ("RKid", "kidney_right"),
+        ("Inferior Vena Cava (IVC)", "inferior_vena_cava"),
         ("kidney", None),
         ("superior_vena_cava", None),
         ("common_carotid_artery_left", None),
@@ -47,6 +52,14 @@ def _scheme(labels):
 )
 def test_names(name, common):
     assert common_name(name) == common
+
+
+def test_values_are_the_organisers():
+    assert {value: common_name(name) for value, name in BTCV_LABELS.items()} == {v: n for n, v in BTCV.items()}
+    theirs = {int(value): common_name(name) for value, name in AMOS_LABELS.items() if value != "0"}
+    assert theirs == {value: name for name, value in AMOS.items()}
+    for edition, names in BRATS_LABELS.items():
+        assert {value: common_name(name) for value, name in names.items()} == {v: n for n, v in BRATS[edition].items()}
 
 
 @pytest.mark.parametrize(("protocol", "count"), [("ten", 10), ("btcv", 11), ("amos", 12)])

@@ -7,6 +7,7 @@ import shutil
 import nibabel
 import numpy as np
 import pytest
+from official_labels import AMOS_LABELS
 
 from ukbob_seg.benchmark.brats import ORDER, REGIONS, VALUES
 from ukbob_seg.benchmark.convert import convert
@@ -106,6 +107,24 @@ def test_amos_options(amos, roots, options, cases, channel, classes):
         assert np.array_equal(labels, np.where(truth > 13, 0, truth))
     image = found[0].images[0]
     assert image.read_bytes() == (amos / "imagesTr" / official.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({**AMOS_LABELS, "8": "postcava", "9": "arota"}, "value 8 is postcava, in AMOS 2022 it is aorta"),
+        ({"0": "background", "1": "spleen"}, "value 2 is nothing"),
+        (None, "does not say what label values mean"),
+        ({name: int(value) for value, name in AMOS_LABELS.items()}, None),
+    ],
+)
+def test_amos_of_other_values_is_refused(amos, roots, labels, message):
+    (amos / "dataset.json").write_text(json.dumps({} if labels is None else {"labels": labels}))
+    if message is None:
+        assert convert("amos", amos, 611, roots, workers=1)
+        return
+    with pytest.raises(DatasetError, match=message):
+        convert("amos", amos, 611, roots, workers=1)
 
 
 def test_links_and_copies_replace_each_other(amos, roots):

@@ -124,6 +124,9 @@ def test_regions_come_back_as_the_challenges_values(brats, tmp_path, edition):
     _describe(predicted, regions, regions_class_order=[1, 2, 3])
     with pytest.raises(ConfigError, match="labels differ"):
         package("brats", predicted, images, tmp_path / "a.zip", workers=1)
+    _describe(predicted, {"NCR": 1, "edema": 2, "enhancing tumor": 3})  # of a model of classes
+    package("brats", predicted, images, tmp_path / "b.zip", workers=1)
+    assert np.array_equal(_read(tmp_path / "b.zip", f"{case.name}.nii.gz").dataobj, truth.dataobj)
 
 
 def _rewritten(change):
@@ -146,6 +149,17 @@ def _bits(array, _, move=0.0, dtype=np.uint8):
     return nibabel.Nifti1Image(array.astype(dtype), _ + np.array([[0, 0, 0, move]] + [[0] * 4] * 3))
 
 
+def _colours(array, matrix):
+    colours = np.zeros(array.shape, dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
+    return nibabel.Nifti1Image(colours, matrix)
+
+
+def _huge(members):
+    raw = bytearray(gzip.decompress(members["label0061.nii.gz"]))
+    struct.pack_into("<3h", raw, 42, 30000, 30000, 30000)  # dim[1:4]
+    members["label0061.nii.gz"] = gzip.compress(bytes(raw))
+
+
 DAMAGE = {
     "missing": (lambda m: m.pop("label0061.nii.gz"), "1 of 2 test cases are missing: label0061.nii.gz"),
     "other file": (lambda m: m.update({"notes.txt": b"x"}), "no test case's label map: notes.txt"),
@@ -159,6 +173,11 @@ DAMAGE = {
     "turned": (_rewritten(lambda a, m: _bits(a[::-1], m @ np.diag([-1, 1, 1, 1]))), "is not that of img0061.nii.gz"),
     "scaled": (_scaled, "scaled in the header"),
     "no NIfTI": (lambda m: m.update({"label0061.nii.gz": b"nonsense"}), "label0061.nii.gz: cannot be read"),
+    "empty": (lambda m: m.update({"label0061.nii.gz": gzip.compress(b"")}), "label0061.nii.gz: cannot be read"),
+    "no header": (lambda m: m.update({"label0061.nii.gz": gzip.compress(b"x" * 400)}), "cannot be read"),
+    "colours": (_rewritten(_colours), "expected integers"),
+    "bomb": (lambda m: m.update({"label0061.nii.gz": gzip.compress(bytes(1 << 26))}), "unpacks to more than"),
+    "huge header": (_huge, "shape (30000, 30000, 30000), but"),
     "cut off": (
         lambda m: m.update({"label0061.nii.gz": m["label0061.nii.gz"][:-60]}), "label0061.nii.gz: cannot be read",
     ),
@@ -178,6 +197,19 @@ def test_the_validator_refuses_damage(damage, predictions, images, tmp_path, cap
             opened.writestr(name, content)
     assert benchmark.main(["validate", "btcv", str(tmp_path / "bad.zip"), str(images)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flag", "offset", "says"), [(1, 6, "cannot be read"), (99, 8, "cannot be read")])
+def test_members_that_cannot_be_unpacked(predictions, images, tmp_path, capsys, flag, offset, says):
+    """Encrypted, or compressed in a way that nobody knows: both local and central headers say so."""
+    package("btcv", predictions, images, tmp_path / "good.zip", workers=1)
+    raw = bytearray((tmp_path / "good.zip").read_bytes())
+    for signature, further in ((b"PK\x03\x04", 0), (b"PK\x01\x02", 2)):
+        place = raw.index(signature) + offset + further
+        raw[place : place + 2] = struct.pack("<H", flag)
+    (tmp_path / "bad.zip").write_bytes(raw)
+    assert benchmark.main(["validate", "btcv", str(tmp_path / "bad.zip"), str(images)]) == 2
+    assert says in capsys.readouterr().err
 
 
 def test_the_validator_refuses_what_is_no_archive(predictions, images, tmp_path, capsys):

@@ -17,6 +17,7 @@ def summary(tmp_path):
     path.write_text(
         json.dumps(
             {
+                "cases": 4,
                 "overall": {"dice": {"mean": 0.8125}, "hd": {"mean": 7.5, "n_infinite": 1}},
                 "classes": {"liver": {"dice": {"mean": 0.8125}}, "spleen": {"dice": {"mean": None}}},
             }
@@ -32,17 +33,18 @@ def test_the_users_row_stands_beside_the_papers(summary, capsys, tmp_path):
     out = capsys.readouterr().out
     assert "Swin-BOB, 10 models averaged  paper   0.897" in out
     rows = list(csv.reader(written.open()))
-    assert rows[0] == ["system", "source", "Dice", "HD mm", "n infinite", "liver", "spleen"]
-    assert rows[4] == ["Swin-BOB", "paper", "0.892", "-", "-", "-", "-"]
-    assert rows[-2] == ["mine", "you", "0.812", "7.50", "1", "0.812", "-"]
+    assert rows[0] == ["system", "source", "Dice", "HD mm", "n infinite", "classes", "cases", "liver", "spleen"]
+    assert rows[4] == ["Swin-BOB", "paper", "0.892", "-", "-", "-", "-", "-", "-"]
+    assert rows[-2] == ["mine", "you", "0.812", "7.50", "1", "2", "4", "0.812", "-"]
+    assert "mine is the mean of 2 classes, the paper's of 12: they do not compare" in out
     assert rows[-1][0] == "scores"
 
 
 def test_markdown(summary, tmp_path, capsys):
     assert benchmark.main(["table", "ukbob", f"a|b={summary}", "-o", str(tmp_path / "t.md")]) == 0
     text = (tmp_path / "t.md").read_text()
-    assert "| Swin-UNETR | paper | 0.918 | 5.98 | - |" in text
-    assert "| a\\|b | you | 0.812 | 7.50 | 1 |" in text
+    assert "| Swin-UNETR | paper | 0.918 | 5.98 | - | - | - |" in text
+    assert "| a\\|b | you | 0.812 | 7.50 | 1 | 2 | 4 |" in text
 
 
 @pytest.mark.parametrize("name", PAPER_TABLES)

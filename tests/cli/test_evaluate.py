@@ -73,7 +73,11 @@ def test_parts_then_the_whole(
     in_parts = (tmp_path / "scores" / "summary.json").read_bytes()
     assert main([*folders, *there, "--overwrite"]) == 0
     assert (tmp_path / "scores" / "summary.json").read_bytes() == in_parts
-    for more in (["--images", "."], ["--compare", "x"], ["--overwrite"]):
+    assert main([*folders, *there, "--part", "1/2", "--overwrite"]) == 0
+    assert "2 cases scored" in capsys.readouterr().out
+    assert main([*folders, "--images", ".", "--no-report"]) == 2
+    assert "--no-report" in capsys.readouterr().err
+    for more in (["--images", "."], ["--compare", "x"], ["--no-report"]):
         assert main([*folders, *there, "--part", "1/2", *more]) == 2
         assert more[0] in capsys.readouterr().err
     pair = [f"{folder}/blob_000.nii.gz" for folder in folders]

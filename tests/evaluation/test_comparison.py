@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from ukbob_seg.dataset.image_io import Geometry, write_labels
+from ukbob_seg.dataset.image_io import Geometry, read_labels, write_labels
 from ukbob_seg.errors import ConfigError, DatasetError
 from ukbob_seg.evaluation.comparison import OVERALL_ROW, compare, holm, p_text, wilcoxon_p
 from ukbob_seg.evaluation.comparison_report import difference_figures, most_different_cases, write_comparison_report
@@ -55,8 +55,22 @@ def test_wilcoxon_is_exact_for_few_and_ranks_infinite_ones_highest(rng: np.rando
     with_infinite = np.array([0.5, -0.1, INF, 0.3])
     assert wilcoxon_p(with_infinite) == pytest.approx(exact_wilcoxon(np.array([0.5, -0.1, 9.0, 0.3])))
     assert wilcoxon_p(np.array([-INF, NAN, 0.2])) == pytest.approx(exact_wilcoxon(np.array([-9.0, 0.2])))
+    ties = np.array([1.0, 1, -1, 2, 2, 3, -3, 0, 0.5, INF, INF])
+    assert wilcoxon_p(ties) == pytest.approx(exact_wilcoxon(np.array([1.0, 1, -1, 2, 2, 3, -3, 0.5, 9, 9])))
     assert wilcoxon_p(np.zeros(5)) == 1
     assert np.isnan(wilcoxon_p(np.array([NAN])))
+
+
+@pytest.mark.parametrize("count", [30, 50, 51, 400])
+def test_wilcoxon_is_scipys(rng: np.random.Generator, count: int) -> None:
+    differences = rng.normal(0.2, 1, count)
+    method = "exact" if count <= 50 else "approx"
+    expected = stats.wilcoxon(differences, method=method).pvalue
+    assert wilcoxon_p(differences) == pytest.approx(expected, rel=1e-9)
+    if count > 100:
+        tied = np.round(differences, 1)
+        tied = tied[tied != 0]
+        assert wilcoxon_p(tied) == pytest.approx(stats.wilcoxon(tied, method="approx").pvalue, rel=1e-9)
 
 
 def test_holm_by_its_definition(rng: np.random.Generator) -> None:
@@ -118,6 +132,22 @@ def test_equal_sets_do_not_differ_and_cases_are_matched_by_name(rng: np.random.G
     assert comparison.table["difference"].abs().max() == 0
     assert (comparison.table["p_holm"] == 1).all()
     assert comparison.others == ("b", "c")
+
+
+def test_the_baseline_s_column_is_over_the_compared_cases(rng: np.random.Generator, tmp_path: Path) -> None:
+    dice = np.array([[0.5, 0.6], [0.5, 0.6], [0.9, NAN]])
+    two = {"b": summary_of(dice[:2] + 0.1), "c": summary_of(dice[:2] + 0.2)}
+    comparison = compare({"a": summary_of(dice), **two})
+    assert comparison.baseline_means("dice").to_dict() == pytest.approx({"liver": 0.5, "spleen": 0.6})
+    write_comparison_report(tmp_path / "page.html", comparison)
+    cells = re.findall(r"<td>([^<]*)</td>", (tmp_path / "page.html").read_text())
+    row = cells[cells.index("liver") :]
+    assert row[:5] == ["liver", "2", "0.500", "0.600", "+0.100"]
+
+
+def test_references_that_no_set_has_are_listed() -> None:
+    one, two = (collect([CaseMetrics("c", {"x": absent_from_both()})], missing=["d"]) for _ in range(2))
+    assert compare({"a": one, "b": two}).left_out == ("d",)
 
 
 def test_more_tests_are_corrected_for_more(rng: np.random.Generator) -> None:
@@ -229,6 +259,23 @@ def test_folders_are_scored_and_compared(label_folders: tuple[list[Path], Path],
             evaluate_folders(wrong, reference)
 
 
+def test_every_folder_is_looked_at_before_the_first_is_scored(label_folders: tuple[list[Path], Path]) -> None:
+    folders, reference = label_folders
+    (folders[2] / "case_3.nii.gz").unlink()
+    with pytest.raises(DatasetError, match=r"missed.*case_3"):
+        evaluate_folders(folders, reference)
+    assert not list(folders[0].glob("metrics*"))
+
+
+def test_values_that_one_folder_alone_has_are_classes_of_all(label_folders: tuple[list[Path], Path]) -> None:
+    folders, reference = label_folders
+    labels, geometry = read_labels(folders[1] / "case_0.nii.gz")
+    labels[0, 0, 0] = 9
+    write_labels(labels, geometry, folders[1] / "case_0.nii.gz")
+    row = evaluate_folders(folders, reference).rows("dice", "exact").loc["9"]
+    assert (row["n"], row["n_unpaired"]) == (0, 1)
+
+
 def test_a_page_without_label_files(rng: np.random.Generator, tmp_path: Path) -> None:
     one, two = rng.uniform(0.5, 0.9, (2, 6, 2))
     write_comparison_report(tmp_path / "page.html", compare({"<a>": summary_of(one), "b": summary_of(two)}))
@@ -241,6 +288,16 @@ def test_names_of_folders() -> None:
     assert distinct_names([Path("x/one"), Path("y/two")]) == ["one", "two"]
     folders = [Path(f"results/{model}/fold_0/validation") for model in ("a", "b")]
     assert distinct_names(folders) == ["a/fold_0/validation", "b/fold_0/validation"]
+
+
+def test_results_of_folders_whose_names_run_together(label_folders: tuple[list[Path], Path], tmp_path: Path) -> None:
+    folders, reference = label_folders
+    one, two = tmp_path / "a" / "b_c" / "d", tmp_path / "a_b" / "c" / "d"
+    for source, target in zip(folders, (one, two), strict=False):
+        target.parent.mkdir(parents=True)
+        source.rename(target)
+    evaluate_folders([one, two], reference, output=tmp_path / "out", report=ReportOptions(write=False))
+    assert len(list((tmp_path / "out").glob("*/summary.json"))) == 2
 
 
 def test_p_text() -> None:

@@ -60,6 +60,10 @@ def test_few_values_have_no_interval(rng: np.random.Generator) -> None:
     assert np.isfinite(found.overall["dice"]).all()
     nothing = bootstrap_intervals({"dice": table[["rare"]]})
     assert np.isnan(nothing.overall["dice"]).all()
+    rare = pd.DataFrame(np.where(np.eye(6) > 0, 0.5, np.nan))  # six cases of one class each
+    several = bootstrap_intervals({"dice": rare})
+    assert several.classes["dice"].isna().all(axis=None)
+    assert several.overall["dice"] == (0.5, 0.5)
 
 
 def test_organs_of_one_case_are_drawn_together(rng: np.random.Generator) -> None:

@@ -209,6 +209,69 @@ def test_agrees_with_simpleitk_where_the_definitions_do(x_centre: float) -> None
     assert ours["iou"] == pytest.approx(overlap.GetJaccardCoefficient(1))
 
 
+def _boundary(mask: np.ndarray) -> np.ndarray:
+    """Voxels with a face neighbour outside, as defined in the docs; beyond the volume is outside."""
+    inner = np.pad(mask, 1)
+    for axis in range(3):
+        for step in (1, -1):
+            inner = inner & np.roll(np.pad(mask, 1), step, axis)
+    return mask & ~inner[1:-1, 1:-1, 1:-1]
+
+
+def _degenerate() -> dict[str, np.ndarray]:
+    shape = (7, 9, 11)
+    masks = {name: np.zeros(shape, bool) for name in ("voxel", "plane", "line", "corners", "shell")}
+    masks["voxel"][3, 4, 5] = True
+    masks["plane"][2] = True
+    masks["line"][:, 4, 6] = True
+    masks["corners"][::6, ::8, ::10] = True
+    masks["shell"][1:6, 1:8, 1:10] = True
+    masks["shell"][3, 4, 5] = False
+    return {**masks, "full": np.ones(shape, bool)}
+
+
+def test_agrees_with_simpleitk_on_boundaries_whatever_the_shapes(rng: np.random.Generator) -> None:
+    """Between the boundary voxels of both maps its distance is ours: random, sparse, degenerate objects."""
+    sitk = pytest.importorskip("SimpleITK")
+    masks = [*_degenerate().values(), *(rng.random((7, 9, 11)) < share for share in (0.02, 0.3, 0.7))]
+    for one, two in itertools.permutations(masks, 2):
+        images = [sitk.GetImageFromArray(_boundary(mask).astype(np.uint8)) for mask in (one, two)]
+        for image in images:
+            image.SetSpacing(SPACING[::-1])
+        hausdorff = sitk.HausdorffDistanceImageFilter()
+        hausdorff.Execute(*images)
+        ours = evaluate_case(one.astype(np.uint8), two.astype(np.uint8), SPACING, [1])[1]
+        assert ours["hd"] == pytest.approx(hausdorff.GetHausdorffDistance(), rel=1e-5, abs=1e-5)
+
+
+def test_agrees_with_simpleitk_on_real_labels(data_root: Path) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    path = sorted((data_root / "Dataset004_Hippocampus" / "labelsTs").glob("*.nii.gz"))[0]
+    labels, geometry = read_labels(path)
+    moved = np.roll(labels, (1, -2, 1), (0, 1, 2))
+    found = evaluate_case(moved, labels, geometry.spacing_mm, [1, 2])
+    for value in (1, 2):
+        images = [sitk.GetImageFromArray(_boundary(m == value).astype(np.uint8)) for m in (moved, labels)]
+        for image in images:
+            image.SetSpacing([float(mm) for mm in geometry.spacing_mm[::-1]])
+        hausdorff = sitk.HausdorffDistanceImageFilter()
+        hausdorff.Execute(*images)
+        assert found[value]["hd"] == pytest.approx(hausdorff.GetHausdorffDistance(), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_what_the_docs_say_of_monai_and_absent_classes() -> None:
+    """An invented class has no Dice there, and a missed or invented one no HD95."""
+    torch, metrics = pytest.importorskip("torch"), pytest.importorskip("monai.metrics")
+    empty, full = torch.zeros(1, 1, 6, 6, 6), torch.zeros(1, 1, 6, 6, 6)
+    full[..., 2:4, 2:4, 2:4] = 1
+    assert torch.isnan(metrics.compute_dice(full, empty, include_background=True)).all()
+    assert metrics.compute_dice(empty, full, include_background=True) == 0
+    for pair in ((full, empty), (empty, full)):
+        distance = metrics.compute_hausdorff_distance(*pair, include_background=True, percentile=95)
+        assert torch.isnan(distance).all()
+
+
 def test_swapping_the_maps_swaps_precision_and_recall_only(rng: np.random.Generator) -> None:
     one, other = blobs(rng), blobs(rng)
     ahead, back = evaluate_case(one, other, SPACING, [2])[2], evaluate_case(other, one, SPACING, [2])[2]

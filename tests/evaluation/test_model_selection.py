@@ -29,6 +29,7 @@ from ukbob_seg.evaluation import ensemble_validation
 from ukbob_seg.evaluation.ensemble_validation import in_groups
 from ukbob_seg.evaluation.model_selection import Candidate, Ranked, SelectionOptions, rank
 from ukbob_seg.evaluation.summary import OverallMean
+from ukbob_seg.evaluation.validate_fold import validate_fold
 from ukbob_seg.files import read_json
 from ukbob_seg.inference.postprocessing import keep_largest
 from ukbob_seg.inference.predictor import Predictor
@@ -170,6 +171,21 @@ def test_goes_on_where_it_stopped_but_not_with_other_checkpoints(roots, counted,
     _expected(roots)
 
 
+def test_other_splits_leave_no_cases_of_the_old_ones(roots):
+    find_best(5, roots, workers=1)
+    path = next(roots.preprocessed.rglob("splits.json"))
+    splits = read_json(path)
+    path.write_text(json.dumps([{"train": s["val"], "val": s["train"]} for s in splits]))
+    for model in (A, B):
+        for fold in ("0", "1"):
+            one = roots.results / NAME / model / f"fold_{fold}"
+            shutil.rmtree(one / "validation")
+            validate_fold(roots.results / NAME / model, fold, roots)
+    assert find_best(5, roots, workers=1).ranking
+    found = sorted(path.name for path in _ensemble(roots).glob("fold_0/validation/*.nii.gz"))
+    assert found == [f"{name}.nii.gz" for name in sorted(splits[0]["train"])]
+
+
 @pytest.mark.parametrize(("at_once", "runs"), [(2, 12), (3, 8), (4, 4)])
 def test_a_model_runs_once_for_all_ensembles_made_together(roots, monkeypatch, at_once, runs):
     """Four models, six pairs: by twos every pair runs both of its models."""
@@ -264,6 +280,7 @@ def test_errors(roots, capsys):
     assert "exclude each other" in fails("--no-ensembles", "--ensemble-size", "3")
     assert "--ensemble-size must be at least 1" in fails("--ensemble-size", "0")
     assert "--models-at-once must be at least 2" in fails("--models-at-once", "1")
+    assert "--models-at-once and --no-ensembles exclude" in fails("--no-ensembles", "--models-at-once", "3")
     assert "--tolerance-mm must be zero or positive" in fails("--tolerance-mm", "-1")
     assert "fold must be 0..1" in fails("-f", "7")
     assert "fold all holds no case out" in fails("-f", "all")

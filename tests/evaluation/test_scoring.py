@@ -132,6 +132,23 @@ def test_cases_within_a_shard_survive_an_interrupt(
     assert scored == CASES[1:]
 
 
+def test_files_of_another_folder_are_other_files(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """Of one size and time, as files that were unpacked from an archive may be."""
+    for path in [*folders[0].iterdir(), *folders[1].iterdir()]:
+        if path.suffix == ".gz":
+            labels, geometry = read_labels(path)
+            other = folders[1] if path.parent == folders[0] else folders[0]
+            for folder, values in ((path.parent, labels), (tmp_path / "other" / other.name, np.roll(labels, 3, 1))):
+                write_labels(values, geometry, folder / path.name.replace(".nii.gz", ".nii"))
+                os.utime(folder / path.name.replace(".nii.gz", ".nii"), ns=(1, 1))
+            path.unlink()
+    other = tmp_path / "other" / "labelsTr"  # of the predictions' names, and far from the references
+    assert {p.stat().st_size for p in other.iterdir()} == {p.stat().st_size for p in folders[0].iterdir()}
+    good = evaluate(*folders, output=tmp_path / "scores", report=QUIET).mean()
+    bad = evaluate(other, folders[1], output=tmp_path / "scores", report=QUIET).mean()
+    assert bad == evaluate(other, folders[1], output=tmp_path / "elsewhere", report=QUIET).mean() < good - 0.05
+
+
 def test_cases_at_fault_do_not_cost_the_others(folders: tuple[Path, Path], tmp_path: Path, scored: list[str]) -> None:
     good = (folders[0] / "blob_001.nii.gz").read_bytes()
     (folders[0] / "blob_001.nii.gz").write_bytes(good[:100])

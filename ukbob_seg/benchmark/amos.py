@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ukbob_seg.benchmark.classes import common_name
 from ukbob_seg.benchmark.protocol import (
     TEST,
     TRAINING,
@@ -20,6 +21,7 @@ from ukbob_seg.benchmark.protocol import (
 )
 from ukbob_seg.dataset.spec import summarise_problems
 from ukbob_seg.errors import DatasetError
+from ukbob_seg.files import read_json
 
 TITLE = "AMOS 2022"
 LAYOUT = """  SOURCE/dataset.json
@@ -68,6 +70,7 @@ def find(source: Path, options: ConvertOptions) -> Found:
     for needed in ("dataset.json", "imagesTr", "labelsTr"):
         if not (source / needed).exists():
             raise not_recognised(source, TITLE, LAYOUT, f"there is no {needed}")
+    _check_classes(source / "dataset.json")
     train_too = bool(options.validation)
     cases, problems = [], []
     for part in (TRAINING, VALIDATION, TEST):
@@ -89,6 +92,26 @@ def find(source: Path, options: ConvertOptions) -> Found:
     kept = {name: value for name, value in CLASSES.items() if options.all_organs or value <= THIRTEEN}
     values = {value: value if value in kept.values() else 0 for value in CLASSES.values()}
     return Found(tuple(cases), (_CHANNELS[modality],), kept, values)
+
+
+def _check_classes(path: Path) -> None:
+    """Refuse a folder whose dataset.json says that label values mean something else than ``CLASSES``.
+
+    Raises:
+        DatasetError: names the first such value.
+    """
+    content = read_json(path, "AMOS description")
+    labels = content.get("labels") if isinstance(content, dict) else None
+    if not isinstance(labels, dict):
+        raise DatasetError(f"{path} does not say what label values mean (no 'labels'); copy it again from AMOS")
+    # {"1": "spleen"} in AMOS itself, {"spleen": 1} in copies made for nnU-Net.
+    names = {str(key): value for key, value in labels.items() if str(key).isdigit()} or {
+        str(value): key for key, value in labels.items()
+    }
+    for name, value in CLASSES.items():
+        said = names.get(str(value))
+        if said is None or common_name(str(said)) != name:
+            raise DatasetError(f"{path} says that value {value} is {said or 'nothing'}, in AMOS 2022 it is {name}")
 
 
 def _twice(cases: list[SourceCase]) -> list[str]:

@@ -13,28 +13,38 @@ ADRENAL_SIDES = ("adrenal_gland_right", "adrenal_gland_left")
 
 # Common name -> other names. Order of words, case, separators, and left/l/lt do not matter.
 SYNONYMS: dict[str, tuple[str, ...]] = {
-    "spleen": (),
-    "kidney_right": ("rkidney", "rk"),
-    "kidney_left": ("lkidney", "lk"),
-    "gallbladder": ("gall bladder",),
-    "esophagus": ("oesophagus",),
-    "liver": (),
-    "stomach": (),
-    "aorta": ("abdominal aorta",),
-    "inferior_vena_cava": ("postcava", "postcava vein", "ivc", "vena cava inferior", "inferior cava"),
+    "spleen": ("spl",),
+    "kidney_right": ("rkidney", "rk", "rkid", "r kid"),
+    "kidney_left": ("lkidney", "lk", "lkid", "l kid"),
+    "gallbladder": ("gall bladder", "gall"),
+    "esophagus": ("oesophagus", "eso"),
+    "liver": ("liv",),
+    "stomach": ("sto",),
+    "aorta": ("abdominal aorta", "aor", "arota"),  # the last is how the dataset.json of AMOS spells it
+    "inferior_vena_cava": (
+        "postcava",
+        "postcava vein",
+        "ivc",
+        "vena cava inferior",
+        "inferior cava",
+        "inferior vena cava ivc",
+    ),
     "portal_vein_and_splenic_vein": (
         "portal vein splenic vein",
         "portal and splenic veins",
         "portal splenic vein",
         "veins",
     ),
-    "pancreas": (),
+    "pancreas": ("pan",),
     "adrenal_gland_right": ("adrenal right", "right adrenals", "rad", "suprarenal gland right"),
     "adrenal_gland_left": ("adrenal left", "left adrenals", "lad", "suprarenal gland left"),
     ADRENALS: ("adrenal gland", "adrenals", "adrenal", "left and right adrenal glands", "suprarenal glands"),
     "duodenum": (),
     "urinary_bladder": ("bladder",),
     "prostate_uterus": ("prostate or uterus", "prostate and uterus", "prostate", "uterus"),
+    "necrotic_core": ("ncr", "ncr net", "necrosis", "necrotic tumour core", "necrotic tumor core"),
+    "edema": ("ed", "oedema", "peritumoral edema", "peritumoural oedema", "snfh"),
+    "enhancing_tumour": ("et", "enhancing tumor", "enhancing", "gd enhancing tumor"),
 }
 
 _TEN = (

@@ -29,7 +29,7 @@ from ukbob_seg.training.checkpoint import NAMES, ModelDescription, load_network
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TABLE, CASES = "embeddings.parquet", "cases"
 PREDICTION = "prediction"
 
@@ -163,16 +163,15 @@ class EmbeddingModel:
         if case.reference is None:
             return self._predictor.predict_array(image, geometry, progress=progress).labels
         values, grid = read_labels(case.reference)
-        if grid.shape != geometry.shape:
-            raise DatasetError(
-                f"case {case.name}: {case.reference} has {grid.shape} voxels (z, y, x), the image {geometry.shape}"
-            )
+        difference = geometry.difference(grid, ("the image", case.reference.name))
+        if difference is not None:
+            raise DatasetError(f"case {case.name}: {difference}; resample one of them or correct its header")
         return values
 
     def key(self, case: EmbeddingCase) -> str:
         """Hash of all that decides a case's embeddings: checkpoints, windows, the files as size and time tell."""
         files = [*case.images, *([] if case.reference is None else [case.reference])]
-        stamps = [[path.name, (stat := path.stat()).st_size, stat.st_mtime_ns] for path in files]
+        stamps = [[str(path.resolve()), (stat := path.stat()).st_size, stat.st_mtime_ns] for path in files]
         return digest([FORMAT_VERSION, self._hashes, self.settings.step, stamps])
 
     @cached_property

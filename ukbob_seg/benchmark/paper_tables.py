@@ -26,10 +26,17 @@ class PaperRow:
 
 @dataclass(frozen=True)
 class PaperTable:
-    """The paper's rows on one question."""
+    """The paper's rows on one question.
+
+    Attributes:
+        title: for people.
+        rows: of the paper.
+        classes: numbers of classes with which a score can stand beside them.
+    """
 
     title: str
     rows: tuple[PaperRow, ...]
+    classes: tuple[int, ...]
 
 
 PAPER_TABLES = {
@@ -42,6 +49,7 @@ PAPER_TABLES = {
             PaperRow("nnU-Net", 0.915, 6.44),
             PaperRow("Swin-UNETR", 0.918, 5.98),
         ),
+        (72,),
     ),
     "btcv": PaperTable(
         "BTCV, 12 classes (adrenal glands merged)",
@@ -52,14 +60,17 @@ PAPER_TABLES = {
             PaperRow("Swin-BOB", 0.892),
             PaperRow("Swin-BOB, 10 models averaged", 0.897),
         ),
+        (12,),
     ),
     "brats": PaperTable(
         "BRATS 2023 adult glioma, regions WT, TC, ET",
         (PaperRow("Swin-UNETR", 0.886, 9.02), PaperRow("Swin-BOB", 0.894, 8.65)),
+        (3,),
     ),
     "amos": PaperTable(
         "AMOS MRI, 13 organs, adaptation at test time",
         (PaperRow("Swin-BOB", 0.847), PaperRow("Swin-BOB + TTA", 0.857), PaperRow("Swin-BOB + ETTA", 0.864)),
+        (13,),
     ),
     "btcv-adaptation": PaperTable(
         "BTCV, adaptation at test time",
@@ -71,10 +82,12 @@ PAPER_TABLES = {
             PaperRow("Swin-BOB + TTA", 0.883),
             PaperRow("Swin-BOB + ETTA", 0.892),
         ),
+        (12,),
     ),
     "brats-adaptation": PaperTable(
         "BRATS 2023, adaptation at test time",
         (PaperRow("Swin-BOB", 0.882), PaperRow("Swin-BOB + TTA", 0.887), PaperRow("Swin-BOB + ETTA", 0.894)),
+        (3,),
     ),
     "amos-zero-shot": PaperTable(
         "AMOS MRI, zero-shot, by the filter of the UKBOB labels",
@@ -84,6 +97,7 @@ PAPER_TABLES = {
             PaperRow("volume", 0.832),
             PaperRow("SOLF", 0.840),
         ),
+        (10, 12),
     ),
     "btcv-zero-shot": PaperTable(
         "BTCV, zero-shot, by the filter of the UKBOB labels",
@@ -93,5 +107,6 @@ PAPER_TABLES = {
             PaperRow("volume", 0.875),
             PaperRow("SOLF", 0.882),
         ),
+        (10, 11),
     ),
 }

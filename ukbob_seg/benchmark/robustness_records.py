@@ -17,7 +17,7 @@ from ukbob_seg.evaluation.shift_strengths import definitions
 from ukbob_seg.files import digest, read_json, write_json
 
 RECORDS, EXAMPLE = "records", "example"
-_VERSION = 1  # raise it when shifts, predictions or scores mean something else: all is then done again
+_VERSION = 2  # raise it when shifts, predictions or scores mean something else: all is then done again
 
 Scores = dict[str, dict[str, float]]  # class -> metric -> value
 
@@ -86,12 +86,12 @@ def record_key(case: Case, shift: str, model: Sequence[Any], tolerance_mm: float
     """Hash of what a record depends on.
 
     Args:
-        case: whose files count by name, size and time of change.
+        case: whose files count by path, size and time of change.
         shift: with its strength.
         model: plain values that stand for networks and settings.
         tolerance_mm: of the normalized surface Dice.
     """
-    files = [(path.name, path.stat()) for path in (*case.images, label_of(case))]
+    files = [(str(path.resolve()), path.stat()) for path in (*case.images, label_of(case))]
     stats = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files]
     what = [__version__, _VERSION, case.name, stats, shift, definitions()[shift], shift_seed(case.name)]
     return digest([*what, model, tolerance_mm])

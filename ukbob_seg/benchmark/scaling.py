@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,14 +247,8 @@ def check(study: ScalingStudy, options: RunOptions) -> None:
         ConfigError: two fractions give the same cases, or the folder holds a study with other settings.
         DatasetError, CheckpointError: raw or preprocessed data or the weights to start from are lacking.
     """
-    sizes: dict[int, float] = {}
-    for fraction, subset in subsets(study, study.seeds[0]).items():
-        if len(subset) in sizes:
-            raise ConfigError(
-                f"fractions {sizes[len(subset)]:g} and {fraction:g} both give {len(subset)} training cases; "
-                "leave one of them out"
-            )
-        sizes[len(subset)] = fraction
+    for seed in study.seeds:
+        _check_sizes(subsets(study, seed))
     for stage in (study.upstream, study.downstream):
         if stage is not None:
             raw = find_dataset(study.roots.raw, stage.dataset)
@@ -270,6 +264,17 @@ def check(study: ScalingStudy, options: RunOptions) -> None:
         raise CheckpointError(f"pretrained weights {options.pretrained} do not exist, or are no file")
     ensure_writable(study.output)
     _check_settings(study.output / SETTINGS, settings(study, options))
+
+
+def _check_sizes(subsets: Mapping[float, Sequence[str]]) -> None:
+    sizes: dict[int, float] = {}
+    for fraction, subset in subsets.items():
+        if len(subset) in sizes:
+            raise ConfigError(
+                f"fractions {sizes[len(subset)]:g} and {fraction:g} both give {len(subset)} training cases; "
+                "leave one of them out"
+            )
+        sizes[len(subset)] = fraction
 
 
 def subsets(study: ScalingStudy, seed: int) -> dict[float, tuple[str, ...]]:

@@ -136,7 +136,7 @@ class _ValuePlan:
 
 
 def _value_plan(rules: SubmissionRules, edition: str, scheme: LabelScheme) -> _ValuePlan:
-    if rules.regions:
+    if rules.regions and scheme.has_regions:
         wanted = LabelScheme.from_json({"background": 0, **rules.region_labels}, rules.region_order)
         difference = wanted.difference(scheme, ("the challenge's conversion", "the prediction"))
         if difference is not None:

@@ -27,6 +27,7 @@ class TableRow:
         hd_mm: mean Hausdorff distance over classes, finite distances only, or None.
         n_infinite: distances left out because one of the two maps lacks the class; None in the paper's rows.
         classes: Dice of each class; empty in the paper's rows.
+        cases: number of cases; None in the paper's rows.
     """
 
     system: str
@@ -35,6 +36,7 @@ class TableRow:
     hd_mm: float | None
     n_infinite: int | None = None
     classes: dict[str, float | None] = field(default_factory=dict)
+    cases: int | None = None
 
 
 def paper_table(name: str) -> PaperTable:
@@ -68,9 +70,10 @@ def user_row(name: str, path: Path) -> TableRow:
         dice, distance = _number(overall["dice"]["mean"]), _number(overall["hd"]["mean"])
         infinite = int(overall["hd"]["n_infinite"])
         by_class = {str(key): _number(value["dice"]["mean"]) for key, value in classes.items()}
+        cases = int(content["cases"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DatasetError(f"{path} is no summary.json of ukbob_evaluate or ukbob_benchmark score") from error
-    return TableRow(name, "you", dice, distance, infinite, by_class)
+    return TableRow(name, "you", dice, distance, infinite, by_class, cases)
 
 
 def compare(table: str, entries: Sequence[tuple[str, Path]]) -> tuple[TableRow, ...]:
@@ -96,12 +99,24 @@ def cells(rows: Sequence[TableRow], per_class: bool = False) -> list[list[str]]:
         per_class: a column with the Dice of every class as well.
     """
     classes = list(dict.fromkeys(name for row in rows for name in row.classes)) if per_class else []
-    content = [["system", "source", "Dice", "HD mm", "n infinite", *classes]]
+    content = [["system", "source", "Dice", "HD mm", "n infinite", "classes", "cases", *classes]]
     for row in rows:
         infinite = "-" if row.n_infinite is None else str(row.n_infinite)
-        line = [row.system, row.source, _text(row.dice, 3), _text(row.hd_mm, 2), infinite]
+        counts = ["-", "-"] if row.cases is None else [str(len(row.classes)), str(row.cases)]
+        line = [row.system, row.source, _text(row.dice, 3), _text(row.hd_mm, 2), infinite, *counts]
         content.append(line + [_text(row.classes.get(name), 3) for name in classes])
     return content
+
+
+def doubts(table: str, rows: Sequence[TableRow]) -> list[str]:
+    """Sentences on the user's rows whose number of classes is not that of the paper's table."""
+    expected = paper_table(table).classes
+    return [
+        f"{row.system} is the mean of {len(row.classes)} classes, the paper's of {' or '.join(map(str, expected))}: "
+        "they do not compare"
+        for row in rows
+        if row.source == "you" and len(row.classes) not in expected
+    ]
 
 
 def plain(content: Sequence[Sequence[str]]) -> str:

@@ -6,6 +6,7 @@ Nothing here uses the code that writes archives: files are read with nibabel alo
 from __future__ import annotations
 
 import gzip
+import io
 import zipfile
 import zlib
 from pathlib import Path
@@ -14,13 +15,17 @@ import nibabel
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 
 from ukbob_seg.benchmark.protocols import submission_rules
 from ukbob_seg.benchmark.testset import find_test_images
 from ukbob_seg.errors import DatasetError, listing
 
 AFFINE_TOLERANCE = 1e-3  # mm
-_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError)
+_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError, WrapStructError)
+# Encrypted members and unknown ways of compression are RuntimeErrors, the latter as NotImplementedError.
+_BAD_MEMBER = (*_UNREADABLE, zipfile.BadZipFile, RuntimeError)
+_BYTES_PER_VOXEL, _HEADER_BYTES = 8, 1 << 20  # a label file holds no more
 
 
 def validate(name: str, archive: Path, images: Path, modality: str | None = None) -> tuple[int, list[str]]:
@@ -79,25 +84,46 @@ def _names(names: list[str], wanted: list[str]) -> list[str]:
 
 def _member(opened: zipfile.ZipFile, member: str, image: Path, allowed: tuple[int, ...]) -> list[str]:
     try:
-        label = nibabel.Nifti1Image.from_bytes(gzip.decompress(opened.read(member)))
-        stored = np.asanyarray(label.dataobj.get_unscaled())  # type: ignore[attr-defined]
-    except (*_UNREADABLE, zipfile.BadZipFile) as error:
+        reference = nibabel.load(image)
+        shape = tuple(reference.shape)  # type: ignore[attr-defined]
+    except _UNREADABLE as error:
+        raise DatasetError(f"{image} cannot be read: it is corrupt or truncated; copy it again") from error
+    try:
+        label = nibabel.Nifti1Image.from_bytes(_content(opened, member, shape))
+    except _BAD_MEMBER as error:
         return [f"cannot be read ({error})"]
     problems = []
     if label.get_data_dtype().kind not in "iu":
         problems.append(f"type {label.get_data_dtype()}, expected integers such as uint8")
+    if label.shape != shape:
+        problems.append(f"shape {label.shape}, but {shape} in {image.name}")
+    if not np.allclose(label.affine, reference.affine, rtol=0, atol=AFFINE_TOLERANCE):  # type: ignore[attr-defined]
+        problems.append(f"its matrix (affine) is not that of {image.name}")
+    if label.get_data_dtype().kind not in "iuf" or label.shape != shape:
+        return problems  # a header may promise more voxels than memory holds
+    try:
+        stored = np.asanyarray(label.dataobj.get_unscaled())  # type: ignore[attr-defined]
+    except _BAD_MEMBER as error:
+        return [*problems, f"cannot be read ({error})"]
     slope, intercept = label.dataobj.slope, label.dataobj.inter  # type: ignore[attr-defined]
     if (slope, intercept) != (1, 0):
         problems.append(f"values are scaled in the header (slope {slope}, intercept {intercept}); expected none")
-    try:
-        reference = nibabel.load(image)
-    except _UNREADABLE as error:
-        raise DatasetError(f"{image} cannot be read: it is corrupt or truncated; copy it again") from error
-    if label.shape != reference.shape:  # type: ignore[attr-defined]
-        problems.append(f"shape {label.shape}, but {reference.shape} in {image.name}")  # type: ignore[attr-defined]
-    if not np.allclose(label.affine, reference.affine, rtol=0, atol=AFFINE_TOLERANCE):  # type: ignore[attr-defined]
-        problems.append(f"its matrix (affine) is not that of {image.name}")
     wrong = [f"{value:g}" for value in np.unique(stored).tolist() if value not in allowed]
     if wrong:
         problems.append(f"label values {listing(wrong)}, allowed are {', '.join(map(str, allowed))}")
     return problems
+
+
+def _content(opened: zipfile.ZipFile, member: str, shape: tuple[int, ...]) -> bytes:
+    """The unpacked bytes of a member, which are no more than a label map of that shape can have.
+
+    Raises:
+        ValueError: they are, as those of a file made to fill the memory.
+    """
+    most = int(np.prod(shape, dtype=np.int64)) * _BYTES_PER_VOXEL + _HEADER_BYTES
+    if opened.getinfo(member).file_size <= most:
+        with gzip.GzipFile(fileobj=io.BytesIO(opened.read(member))) as stream:
+            content = stream.read(most + 1)
+        if len(content) <= most:
+            return content
+    raise ValueError(f"it unpacks to more than {most} bytes, the most that a label map of this image can have")

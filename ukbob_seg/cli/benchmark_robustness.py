@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     cases.add_argument("-r", "--references", type=Path, metavar="DIR", help="folder of their label files, with -i")
     cases.add_argument("--cases", type=int, metavar="N", help="so many cases, drawn by seed (default: all)")
-    cases.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw (default: 0)")
+    cases.add_argument("--seed", type=int, metavar="S", help="of the draw of --cases (default: 0)")
     cases.add_argument("--part", metavar="I/N", help="only part I of N of the cases (I from 1), with the same -o")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="for tables, page and records")
     parser.add_argument(
@@ -72,9 +72,12 @@ def run(arguments: argparse.Namespace) -> None:
     from ukbob_seg.benchmark.robustness import robustness
     from ukbob_seg.benchmark.robustness_options import ModelChoice, RobustnessOptions
     from ukbob_seg.benchmark.robustness_table import plain
+    from ukbob_seg.errors import ConfigError
     from ukbob_seg.inference.settings import PredictionSettings
     from ukbob_seg.parallel import Part
 
+    if arguments.seed is not None and arguments.cases is None:
+        raise ConfigError("--seed draws cases; give their number with --cases")
     roots = roots_from(arguments)
     adapts = any(METHODS[method].etta for method in arguments.methods if method in METHODS)
     base = PredictionSettings(
@@ -89,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
         shifts=tuple(arguments.shifts),
         methods=tuple(arguments.methods),
         cases=arguments.cases,
-        seed=arguments.seed,
+        seed=arguments.seed or 0,
         tolerance_mm=arguments.tolerance_mm,
         base=base,
         etta=adaptation(arguments, adapts, "--methods etta"),

@@ -37,7 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Read, compare, print, write."""
-    from ukbob_seg.benchmark.table import cells, check_ending, compare, paper_table, parse_entry, plain, write_table
+    from ukbob_seg.benchmark.table import (
+        cells,
+        check_ending,
+        compare,
+        doubts,
+        paper_table,
+        parse_entry,
+        plain,
+        write_table,
+    )
 
     if arguments.output is not None:
         check_ending(arguments.output)
@@ -45,6 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
     content = cells(rows, arguments.classes)
     title = paper_table(arguments.table).title
     print(f"{title}\n{plain(content)}")
+    for sentence in doubts(arguments.table, rows):
+        print(sentence)
     if arguments.output is not None:
         write_table(arguments.output, title, content)
         print(f"written to {arguments.output}")

@@ -27,6 +27,8 @@ def main(argv: list[str] | None = None) -> None:
     from ukbob_seg.evaluation.evaluate_folders import evaluate_folders
     from ukbob_seg.parallel import Cluster, Part
 
+    if arguments.images is not None and arguments.no_report:
+        raise ConfigError("--images are for the pictures of the page, which --no-report leaves out; give one of them")
     options: dict[str, Any] = {
         "dataset_json": arguments.dataset_json,
         "output": arguments.output,
@@ -37,7 +39,10 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.part is not None:
         _refuse_with_part(arguments)
         part = Part.parse(arguments.part)
-        count = evaluate_part(arguments.prediction, arguments.reference, Cluster(arguments.scheduler, part), **options)
+        cluster = Cluster(arguments.scheduler, part)
+        count = evaluate_part(
+            arguments.prediction, arguments.reference, cluster, **options, overwrite=arguments.overwrite
+        )
         print(
             f"part {part.number} of {part.total}: {count} cases scored; when all parts are done, run the same command "
             "once without --part"
@@ -59,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _refuse_with_part(arguments: argparse.Namespace) -> None:
     """Options that belong to the run after all parts."""
-    given = {"--compare": arguments.compare, "--images": arguments.images, "--overwrite": arguments.overwrite}
+    given = {"--compare": arguments.compare, "--images": arguments.images, "--no-report": arguments.no_report}
     useless = [name for name, value in given.items() if value]
     if useless:
         raise ConfigError(f"--part only scores; give {useless[0]} to the run without --part that follows")

@@ -20,8 +20,10 @@ def main(argv: list[str] | None = None) -> None:
     from ukbob_seg.errors import ConfigError
     from ukbob_seg.evaluation.model_selection import SelectionOptions, find_best
 
-    if arguments.no_ensembles and arguments.ensemble_size is not None:
-        raise ConfigError("--ensemble-size and --no-ensembles exclude each other; give one of them")
+    for option in ("ensemble_size", "models_at_once"):
+        if arguments.no_ensembles and getattr(arguments, option) is not None:
+            name = option.replace("_", "-")
+            raise ConfigError(f"--{name} and --no-ensembles exclude each other; give one of them")
     size = 2 if arguments.ensemble_size is None else arguments.ensemble_size
     options = SelectionOptions(
         metric=arguments.metric,
@@ -30,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         configurations=_tuple(arguments.configuration),
         networks=_tuple(arguments.network),
         ensemble_size=1 if arguments.no_ensembles else size,
-        models_at_once=arguments.models_at_once,
+        models_at_once=4 if arguments.models_at_once is None else arguments.models_at_once,
         postprocessing=not arguments.no_postprocessing,
     )
     _print(find_best(arguments.dataset, roots, options, choose_device(arguments.device), arguments.workers))
@@ -74,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         "--ensemble-size", type=int, metavar="N", help="averages of up to N models (default: 2; every one is predicted)"
     )
     parser.add_argument(
-        "--models-at-once", type=int, default=4, metavar="N",
+        "--models-at-once", type=int, metavar="N",
         help="models in memory together while averages are predicted (default: 4); with all of them, each predicts "
         "every case only once",
     )  # fmt: skip

@@ -18,6 +18,7 @@ from ukbob_seg.evaluation.summary import EvaluationSummary
 from ukbob_seg.files import atomic_path, write_json
 
 LEVEL = 0.05
+MOST_EXACT = 50  # differences whose signed-rank test is exact
 OVERALL_ROW = "mean over classes"
 COLUMNS = (
     "metric", "class", "other", "n", "baseline_mean", "other_mean", "difference", "ci95_low", "ci95_high",
@@ -57,14 +58,21 @@ class Comparison:
 
     @cached_property
     def left_out(self) -> tuple[str, ...]:
-        """Cases that some of the sets do not have."""
-        seen = dict.fromkeys(case for summary in self.summaries.values() for case in summary.cases)
+        """Cases that some of the sets do not have, or none."""
+        seen = dict.fromkeys(c for summary in self.summaries.values() for c in (*summary.cases, *summary.missing))
         return tuple(case for case in seen if case not in set(self.cases))
 
     def rows(self, metric: str, other: str) -> pd.DataFrame:
         """Rows of one metric and one other set, indexed by class."""
         table = self.table
         return table[(table["metric"] == metric) & (table["other"] == other)].set_index("class")
+
+    def baseline_means(self, metric: str) -> pd.Series:
+        """Mean of each class over the compared cases; of two sets alone, over those in which both have a value."""
+        if len(self.others) == 1:
+            return self.rows(metric, self.others[0])["baseline_mean"]
+        values = self.summaries[self.baseline].wide(metric).loc[list(self.cases)]
+        return values.where(np.isfinite(values)).mean()
 
     def case_differences(self, metric: str = "dice") -> pd.DataFrame:
         """(cases, others): mean over the classes that both have of other minus baseline; NaN without any."""
@@ -151,20 +159,32 @@ def compare(summaries: Mapping[str, EvaluationSummary], metrics: Sequence[str] |
 def wilcoxon_p(differences: np.ndarray) -> float:
     """Two-sided p value of the signed-rank test that differences scatter symmetrically about 0.
 
-    Zeros are left out (Wilcoxon's own way); infinite ones rank highest. Exact for few differences (up to 50 without
-    ties), else by the normal approximation. 1 when all are zero, NaN without any.
+    Zeros are left out (Wilcoxon's own way), equal differences share the mean of their ranks, and infinite ones rank
+    highest. Exact for up to 50 differences, else by the normal approximation. 1 when all are zero, NaN without any.
     """
     from scipy import stats
 
-    differences = differences[~np.isnan(differences)]
-    if not len(differences):
+    known = differences[~np.isnan(differences)]
+    if not len(known):
         return float("nan")
-    infinite = np.isinf(differences)
-    largest = np.abs(differences[~infinite]).max(initial=0.0) + 1.0
-    ranked = np.where(infinite, np.sign(differences) * largest, differences)
-    if not ranked.any():
+    known = known[known != 0]
+    count = len(known)
+    if not count:
         return 1.0
-    return float(stats.wilcoxon(ranked).pvalue)
+    ranks = stats.rankdata(np.abs(known))
+    positive = float(ranks[known > 0].sum())
+    if count <= MOST_EXACT:
+        doubled = np.rint(2 * ranks).astype(int)  # mean ranks of ties are halves
+        ways = np.zeros(int(doubled.sum()) + 1)  # how many sets of ranks have each sum; exact below 2^53
+        ways[0] = 1
+        for rank in doubled:
+            ways[rank:] = ways[rank:] + ways[: len(ways) - rank]
+        at = round(2 * positive)
+        tail = min(ways[: at + 1].sum(), ways[at:].sum()) / 2.0**count
+        return float(min(1.0, 2 * tail))
+    _, ties = np.unique(ranks, return_counts=True)
+    variance = count * (count + 1) * (2 * count + 1) / 24 - float((ties.astype(float) ** 3 - ties).sum()) / 48
+    return float(2 * stats.norm.sf(abs(positive - count * (count + 1) / 4) / np.sqrt(variance)))
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:

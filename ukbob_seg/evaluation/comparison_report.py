@@ -159,12 +159,11 @@ def _class_table(page: ReportPage, comparison: Comparison, metric: str, folded: 
     interval = ["95 % interval"] if len(tables) == 1 else []  # of several, the figure shows them
     for other in comparison.others:
         header += [other, "difference", *interval, "better : worse", "p (Holm)"]
-    means = comparison.summaries[comparison.baseline].statistics(metric)["mean"]
+    baseline = comparison.baseline_means(metric)
     rows: list[list[object]] = []
     for name in comparison.summaries[comparison.baseline].classes:
         row: list[object] = [name, max(int(table.loc[name, "n"]) for table in tables.values())]
-        single = tables[comparison.others[0]].loc[name, "baseline_mean"] if len(tables) == 1 else means[name]
-        row.append(_digits(metric, float(single)))
+        row.append(_digits(metric, float(baseline[name])))
         for table in tables.values():
             found = table.loc[name]
             row += [
@@ -225,6 +224,8 @@ def _definitions(comparison: Comparison) -> list[str]:
     return [
         f"Differences are those of single cases, minus {comparison.baseline}; their mean is over the cases in which "
         "both have a finite value. better, worse: cases.",
+        f"Column {comparison.baseline} of the tables of classes: mean over the cases compared; with several other sets "
+        "over all of its finite values there, where a difference is over pairs.",
         f"95 % interval: of the mean difference, percentiles 2.5 and 97.5 of {REPLICATES} bootstrap samples of whole "
         f"cases; from {LEAST_VALUES} differences.",
         "p (Holm): two-sided Wilcoxon signed-rank test, corrected by Holm's method over all classes and sets of this "

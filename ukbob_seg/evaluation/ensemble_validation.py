@@ -78,6 +78,7 @@ def _prepare(models: Sequence[Path], output: Path, fold: str, held_out: HeldOut)
     record = {
         "models": [model.name for model in models],
         "fold": fold,
+        "cases": list(held_out.folds[fold]),
         "checkpoints": {
             f"{path.parents[1].name}/{path.parent.name}/{path.name}": _sha256(path)
             for model in models
@@ -87,6 +88,10 @@ def _prepare(models: Sequence[Path], output: Path, fold: str, held_out: HeldOut)
     }
     ensure_writable(output)
     if _record_of(output) != record:
+        own = {job.output for job in jobs}
+        for path in output.glob(f"[!.]*{ending}"):  # of cases that the fold held out before the splits changed
+            if path not in own:
+                path.unlink()
         mark_stale(jobs)  # before the record changes: an interrupted run must not take them for its own
         write_json(output / ARGUMENTS, record)
     return jobs

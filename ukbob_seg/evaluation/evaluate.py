@@ -87,6 +87,7 @@ def evaluate_part(
     tolerance_mm: Tolerances = 2.0,
     workers: int | None = None,
     allow_missing: bool = False,
+    overwrite: bool = False,
 ) -> int:
     """Score one part of the cases of ``evaluate`` and keep the scores for it; returns how many were scored.
 
@@ -100,7 +101,7 @@ def evaluate_part(
         raise ConfigError("a part of a single pair of files makes no sense; leave out --part")
     ensure_writable(folder)
     scoring = CaseScoring(scheme, check_tolerances(tolerance_mm, "--tolerance-mm"))
-    return score_cases(files.pairs, scoring, folder, workers, cluster).computed
+    return score_cases(files.pairs, scoring, folder, workers, cluster, overwrite).computed
 
 
 def evaluate_pairs(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ukbob_seg.errors import ConfigError, DatasetError
 from ukbob_seg.evaluation.comparison import Comparison, compare
 from ukbob_seg.evaluation.evaluate import DEFAULT_REPORT, ReportOptions, evaluate, prepare_output
 from ukbob_seg.evaluation.metrics import Tolerances
+from ukbob_seg.evaluation.pairing import match_files
+from ukbob_seg.evaluation.summary import EvaluationSummary
 
 
 def evaluate_folders(
@@ -45,19 +47,24 @@ def evaluate_folders(
         if not folder.is_dir():
             raise DatasetError(f"prediction folder {folder} does not exist" if not folder.exists() else
                                f"only folders of predictions can be compared; {folder} is a file")  # fmt: skip
+    for folder in folders:  # say what is missing in any before the first is scored
+        match_files(folder, Path(reference), allow_missing)
     names = distinct_names(folders)
+    own_names = [name.replace("/", "_") for name in names]
+    if len(set(own_names)) < len(own_names):
+        own_names = [f"{number}_{name}" for number, name in enumerate(own_names, 1)]
     target = Path(output) if output is not None else folders[0]
     prepare_output(target, report)
     summaries, reports = {}, {}
-    for name, folder in zip(names, folders, strict=True):
-        own = folder if output is None else target / name.replace("/", "_")
+    for name, own_name, folder in zip(names, own_names, folders, strict=True):
+        own = folder if output is None else target / own_name
         summaries[name] = evaluate(
             folder, reference, dataset_json, own, tolerance_mm, workers, allow_missing, report,
             scheduler=scheduler, overwrite=overwrite,
         )  # fmt: skip
         if report.write:
             reports[name] = own / "report.html"
-    comparison = compare(summaries)
+    comparison = compare(_of_same_classes(summaries))
     comparison.write(target)
     (target / "comparison.html").unlink(missing_ok=True)
     if report.write:
@@ -65,6 +72,15 @@ def evaluate_folders(
 
         write_comparison_report(target / "comparison.html", comparison, report.images, reports)
     return comparison
+
+
+def _of_same_classes(summaries: Mapping[str, EvaluationSummary]) -> dict[str, EvaluationSummary]:
+    """Of folders without a dataset.json, whose classes are the values found: all values of any of them in each."""
+    named = {name: values for summary in summaries.values() for name, values in summary.classes.items()}
+    if not all(name.isdigit() and values == (int(name),) for name, values in named.items()):
+        return dict(summaries)
+    classes = {name: named[name] for name in sorted(named, key=int)}
+    return {name: summary.with_classes(classes) for name, summary in summaries.items()}
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:

@@ -20,7 +20,7 @@ class Intervals:
 
     Attributes:
         classes: metric -> one row per class, columns low and high; NaN with fewer than ``LEAST_VALUES`` values.
-        overall: metric -> (low, high) of the mean over classes.
+        overall: metric -> (low, high) of the mean over classes; NaN with fewer cases that have a value.
     """
 
     classes: Mapping[str, pd.DataFrame]
@@ -31,7 +31,8 @@ def bootstrap_intervals(tables: Mapping[str, pd.DataFrame], replicates: int = RE
     """95 % percentile bootstrap intervals of each class's mean, and of the mean over classes.
 
     Cases are drawn with replacement, each with all of its classes and metrics: organs of one scan fail together, and
-    the mean over classes scatters accordingly. NaN and infinite values stay out of the means, as everywhere.
+    the mean over classes scatters accordingly. NaN and infinite values stay out of the means, as everywhere; a class
+    that none of the cases drawn has stays out of that draw's mean over classes.
 
     Args:
         tables: metric -> (cases, classes), the same for all metrics.
@@ -44,13 +45,14 @@ def bootstrap_intervals(tables: Mapping[str, pd.DataFrame], replicates: int = RE
     cases, metrics, classes = values.shape
     means = resampled_means(values.reshape(cases, -1), replicates, seed).reshape(replicates, metrics, classes)
     enough = np.isfinite(values).sum(axis=0) >= LEAST_VALUES
+    scored = np.isfinite(values).any(axis=2).sum(axis=0)  # cases, of each metric
     by_class, overall = {}, {}
     for number, (metric, table) in enumerate(tables.items()):
         limits = percentile_interval(means[:, number])
         limits[~enough[number]] = np.nan
         by_class[metric] = pd.DataFrame(limits, index=table.columns, columns=["low", "high"])
         low, high = percentile_interval(_mean_over_classes(means[:, number])[:, None])[0]
-        overall[metric] = (float(low), float(high)) if enough[number].any() else (float("nan"), float("nan"))
+        overall[metric] = (float(low), float(high)) if scored[number] >= LEAST_VALUES else (float("nan"), float("nan"))
     return Intervals(by_class, overall)
 
 

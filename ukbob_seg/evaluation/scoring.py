@@ -25,7 +25,7 @@ from ukbob_seg.shards import Shard, find_shards, known_cases, load_shards, shard
 logger = logging.getLogger(__name__)
 
 TABLE, PARTS = "metrics.parquet", "metrics_parts"
-_VERSION = 1  # raise it when the meaning of a metric changes: kept scores are then computed again
+_VERSION = 2  # raise it when the meaning of a metric changes: kept scores are then computed again
 _IN_PROCESS_VOXELS = 2e7  # starting worker processes takes longer than scoring this many voxels
 _BYTES_PER_VOXEL = 60
 _BYTES_PER_WORKER = 3e8
@@ -44,13 +44,14 @@ class CaseScoring:
     tolerances: tuple[float, ...]
 
     def key(self, pair: Pair) -> str:
-        """Hash of what the scores depend on: options, and name, size and modification time of both files."""
+        """Hash of what the scores depend on: options, and path, size and modification time of both files."""
         scheme = self.scheme and [self.scheme.names, self.scheme.members, self.scheme.values, self.scheme.ignore_value]
         try:
-            stats = [(path.name, path.stat()) for path in (pair.prediction, pair.reference)]
+            stats = [(path.resolve(), path.stat()) for path in (pair.prediction, pair.reference)]
         except OSError:
             return ""  # reading it will say what is wrong
-        files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+        # The path, too: predictions of two models, unpacked from archives, may have one size and one time.
+        files = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
         return digest([_VERSION, scheme, self.tolerances, files])
 
     def __call__(self, pair: Pair) -> pd.DataFrame:
@@ -231,5 +232,5 @@ class _ScoreShard:
 
 
 def _known(folder: Path, keys: Mapping[str, str]) -> dict[str, Shard]:
-    paths = [Path(folder) / TABLE, *find_shards(Path(folder) / PARTS)]
+    paths = [*find_shards(Path(folder) / PARTS), Path(folder) / TABLE]  # parts of this run first
     return known_cases(load_shards(paths, keys).values(), keys)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,10 @@ class EvaluationSummary:
         """Mean over classes for every case (finite values only); NaN for a case without any."""
         values = self.table[metric].where(np.isfinite(self.table[metric].astype(np.float64)))
         return values.groupby(self.table["case"], sort=False).mean()
+
+    def with_classes(self, classes: Mapping[str, tuple[int, ...]]) -> EvaluationSummary:
+        """The same with further classes, which are in none of the maps."""
+        return replace(self, table=complete_table(self.table, self.cases, tuple(classes)), classes=classes)
 
     def to_json(self) -> dict[str, Any]:
         """Content for a strict JSON file: NaN becomes null, an infinite distance the string "inf"."""
