@@ -27,7 +27,7 @@ from ukbob_seg.benchmark.embeddings_map import (
 )
 from ukbob_seg.benchmark.embeddings_report import apart, map_figure, write_report
 from ukbob_seg.cli import benchmark
-from ukbob_seg.dataset.image_io import Geometry, write_image, write_labels
+from ukbob_seg.dataset.image_io import Geometry, read_geometry, write_image, write_labels
 from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError
 from ukbob_seg.inference.predictor import Predictor
 from ukbob_seg.inference.settings import PredictionSettings
@@ -327,9 +327,13 @@ def test_wrong_models_and_files_are_sentences(tmp_path, model):
         find_cases(scans, None, "reference", loaded)
     case = find_cases(scans / "case_0_0000.nii.gz", tmp_path / "labelsTs", "reference", loaded)[0]
     write_labels(np.ones((4, 4, 4), np.uint8), Geometry((4, 4, 4), (1.0, 1.0, 1.0)), case.reference)
-    with pytest.raises(DatasetError, match=r"case case_0: .* has \(4, 4, 4\) voxels .*, the image \(18, 20, 22\)"):
+    with pytest.raises(DatasetError, match=r"case case_0: shape differs: \(18, 20, 22\) in the image, \(4, 4, 4\) in"):
         loaded.embed(case)
-    write_labels(np.ones((18, 20, 22), np.uint8), Geometry((18, 20, 22), (1.0, 1.0, 1.0)), case.reference)
+    geometry = read_geometry(case.images[0])
+    write_labels(np.ones((18, 20, 22), np.uint8), Geometry((18, 20, 22), (9.0, 9.0, 9.0)), case.reference)
+    with pytest.raises(DatasetError, match=r"case case_0: spacing differs"):
+        loaded.embed(case)
+    write_labels(np.ones((18, 20, 22), np.uint8), geometry, case.reference)
     with pytest.raises(DatasetError, match="case case_0: unknown label values 1"):
         loaded.embed(case)
 
