@@ -331,7 +331,7 @@ def test_wrong_models_and_files_are_sentences(tmp_path, model):
         loaded.embed(case)
     geometry = read_geometry(case.images[0])
     write_labels(np.ones((18, 20, 22), np.uint8), Geometry((18, 20, 22), (9.0, 9.0, 9.0)), case.reference)
-    with pytest.raises(DatasetError, match=r"case case_0: spacing differs"):
+    with pytest.raises(DatasetError, match=r"case case_0: spacing_mm differs"):
         loaded.embed(case)
     write_labels(np.ones((18, 20, 22), np.uint8), geometry, case.reference)
     with pytest.raises(DatasetError, match="case case_0: unknown label values 1"):
