@@ -45,6 +45,7 @@ def test_markdown(summary, tmp_path, capsys):
     text = (tmp_path / "t.md").read_text()
     assert "| Swin-UNETR | paper | 0.918 | 5.98 | - | - | - |" in text
     assert "| a\\|b | you | 0.812 | 7.50 | 1 | 2 | 4 |" in text
+    assert "they do not compare." in text
 
 
 @pytest.mark.parametrize("name", PAPER_TABLES)

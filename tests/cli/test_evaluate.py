@@ -99,7 +99,7 @@ def test_comparison_is_printed_and_written(
         "comparison.json", "comparison.csv", "comparison.html", "predictions", "labelsTr",
     }  # fmt: skip
     assert main([predictions, references, "--compare", predictions]) == 2
-    assert "different folders" in capsys.readouterr().err
+    assert "must be another one" in capsys.readouterr().err
     assert main([predictions, references, "--compare", str(tmp_path / "none")]) == 2
     assert "does not exist" in capsys.readouterr().err
 

@@ -95,7 +95,7 @@ def test_numbers_of_a_class(rng: np.random.Generator) -> None:
     row = comparison.rows("dice", "b").loc["spleen"]
     kept = np.isfinite(one[:, 1]) & np.isfinite(two[:, 1])
     difference = (two - one)[kept, 1]
-    assert (row["n"], row["n_unpaired"], row["n_infinite"]) == (10, 1, 0)
+    assert (row["n"], row["n_unpaired"], row["n_infinite_baseline"], row["n_infinite_other"]) == (10, 1, 0, 0)
     assert row["difference"] == pytest.approx(difference.mean())
     assert row["baseline_mean"] == pytest.approx(one[kept, 1].mean())
     assert row["other_mean"] - row["baseline_mean"] == pytest.approx(row["difference"])
@@ -117,7 +117,8 @@ def test_a_missed_organ_is_worse_however_small_the_other_distances() -> None:
     far[:2] = INF
     dice = np.full((8, 1), 0.5)
     row = compare({"a": summary_of(dice, near), "b": summary_of(dice, far)}).rows("hd95", "b").loc["liver"]
-    assert (row["n"], row["better"], row["worse"], row["n_infinite"]) == (8, 0, 8, 2)
+    assert (row["n"], row["better"], row["worse"]) == (8, 0, 8)
+    assert (row["n_infinite_baseline"], row["n_infinite_other"]) == (0, 2)
     assert row["difference"] == pytest.approx(far[2:].mean() - 2)
     assert row["p"] == pytest.approx(2 / 2**8)
     both = compare({"a": summary_of(dice, far), "b": summary_of(dice, far)}).rows("hd95", "b").loc["liver"]
@@ -240,7 +241,7 @@ def test_folders_are_scored_and_compared(label_folders: tuple[list[Path], Path],
     assert comparison.baseline == "moved"
     assert (comparison.rows("dice", "exact")["difference"] > 0).all()
     missed = comparison.rows("hd95", "missed").loc["2"]
-    assert (missed["worse"], missed["n_infinite"]) == (6, 6)
+    assert (missed["worse"], missed["n_infinite_baseline"], missed["n_infinite_other"]) == (6, 0, 6)
     page = (tmp_path / "out" / "comparison.html").read_text()
     assert not re.search(r"\bnan\b", page, re.IGNORECASE)
     assert page.count("<img") == 2

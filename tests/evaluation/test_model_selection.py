@@ -252,7 +252,7 @@ def test_the_printed_command_predicts_with_a_single_model(roots, capsys):
     assert command.main(["-d", "5", "-c", "3d_lowres", "2d", "--workers", "1", *_flags(roots)]) == 0
     out = capsys.readouterr().out
     assert "dice of folds 0, 1 (higher is better)" in out
-    assert out.splitlines()[2].split() == ["1", "1.0000", "0", "8", folder_name("3d_lowres", "a")]
+    assert out.splitlines()[2].split() == ["1", "1.0000", "-", "8", folder_name("3d_lowres", "a")]
     words = shlex.split(out.splitlines()[-1])
     assert predict_command.main([*words[1:], "--device", "cpu"]) == 0
     for number in (4, 5):

@@ -14,7 +14,8 @@ from ukbob_seg.drawing import outline
 from ukbob_seg.evaluation.distribution_figures import distribution_figures
 from ukbob_seg.evaluation.evaluate import ReportOptions, evaluate
 from ukbob_seg.evaluation.metrics import absent_from_both
-from ukbob_seg.evaluation.report import find_image, worst_cases, write_report
+from ukbob_seg.evaluation.pairing import find_image
+from ukbob_seg.evaluation.report import worst_cases, write_report
 from ukbob_seg.evaluation.summary import CaseMetrics, EvaluationSummary, collect
 
 GEOMETRY = Geometry((10, 20, 24), (3.0, 1.0, 0.7))

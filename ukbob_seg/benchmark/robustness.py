@@ -212,7 +212,7 @@ class _Run:
             for shift in dict.fromkeys(job.shift for job in todo):
                 shifted = apply_shift(image, shift, geometry.spacing_mm, shift_seed(case.name))
                 for job in (job for job in todo if job.shift == shift):
-                    bar.set_postfix_str(f"{case.name}, {shift}, {job.method}", refresh=False)
+                    bar.set_postfix_str(f"{case.name}, shift {shift}, method {job.method}", refresh=False)
                     start = time.perf_counter()
                     prediction = predictors[job.method].predict_array(shifted, geometry)
                     seconds = time.perf_counter() - start

@@ -138,15 +138,15 @@ def markdown(title: str, content: Sequence[Sequence[str]]) -> str:
     return f"## {title}\n\n" + "\n".join(lines) + "\n"
 
 
-def write_table(path: Path, title: str, content: Sequence[Sequence[str]]) -> None:
-    """Write Markdown or CSV, by the file ending.
+def write_table(path: Path, title: str, content: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
+    """Write Markdown, with notes below the table, or CSV, by the file ending.
 
     Raises:
         ConfigError: another ending.
     """
     check_ending(path)
     if path.suffix.lower() == ".md":
-        write_text(path, markdown(title, content))
+        write_text(path, markdown(title, content) + "".join(f"\n{note}.\n" for note in notes))
         return
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows(content)

@@ -54,8 +54,9 @@ def run(arguments: argparse.Namespace) -> None:
     content = cells(rows, arguments.classes)
     title = paper_table(arguments.table).title
     print(f"{title}\n{plain(content)}")
-    for sentence in doubts(arguments.table, rows):
-        print(sentence)
+    notes = doubts(arguments.table, rows)
+    for note in notes:
+        print(note)
     if arguments.output is not None:
-        write_table(arguments.output, title, content)
+        write_table(arguments.output, title, content, notes)
         print(f"written to {arguments.output}")

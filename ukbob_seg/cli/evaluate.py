@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         print(
             f"part {part.number} of {part.total}: {count} cases scored; when all parts are done, run the same command "
-            "once without --part"
+            "once without --part (with --images, for pictures)"
         )
         return
     options |= {
@@ -112,20 +112,23 @@ def print_comparison(comparison: Comparison) -> None:
 
     print(f"baseline: {comparison.baseline}, {len(comparison.cases)} cases")
     width = max(len("set"), *(len(name) for name in comparison.others))
-    titles = f"{'baseline':>10}{'mean':>9}{'difference':>12}  better  worse  infinite  p (Holm)  classes"
+    titles = f"{'baseline':>10}{'mean':>9}{'difference':>12}  better  worse   infinite  p (Holm)  classes"
     print(f"{'metric':<16}{'set':<{width}}{titles}")
     tolerances = comparison.summaries[comparison.baseline].tolerances
     for metric in comparison.metrics:
         for other in comparison.others:
             table = comparison.rows(metric, other)
             row, classes = table.loc[OVERALL_ROW], table.drop(OVERALL_ROW)
+            infinite = f"{int(row['n_infinite_baseline'])} : {int(row['n_infinite_other'])}"
             differing = f"{int((classes['p_holm'] < LEVEL).sum())} of {len(classes)}"
             print(
                 f"{metric_title(metric, tolerances):<16}{other:<{width}}{row['baseline_mean']:>10.3f}"
                 f"{row['other_mean']:>9.3f}{row['difference']:>+12.3f}{int(row['better']):>8}{int(row['worse']):>7}"
-                f"{int(row['n_infinite']):>10}{p_text(row['p_holm']):>10}  {differing}"
+                f"{infinite:>11}{p_text(row['p_holm']):>10}  {differing}"
             )
-    print(f"classes: those with p < {LEVEL:g} after Holm's correction; infinite: values left out of the means")
+    print(f"classes: those with p < {LEVEL:g} after Holm's correction; infinite: values in no mean, baseline : set")
+    if comparison.least_p > LEVEL / 2:
+        print(f"with {len(comparison.cases)} cases no p value can be below {comparison.least_p:.3g}")
     if comparison.left_out:
         print(f"not in all sets, in no number: {listing(comparison.left_out)}")
 

@@ -98,7 +98,9 @@ def _print(selection: Selection) -> None:
     for place, ranked in enumerate(selection.ranking, 1):
         score = ranked.score
         name = " + ".join(model.name for model in ranked.candidate.models)
-        print(f"{place:>4}  {score.mean:>9.4f}  {score.n_infinite:>8}  {score.values:>6}  {name}")
+        mean = "-" if score.mean != score.mean else f"{score.mean:.4f}"
+        infinite = score.n_infinite if options.lower_is_better else "-"  # only distances can be infinite
+        print(f"{place:>4}  {mean:>9}  {infinite:>8}  {score.values:>6}  {name}")
     for reason in selection.skipped.values():
         print(f"not compared: {reason}")
     if selection.comparison is not None:

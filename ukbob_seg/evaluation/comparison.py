@@ -22,9 +22,9 @@ MOST_EXACT = 50  # differences whose signed-rank test is exact
 OVERALL_ROW = "mean over classes"
 COLUMNS = (
     "metric", "class", "other", "n", "baseline_mean", "other_mean", "difference", "ci95_low", "ci95_high",
-    "better", "worse", "n_infinite", "n_unpaired", "p", "p_holm",
+    "better", "worse", "n_infinite_baseline", "n_infinite_other", "n_unpaired", "p", "p_holm",
 )  # fmt: skip
-_WHOLE = ("n", "better", "worse", "n_infinite", "n_unpaired")
+_WHOLE = ("n", "better", "worse", "n_infinite_baseline", "n_infinite_other", "n_unpaired")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ class Comparison:
         """Cases that some of the sets do not have, or none."""
         seen = dict.fromkeys(c for summary in self.summaries.values() for c in (*summary.cases, *summary.missing))
         return tuple(case for case in seen if case not in set(self.cases))
+
+    @property
+    def least_p(self) -> float:
+        """The smallest p value that the test of so many cases can have, before any correction."""
+        return 2.0 ** (1 - len(self.cases))
 
     def rows(self, metric: str, other: str) -> pd.DataFrame:
         """Rows of one metric and one other set, indexed by class."""
@@ -253,7 +258,8 @@ def _class_row(pairs: _Pairs, name: str) -> dict[str, Any]:
         "difference": _mean(differences[finite]),
         "ci95_low": pairs.intervals[column, 0],
         "ci95_high": pairs.intervals[column, 1],
-        "n_infinite": int((np.isinf(baseline) | np.isinf(other)).sum()),
+        "n_infinite_baseline": int(np.isinf(baseline).sum()),
+        "n_infinite_other": int(np.isinf(other).sum()),
         "n_unpaired": int((np.isnan(baseline) ^ np.isnan(other)).sum()),
         "p": wilcoxon_p(differences),
     }
@@ -271,7 +277,8 @@ def _overall_row(pairs: _Pairs) -> dict[str, Any]:
         "difference": _mean(means),
         "ci95_low": low if enough else float("nan"),
         "ci95_high": high if enough else float("nan"),
-        "n_infinite": int((np.isinf(pairs.baseline) | np.isinf(pairs.other)).sum()),
+        "n_infinite_baseline": int(np.isinf(pairs.baseline).sum()),
+        "n_infinite_other": int(np.isinf(pairs.other).sum()),
         "n_unpaired": int((np.isnan(pairs.baseline) ^ np.isnan(pairs.other)).sum()),
         "p": wilcoxon_p(means),
     }

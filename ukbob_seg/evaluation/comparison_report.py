@@ -17,7 +17,7 @@ from ukbob_seg.evaluation.distribution_figures import metric_title
 from ukbob_seg.evaluation.intervals import LEAST_VALUES, REPLICATES
 from ukbob_seg.evaluation.metrics import DISTANCES
 from ukbob_seg.evaluation.overlays import Overlay, in_one_view, overlay_figure
-from ukbob_seg.evaluation.report import find_image
+from ukbob_seg.evaluation.pairing import find_image
 from ukbob_seg.report_page import ReportPage
 
 CASES_SHOWN = 10
@@ -41,6 +41,8 @@ def write_comparison_report(
     page = ReportPage("Comparison", f"{others} against {comparison.baseline}, {len(comparison.cases)} cases.")
     page.heading("Means over classes")
     _overall_table(page, comparison)
+    if comparison.least_p > LEVEL / 2:
+        page.paragraph(f"With {len(comparison.cases)} cases no p value can be below {comparison.least_p:.3g}.")
     if comparison.left_out:
         left_out = listing(comparison.left_out)
         page.bullets([f"Not scored in all sets, in no number here: {len(comparison.left_out)} cases ({left_out})."])
@@ -139,13 +141,14 @@ def _overall_table(page: ReportPage, comparison: Comparison) -> None:
             row = comparison.rows(metric, other).loc[OVERALL_ROW]
             baseline = _digits(metric, row["baseline_mean"])
             if baseline != shown:  # again where pairs with another set are other cases and classes
-                rows.append([title if not shown else "", comparison.baseline, baseline, *[""] * 6])
+                title = "" if shown else title
+                rows.append([title, comparison.baseline, baseline, *[""] * 5, int(row["n_infinite_baseline"])])
                 shown = baseline
             rows.append(
                 [
                     "", other, _digits(metric, row["other_mean"]), _signed(metric, row["difference"]),
                     _interval(metric, row), int(row["better"]), int(row["worse"]), p_text(row["p_holm"]),
-                    int(row["n_infinite"]),
+                    int(row["n_infinite_other"]),
                 ]
             )  # fmt: skip
     page.table(header, rows)
@@ -231,8 +234,8 @@ def _definitions(comparison: Comparison) -> list[str]:
         "p (Holm): two-sided Wilcoxon signed-rank test, corrected by Holm's method over all classes and sets of this "
         "metric (for the means over classes, over the sets). A distance that is infinite in one set only ranks as the "
         "largest difference.",
-        "Means over classes: of each case over the classes with a finite value in both; n infinite counts the values "
-        "left out, of either set.",
+        "Means over classes: of each case over the classes with a finite value in both; n infinite counts those of "
+        "each set that are in no mean, since only one of its two maps has the class (missed or invented).",
     ]
 
 

@@ -11,6 +11,7 @@ from ukbob_seg.dataset.spec import Case, DatasetSpec, require_cases
 from ukbob_seg.errors import ConfigError, DatasetError, listing
 from ukbob_seg.evaluation.evaluate import EvaluationSummary, ReportOptions, evaluate_pairs
 from ukbob_seg.training.splits import Split, choose_split, load_groups, load_or_make_splits
+from ukbob_seg.training.state import has_run
 
 
 @dataclass(frozen=True)
@@ -141,12 +142,15 @@ def check_validated(model_folder: Path, held_out: HeldOut) -> None:
         trained = DatasetSpec.load(model_folder).labels
         if difference := trained.difference(held_out.spec.labels, (str(model_folder), str(held_out.raw))):
             raise DatasetError(f"{difference}; train again with the labels as they are now")
+    without = [f for f in held_out.folds if not (model_folder / f"fold_{f}" / "validation" / "summary.json").is_file()]
+    if without:
+        others = [fold for fold in held_out.folds if fold not in without]
+        raise DatasetError(
+            f"{model_folder} has no complete validation of fold {', '.join(without)} (no validation/summary.json); "
+            f"{_how_to_validate(model_folder, without[0], held_out)}"
+            + (f", or compare on folds that have one: -f {' '.join(others)}" if others else "")
+        )
     for fold in held_out.folds:
-        if not (model_folder / f"fold_{fold}" / "validation" / "summary.json").is_file():
-            raise DatasetError(
-                f"{model_folder} has no complete validation of fold {fold} (no validation/summary.json); "
-                f"{_how_to_validate(model_folder, fold, held_out)}"
-            )
         fold_predictions(model_folder, fold, held_out)
 
 
@@ -174,7 +178,8 @@ def fold_predictions(folder: Path, fold: str, held_out: HeldOut) -> dict[str, Pa
 def _how_to_validate(folder: Path, fold: str, held_out: HeldOut) -> str:
     configuration, _, network = folder.name.partition("__")
     network = ":".join(network.rsplit(".", 1))  # package.module:Class has a dot there in the name of the folder
+    begun = " --resume" if has_run(folder / f"fold_{fold}") else ""
     return (
         "train it with its final validation on all cases: "
-        f"ukbob_train {int(held_out.raw.name[7:].split('_')[0])} {fold} -c {configuration} --network {network} --resume"
+        f"ukbob_train {int(held_out.raw.name[7:].split('_')[0])} {fold} -c {configuration} --network {network}{begun}"
     )

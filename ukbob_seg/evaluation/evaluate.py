@@ -11,7 +11,7 @@ import pandas as pd
 from ukbob_seg.dataset.labels import LabelScheme
 from ukbob_seg.errors import ConfigError, DatasetError
 from ukbob_seg.evaluation.metrics import Tolerances, check_tolerances
-from ukbob_seg.evaluation.pairing import Pair, find_labels, match_files
+from ukbob_seg.evaluation.pairing import Pair, check_images, find_labels, match_files
 from ukbob_seg.evaluation.scoring import CaseScoring, ScoredCases, score_cases
 from ukbob_seg.evaluation.summary import EvaluationSummary, complete_table
 from ukbob_seg.files import ensure_writable
@@ -72,6 +72,8 @@ def evaluate(
     )
     folder = output_folder(prediction, output)
     prepare_output(folder, report)
+    if report.images is not None:
+        check_images(Path(report.images), [pair.case for pair in files.pairs])
     scored = score_cases(files.pairs, scoring, folder, workers, Cluster(scheduler), overwrite)
     summary = replace(_summarise(files.pairs, scoring, scored), missing=files.missing, unmatched=files.unmatched)
     write_output(folder, summary, report, scored=scored)

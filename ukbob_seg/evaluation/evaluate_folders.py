@@ -42,7 +42,7 @@ def evaluate_folders(
     """
     folders = [Path(folder) for folder in predictions]
     if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
-        raise ConfigError("give two or more different folders of predictions to compare")
+        raise ConfigError(f"each folder to compare must be another one, got {', '.join(map(str, folders))}")
     for folder in folders:
         if not folder.is_dir():
             raise DatasetError(f"prediction folder {folder} does not exist" if not folder.exists() else

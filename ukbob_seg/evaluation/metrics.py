@@ -109,7 +109,7 @@ def check_tolerances(tolerance_mm: Tolerances, name: str = "tolerance_mm") -> tu
     given = tuple(tolerance_mm) if isinstance(tolerance_mm, Iterable) else (tolerance_mm,)
     tolerances = tuple(float(tolerance) for tolerance in given)
     if not tolerances or not all(np.isfinite(t) and t >= 0 for t in tolerances):
-        raise ConfigError(f"{name} must be zero or positive, got {tolerance_mm}")
+        raise ConfigError(f"{name} must be zero or positive, got {', '.join(f'{t:g}' for t in tolerances) or 'none'}")
     if len(set(nsd_names(tolerances))) < len(nsd_names(tolerances)):
         raise ConfigError(f"{name} must be different numbers, got {', '.join(f'{t:g}' for t in tolerances)}")
     return tolerances

@@ -124,6 +124,8 @@ def _draw_overlay(axis: Axes, overlay: Overlay) -> None:
     axis.set_title(shorten(overlay.title or overlay.case, 26), fontsize=9)
     axis.set_ylabel(shorten(overlay.row, 26), fontsize=9)
     scored = f"{shorten(overlay.class_name, 22)}, Dice {overlay.dice:.3f}"
+    if not masks[0].any() or not masks[1].any():
+        scored += ", not in the reference" if masks[1].any() else ", not predicted"
     axis.set_xlabel(f"{scored}\n{slice_name(normal, index)}", fontsize=8)
 
 

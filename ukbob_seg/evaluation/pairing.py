@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from ukbob_seg.dataset.labels import LabelScheme
 from ukbob_seg.dataset.spec import DatasetSpec
-from ukbob_seg.errors import ConfigError, DatasetError
+from ukbob_seg.errors import ConfigError, DatasetError, listing
 from ukbob_seg.files import read_json
 
 logger = logging.getLogger(__name__)
@@ -102,3 +103,24 @@ def find_labels(prediction: Path, reference: Path, dataset_json: Path | None = N
         logger.info("no dataset.json found: every label value that occurs is scored, named by its number")
         return None
     return DatasetSpec.from_json(read_json(Path(path), "dataset description"), Path(path).parent.name).labels
+
+
+def find_image(folder: Path, case: str) -> Path | None:
+    """The first channel of a case (``CASE_0000.nii.gz``), or its only file (``CASE.nii.gz``); None without one."""
+    candidates = (Path(folder) / f"{case}{suffix}{ending}" for suffix in ("_0000", "") for ending in FILE_ENDINGS)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def check_images(folder: Path, cases: Sequence[str]) -> None:
+    """Say which cases have no image for their picture.
+
+    Raises:
+        DatasetError: none has one, so that it is the wrong folder.
+    """
+    without = [case for case in cases if find_image(folder, case) is None]
+    if len(without) == len(cases):
+        raise DatasetError(
+            f"{folder} has no image of any of the {len(cases)} cases, named like {without[0]}_0000.nii.gz"
+        )
+    if without:
+        logger.warning("no image of %d of %d cases in %s: %s", len(without), len(cases), folder, listing(without))

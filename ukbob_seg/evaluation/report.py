@@ -13,11 +13,11 @@ from ukbob_seg.evaluation.distribution_figures import distribution_figures, metr
 from ukbob_seg.evaluation.intervals import LEAST_VALUES, REPLICATES
 from ukbob_seg.evaluation.metrics import DISTANCES, nsd_names
 from ukbob_seg.evaluation.overlays import Overlay, overlay_figure
+from ukbob_seg.evaluation.pairing import find_image
 from ukbob_seg.evaluation.summary import EvaluationSummary
 from ukbob_seg.report_page import ReportPage
 
 WORST_CASES = 10
-DRAWN = ("dice", "hd95", "nsd")
 
 
 def write_report(path: Path, summary: EvaluationSummary, images: Path | None = None) -> None:
@@ -31,13 +31,17 @@ def write_report(path: Path, summary: EvaluationSummary, images: Path | None = N
             gives a grey drawing of the reference labels.
     """
     cases, classes = len(summary.cases), len(summary.classes)
-    page = ReportPage("Evaluation", f"{_number(cases, 'case')}, {_number(classes, 'class', 'classes')}.")
+    lead = f"{_number(cases, 'case')}, {_number(classes, 'class', 'classes')}."
+    if summary.files:
+        one, two = (Path(path).parent for path in next(iter(summary.files.values())))
+        lead += f" Predictions of {one}, references of {two}." if str(one) != "." else ""
+    page = ReportPage("Evaluation", lead)
     _headline(page, summary)
     page.heading("Classes")
     _class_table(page, summary)
     page.heading("Worst cases")
     _worst_section(page, summary, images)
-    for metric in DRAWN:
+    for metric in ("dice", "hd95", *(nsd_names(summary.tolerances) or ("nsd",))):
         for number, (figure, caption) in enumerate(distribution_figures(summary, metric)):
             if number == 0:
                 page.heading(f"{metric_title(metric, summary.tolerances)} of every case")
@@ -65,14 +69,6 @@ def worst_cases(summary: EvaluationSummary, most: int = WORST_CASES) -> pd.DataF
         missed = int(np.isinf(here["hd"]).sum())
         rows.append((case, float(dice), float(distances[case]), missed, worst["class"], float(worst["dice"])))
     return pd.DataFrame(rows, columns=["case", "dice", "hd95", "missed", "worst_class", "worst_dice"])
-
-
-def find_image(folder: Path, case: str) -> Path | None:
-    """The first channel of a case (``CASE_0000.nii.gz``), or its only file (``CASE.nii.gz``); None without one."""
-    from ukbob_seg.evaluation.pairing import FILE_ENDINGS
-
-    candidates = (Path(folder) / f"{case}{suffix}{ending}" for suffix in ("_0000", "") for ending in FILE_ENDINGS)
-    return next((path for path in candidates if path.is_file()), None)
 
 
 def _headline(page: ReportPage, summary: EvaluationSummary) -> None:
@@ -129,6 +125,8 @@ def _class_table(page: ReportPage, summary: EvaluationSummary) -> None:
         missed = summary.overall("hd").n_infinite
         rows.append(["mean over classes", overall.values, _fixed(overall.mean, 3), interval, "", "", *means, missed])
     page.table(header, rows)
+    if len(summary.cases) < LEAST_VALUES:
+        page.paragraph(f"Intervals are given from {LEAST_VALUES} values.")
     for metric, title in zip(others, titles, strict=True):
         page.table(
             ["class", "n", "mean", "95 % interval", "sd", "median"],
@@ -202,7 +200,8 @@ def _definitions(summary: EvaluationSummary) -> list[str]:
         "boundary voxels of both maps, in mm.",
         f"NSD: share of boundary voxels within {tolerances} mm of the other map's boundary.",
         "n: cases in which the class is in at least one of the maps. A class absent from both maps of a case enters "
-        "no mean; n infinite counts cases in which only one map has it. sd: sample standard deviation over cases.",
+        "no mean; in the row of the mean over classes n counts the values behind it; n infinite counts cases in which "
+        "only one map has it. sd: sample standard deviation over cases.",
         f"95 % interval: of the mean, percentiles 2.5 and 97.5 of {REPLICATES} bootstrap samples of whole cases; from "
         f"{LEAST_VALUES} values.",
     ]
