@@ -11,7 +11,7 @@ import ukbob_seg
 
 PACKAGE = Path(ukbob_seg.__file__).parent
 ORDER = [
-    "dataset", "preprocessing", "filtering", "networks", "training", "inference",
+    "dataset", "preprocessing", "filtering", "networks", "training", "nnunet", "inference",
     "evaluation", "benchmark", "demo", "cli",
 ]  # fmt: skip
 # Validation inside training uses the sliding window, which itself needs nothing but networks.
