@@ -7,8 +7,9 @@
 
 ``DATA`` is the folder of Dataset004_Hippocampus (Medical Segmentation Decathlon, task 4). Every model below is planned,
 preprocessed and trained by nnU-Net's own classes, for a few iterations; the trainer differs from nnUNetTrainer in the
-number of iterations alone. ``compare`` prints the lowest Dice of any class in any case between both predictions, the
-share of equal voxels, wall times and peak memory (of all processes together, shared pages counted once).
+number of iterations and the optimizer (AdamW, which finds the structures sooner). ``compare`` prints the lowest Dice of
+any class in any case between both predictions, the share of equal voxels, wall times and peak memory (of all processes
+together, shared pages counted once).
 
 Timings: to be measured on an idle machine; Dice agreement is in documentation/nnunet_models.md.
 """
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     parser.add_argument("--width", type=int, default=32, help="features of the first stage (nnU-Net's own: 32)")
-    parser.add_argument("--iterations", type=int, default=240)
+    parser.add_argument("--iterations", type=int, default=120)
     parser.add_argument("--tta", action="store_true", help="mirror, as nnUNetv2_predict does by default")
     arguments = parser.parse_args()
     os.environ |= {f"nnUNet_{name}": str(arguments.work / name) for name in ("raw", "preprocessed", "results")} | {
@@ -151,6 +152,10 @@ def train(arguments: argparse.Namespace, name: str) -> None:
             super().__init__(plans, configuration, fold, dataset_json, device)
             self.num_epochs, self.num_val_iterations_per_epoch = 4, 1
             self.num_iterations_per_epoch = max(1, arguments.iterations // 4)
+
+        def configure_optimizers(self) -> tuple[Any, Any]:
+            optimizer = torch.optim.AdamW(self.network.parameters(), lr=3e-3)
+            return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
     dataset, _, plans, configuration, _ = MODELS[name]
     folder = arguments.work / "preprocessed" / dataset

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,10 @@ from torch import nn
 
 from ukbob_seg.dataset.image_io import Geometry
 from ukbob_seg.dataset.orientation import Turn, is_oblique, turn_to
-from ukbob_seg.errors import DatasetError
+from ukbob_seg.errors import ConfigError, DatasetError
 from ukbob_seg.inference.case_predictor import PROBABILITIES, Prediction, Progress
 from ukbob_seg.inference.postprocessing import Postprocessing
-from ukbob_seg.inference.predictor import Predictor, of_first_stage, postprocessing_of
+from ukbob_seg.inference.predictor import CaseStream, Predictor, of_first_stage, postprocessing_of
 from ukbob_seg.inference.settings import PredictionSettings
 from ukbob_seg.inference.sliding_window import NNUNET_WEIGHTING
 from ukbob_seg.nnunet.folders import find_first_stage
@@ -126,6 +127,21 @@ class NnunetPredictor(Predictor):
                 found = super().predict_array(turned, turn.geometry(geometry), path, progress)
                 _turn_back(path, probabilities, turn)
         return _turned_prediction(found, turn)
+
+    @contextmanager
+    def stream(self, image: np.ndarray, geometry: Geometry, progress: Progress | None = None) -> Iterator[CaseStream]:
+        """As of all predictors, for images that need no turn: rows come in the order of the turned image.
+
+        Raises:
+            ConfigError: the image has another orientation than the model wants, in an average of several models.
+        """
+        if not self.turn_of(geometry).is_identity:
+            raise ConfigError(
+                f"{self.model.files.shown} turns images to {self.model.rules.orientation} and cannot be averaged with "
+                "other models on the fly; predict each with --save-probabilities and average with ukbob_ensemble"
+            )
+        with super().stream(image, geometry, progress) as case:
+            yield case
 
     def _again(self, settings: PredictionSettings, previous: Predictor | None) -> Predictor:
         return NnunetPredictor(self._networks, self.model, self.device, settings, previous, self._postprocessing)
