@@ -18,7 +18,8 @@ from ukbob_seg.errors import ConfigError
 from ukbob_seg.inference.predictor import Predictor
 from ukbob_seg.labelling import label as module
 from ukbob_seg.labelling.fusion import fuse
-from ukbob_seg.labelling.label import LabelOptions, label_cohort, label_names
+from ukbob_seg.labelling.label import LabelOptions, label_cohort
+from ukbob_seg.labelling.outputs import label_names
 from ukbob_seg.parallel import Cluster, Part
 
 pytest.importorskip("dynamic_network_architectures", reason="pip install --no-deps dynamic-network-architectures")
@@ -103,6 +104,9 @@ def test_labels_made_otherwise_are_not_mixed(tmp_path, capsys):
     before, _ = read_labels(output / "labelsTr" / "s0.nii.gz")
     assert run(*command, "--tta") == 2
     assert "labels made otherwise (other settings)" in capsys.readouterr().err
+    assert np.array_equal(read_labels(output / "labelsTr" / "s0.nii.gz")[0], before)
+    assert run(*command, "--tta", "--overwrite", "--part", "1/2") == 2
+    assert "could remove each other's labels" in capsys.readouterr().err
     assert np.array_equal(read_labels(output / "labelsTr" / "s0.nii.gz")[0], before)
     assert run(*command, "--tta", "--overwrite") == 0
     assert not np.array_equal(read_labels(output / "labelsTr" / "s0.nii.gz")[0], before)

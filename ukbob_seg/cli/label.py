@@ -16,7 +16,8 @@ def main(argv: list[str] | None = None) -> None:
     etta = adaptation(arguments, arguments.etta, "--etta")
 
     from ukbob_seg.inference.settings import PredictionSettings
-    from ukbob_seg.labelling.label import TABLE, LabelOptions, label_cohort
+    from ukbob_seg.labelling.label import LabelOptions, label_cohort
+    from ukbob_seg.labelling.outputs import TABLE
     from ukbob_seg.parallel import Cluster, Part, check_workers
 
     check_workers(arguments.workers)

@@ -7,14 +7,12 @@ map and its record; the same command goes on where it stopped.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import logging
 import os
-import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +21,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ukbob_seg.benchmark.totalvibe import TOTALVIBE_LABELS
 from ukbob_seg.dataset.image_io import read_geometry
 from ukbob_seg.dataset.orientation import orientation_of
-from ukbob_seg.dataset.spec import Case, DatasetSpec
-from ukbob_seg.errors import ConfigError, UkbobError
-from ukbob_seg.files import atomic_path, ensure_writable, read_json, write_json
+from ukbob_seg.dataset.spec import Case
+from ukbob_seg.errors import ConfigError
+from ukbob_seg.files import ensure_writable, write_json
 from ukbob_seg.inference.case_predictor import CasePredictor, Progress
 from ukbob_seg.inference.earlier import what_matters
 from ukbob_seg.inference.ensemble_predictor import load_predictor
@@ -36,10 +33,19 @@ from ukbob_seg.inference.settings import PredictionSettings
 from ukbob_seg.labelling.checks import orientation_warnings
 from ukbob_seg.labelling.cohort import Cohort
 from ukbob_seg.labelling.fusion import FusedPredictor
+from ukbob_seg.labelling.outputs import (
+    HOW,
+    RECORDS,
+    difference,
+    is_finished,
+    label_names,
+    label_path,
+    place_images,
+    write_table,
+)
 from ukbob_seg.parallel import HERE, Cluster, choose_workers, map_cases
 
 log = logging.getLogger(__name__)
-RECORDS, HOW, TABLE = "labelling", "labelling.json", "labelling.csv"
 NAMES = ("auto", "model", "totalvibe")
 CASES_AT_ONCE = 2  # one in the networks, one that is read or written
 
@@ -211,9 +217,14 @@ def _label(
     """Write the dataset; cases that are finished are left alone."""
     options = labeller.options
     ensure_writable(output)
-    changed = _differs(output, predictor_record)
+    changed = difference(output, predictor_record)
     if changed is not None and not options.overwrite:
         raise ConfigError(f"{output} holds labels made otherwise ({changed}); give another folder, or --overwrite")
+    if changed is not None and options.cluster.part is not None:
+        raise ConfigError(
+            f"--overwrite with --part: parts could remove each other's labels; remove {output / 'labelsTr'} and "
+            f"{output / HOW} first"
+        )
     if changed is not None:
         for case in cohort.cases:
             label_path(output, case, cohort.file_ending).unlink(missing_ok=True)
@@ -224,51 +235,6 @@ def _label(
     if todo:
         _run(labeller, todo, options)
     write_table(output)
-
-
-def label_path(output: Path, case: Case, ending: str) -> Path:
-    """Label map of a case."""
-    return output / "labelsTr" / f"{case.name}{ending}"
-
-
-def is_finished(output: Path, case: Case, ending: str) -> bool:
-    """Whether a case has its label map; it is the last of its files and appears when it is complete."""
-    return label_path(output, case, ending).is_file()
-
-
-def place_images(case: Case, folder: Path, copy: bool) -> None:
-    """Link the images of a case into a dataset, or copy them; what is there already is left.
-
-    Raises:
-        UkbobError: the file system knows no links; says to copy.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for image in case.images:
-        target = folder / image.name
-        if target.is_file():
-            continue
-        target.unlink(missing_ok=True)  # a link to nowhere
-        with atomic_path(target) as temporary:
-            if copy:
-                shutil.copyfile(image, temporary)
-                continue
-            try:
-                temporary.symlink_to(image.resolve())
-            except OSError as error:
-                raise UkbobError(f"cannot link {image} into {folder} ({error}); copy the images with --copy") from error
-
-
-def write_table(output: Path) -> None:
-    """All records that are there as ``labelling.csv``; the warnings first."""
-    records = [read_json(path, "record") for path in sorted((output / RECORDS).glob("[!.]*.json"))]
-    records = [record for record in records if "warnings" in record]
-    records.sort(key=lambda record: (not record["warnings"], record["case"]))
-    with atomic_path(output / TABLE) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["case", "orientation", "labels", "labelled_voxels", "warnings"])
-        for record in records:
-            row = [record[key] for key in ("case", "orientation", "labels", "labelled_voxels")]
-            writer.writerow([*row, "; ".join(record["warnings"])])
 
 
 def _prepare(cohort: Cohort, output: Path, options: LabelOptions) -> tuple[Labeller, dict[str, Any], dict[str, Any]]:
@@ -306,42 +272,6 @@ def _prepare(cohort: Cohort, output: Path, options: LabelOptions) -> tuple[Label
     labeller = Labeller(options, device, channels, names, values, output.resolve(), cohort.file_ending)
     _MODELS[labeller] = predictor
     return labeller, json.loads(json.dumps(record)), content
-
-
-def label_names(spec: DatasetSpec, choice: str) -> dict[str, Any]:
-    """``labels`` of dataset.json: the model's own without the ignore label, or TotalVibeSegmentator's.
-
-    Raises:
-        ConfigError: TotalVibeSegmentator's names for a model of other values.
-    """
-    own = {name: value for name, value in spec.content["labels"].items() if name.lower() != "ignore"}
-    values = set(spec.labels.values)
-    theirs = set(TOTALVIBE_LABELS.values())
-    fits = not spec.labels.has_regions and values <= theirs and max(values) == max(theirs)
-    if choice == "totalvibe" and not fits:
-        raise ConfigError(
-            f"--names totalvibe: the model has the label values {min(values)} to {max(values)}, TotalVibeSegmentator "
-            f"{min(theirs)} to {max(theirs)}"
-        )
-    names = set(spec.labels.names)
-    known = names <= set(TOTALVIBE_LABELS) or all(name.isdigit() for name in names) or "vibe" in spec.name.lower()
-    if choice == "totalvibe" or (choice == "auto" and fits and known):
-        if choice == "auto" and names != set(TOTALVIBE_LABELS):
-            log.info(
-                "the model has the label values of TotalVibeSegmentator, whose names are used (--names model: not)"
-            )
-        return {"background": 0, **TOTALVIBE_LABELS}
-    return own
-
-
-def _differs(output: Path, record: Mapping[str, Any]) -> str | None:
-    """In what way the labels that are there were made that these are not; None for none."""
-    path = output / HOW
-    if not path.is_file():
-        return "there is no record of how" if any((output / "labelsTr").glob("[!.]*")) else None
-    before = read_json(path, "record of the labelling")
-    changed = [key for key in record if not isinstance(before, dict) or before.get(key) != record[key]]
-    return f"other {', '.join(changed)}" if changed else None
 
 
 def _run(labeller: Labeller, todo: Sequence[Case], options: LabelOptions) -> None:
