@@ -15,6 +15,7 @@ COMMANDS = (
     "filter",
     "train",
     "predict",
+    "label",
     "ensemble",
     "evaluate",
     "find_postprocessing",

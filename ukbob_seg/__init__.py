@@ -19,6 +19,7 @@ _PUBLIC = {
     "Predictor": "ukbob_seg.inference.predictor",
     "EnsemblePredictor": "ukbob_seg.inference.ensemble_predictor",
     "ensemble": "ukbob_seg.inference.ensemble",
+    "label_cohort": "ukbob_seg.labelling.label",
     "evaluate": "ukbob_seg.evaluation.evaluate",
     "accumulate_crossval": "ukbob_seg.evaluation.crossval",
     "find_best": "ukbob_seg.evaluation.model_selection",

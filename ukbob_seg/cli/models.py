@@ -23,12 +23,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         action="append",
-        help="model folder (CONFIG__NETWORK) instead of -d; several of them are averaged (probabilities)",
+        help="model folder (CONFIG__NETWORK) instead of -d, or a model of nnU-Net v2 (folder or exported zip); several "
+        "of them are averaged (probabilities)",
     )
     parser.add_argument("-c", "--configuration", default="3d_fullres", help="with -d; default: 3d_fullres")
     parser.add_argument("--network", help="with -d; default: swin_unetr, or the only one trained")
     parser.add_argument("-f", "--folds", nargs="+", metavar="FOLD", help="folds to average (default: all trained)")
-    parser.add_argument("--checkpoint", choices=("best", "final"), default="best", help="default: best")
+    parser.add_argument(
+        "--checkpoint",
+        choices=("best", "final"),
+        default="best",
+        help="default: best (ukbob_predict of a model of nnU-Net: final)",
+    )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
 
 

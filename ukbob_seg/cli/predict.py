@@ -79,12 +79,14 @@ def _parser() -> argparse.ArgumentParser:
         "  ukbob_predict -i scan_0000.nii.gz -o scan_labels.nii.gz -m results/Dataset004_X/3d_fullres__swin_unetr\n"
         "  ukbob_predict -i imagesTs -o predictions -m results/Dataset004_X/3d_fullres__swin_unetr "
         "-m results/Dataset004_X/2d__swin_unetr\n"
+        "  ukbob_predict -i imagesTs -o predictions -m nnUNetTrainer__nnUNetPlans__3d_fullres --tta\n"
         "  ukbob_predict -i imagesTs -o predictions -d 4 --classes liver spleen --statistics --preview\n"
         "  ukbob_predict -i imagesTs -o predictions -d 4 --part $SLURM_ARRAY_TASK_ID/16 --resume    # in a job array",
     )
     parser.add_argument("-i", "--input", type=Path, required=True, help="folder of CASE_0000.ext files, or one file")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder, or a label file for one input file")
     add_model(parser)
+    parser.set_defaults(checkpoint=None)  # best; of a model of nnU-Net final
     _add_ways(parser)
     _add_outputs(parser)
     add_roots(parser, "results")

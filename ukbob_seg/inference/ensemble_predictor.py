@@ -82,7 +82,7 @@ class EnsemblePredictor(CasePredictor):
         cls,
         folders: Sequence[Path],
         folds: Sequence[str] | None = None,
-        checkpoint: str = "best",
+        checkpoint: str | None = None,
         device: str = "cpu",
         settings: PredictionSettings | None = None,
     ) -> EnsemblePredictor:
@@ -91,7 +91,7 @@ class EnsemblePredictor(CasePredictor):
         Args:
             folders: at least one.
             folds: of each model, whose logits are averaged; None for every trained one.
-            checkpoint: ``best`` or ``final``.
+            checkpoint: ``best`` or ``final``; None as ``Predictor.from_model_folder``.
             device: where to predict.
             settings: how to predict, with every model; ``largest_component`` is done to the common label map.
 
@@ -221,7 +221,7 @@ class EnsemblePredictor(CasePredictor):
 def load_predictor(
     folders: Sequence[Path],
     folds: Sequence[str] | None = None,
-    checkpoint: str = "best",
+    checkpoint: str | None = None,
     device: str = "cpu",
     settings: PredictionSettings | None = None,
 ) -> Predictor | EnsemblePredictor:

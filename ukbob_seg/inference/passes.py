@@ -66,12 +66,14 @@ class AveragedPasses:
         mirroring: flips to average over.
         intensities: (factor, offset) of further views, which are not flipped.
         image_channels: how many of the first channels are intensities; None for all.
+        half: precision on CUDA.
     """
 
     networks: Sequence[nn.Module]
     mirroring: Mirroring = field(default_factory=Mirroring)
     intensities: Sequence[tuple[float, float]] = ()
     image_channels: int | None = None
+    half: torch.dtype = torch.bfloat16
 
     @torch.no_grad()
     def __call__(self, windows: Tensor) -> Tensor:
@@ -87,7 +89,7 @@ class AveragedPasses:
                 turned = turned.clone()
                 turned[:, : self.image_channels].mul_(change[0]).add_(change[1])
             for network in self.networks:
-                logits = forward(network, turned).float()
+                logits = forward(network, turned, self.half).float()
                 logits = self.mirroring.undo(logits, flipped) if flipped else logits
                 total = logits if total is None else total.add_(logits)
         assert total is not None
@@ -95,11 +97,11 @@ class AveragedPasses:
         return total if count == 1 else total / count
 
 
-def forward(network: nn.Module, windows: Tensor) -> Tensor:
+def forward(network: nn.Module, windows: Tensor, half: torch.dtype = torch.bfloat16) -> Tensor:
     """(B, C, z, y, x) -> (B, K, z, y, x) logits at full resolution: half precision on CUDA, quick on CPUs."""
     kind = windows.device.type
     is_compiled = isinstance(network, CompiledNetwork) and not network.fell_back
     quick = nullcontext() if is_compiled else quick_convolutions(windows.device)
-    with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"), quick:
+    with torch.autocast(kind, half, enabled=kind == "cuda"), quick:
         outputs = network(windows)
     return outputs if isinstance(outputs, Tensor) else outputs[0]

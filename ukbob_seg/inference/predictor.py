@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from ukbob_seg.dataset.image_io import Geometry
-from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError, listing
+from ukbob_seg.errors import ConfigError, DatasetError
 from ukbob_seg.filtering.body import body_mask, otsu_threshold
 from ukbob_seg.inference.case_predictor import CasePredictor, Prediction, Progress
 from ukbob_seg.inference.entropy_map import EntropyMap
@@ -33,10 +32,12 @@ from ukbob_seg.inference.export import (
     probability_stream,
     to_file_values,
 )
+from ukbob_seg.inference.model_folder import load_folds, of_first_stage, postprocessing_of
 from ukbob_seg.inference.passes import INTENSITY_CHANGES, AveragedPasses, Mirroring
-from ukbob_seg.inference.postprocessing import POSTPROCESSING, Postprocessing
+from ukbob_seg.inference.postprocessing import Postprocessing
 from ukbob_seg.inference.settings import PredictionSettings
 from ukbob_seg.inference.sliding_window import (
+    OWN_WEIGHTING,
     Accumulation,
     EmptySpace,
     Slab,
@@ -45,9 +46,9 @@ from ukbob_seg.inference.sliding_window import (
     iterate_slabs,
 )
 from ukbob_seg.networks.compiled import maybe_compiled
-from ukbob_seg.preprocessing.intensity_field import UsualField
+from ukbob_seg.nnunet.folders import is_nnunet_model
 from ukbob_seg.preprocessing.preprocessor import CaseProperties, preprocess_image, preprocess_labels
-from ukbob_seg.training.checkpoint import NAMES, ModelDescription, load_network
+from ukbob_seg.training.checkpoint import ModelDescription
 from ukbob_seg.training.left_right import label_swap, output_swap
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,11 @@ class Predictor(CasePredictor):
         ConfigError: classes that the model does not have, or a first stage is lacking.
     """
 
+    # What models of another origin do otherwise.
+    weighting = OWN_WEIGHTING  # of overlapping windows
+    half = torch.bfloat16  # on CUDA
+    intensity_changes: Sequence[tuple[float, float]] = INTENSITY_CHANGES  # of ``--tta``
+
     def __init__(
         self,
         networks: Sequence[nn.Module],
@@ -118,7 +124,11 @@ class Predictor(CasePredictor):
         self._called = [maybe_compiled(network, self.settings.compile) for network in self._networks]
         network_plan = self.configuration.network(description.network)
         self._windows = WindowSettings(
-            network_plan.patch_size, self.settings.step, self.settings.window_batch, self.configuration.slice_axis
+            network_plan.patch_size,
+            self.settings.step,
+            self.settings.window_batch,
+            self.configuration.slice_axis,
+            self.weighting,
         )
         self._origin: list[str] = []
         self._last_sums: Accumulation | None = None
@@ -140,7 +150,7 @@ class Predictor(CasePredictor):
         cls,
         folder: Path,
         folds: Sequence[str] | None = None,
-        checkpoint: str = "best",
+        checkpoint: str | None = None,
         device: str = "cpu",
         settings: PredictionSettings | None = None,
         previous_folds: Sequence[str] | None = None,
@@ -148,9 +158,10 @@ class Predictor(CasePredictor):
         """Load a model folder (``CONFIG__NETWORK``), and for a cascade the first stage's, which lies beside it.
 
         Args:
-            folder: holds ``fold_K`` folders.
+            folder: holds ``fold_K`` folders; or a model of nnU-Net v2, a folder or an exported archive
+                (``NnunetPredictor``).
             folds: which to average, None for every trained one.
-            checkpoint: ``best`` or ``final``.
+            checkpoint: ``best`` or ``final``; None for best, of a model of nnU-Net final.
             device: where to predict.
             settings: how to predict, in both stages of a cascade.
             previous_folds: which folds of a cascade's first stage to average, None for every trained one.
@@ -158,55 +169,38 @@ class Predictor(CasePredictor):
         Raises:
             CheckpointError: nothing trained there, a fold is missing, or folds of different models.
         """
-        if checkpoint not in ("best", "final"):
-            raise ConfigError(f"--checkpoint must be best or final, got {checkpoint!r}")
-        found = find_folds(folder, checkpoint)
-        chosen = list(folds) if folds else sorted(found)
-        if twice := sorted({fold for fold in chosen if chosen.count(fold) > 1}):
-            raise ConfigError(f"fold {twice[0]} is given twice")
-        lacking = [fold for fold in chosen if fold not in found]
-        if lacking or not chosen:
-            raise CheckpointError(
-                f"{folder} has no {NAMES[checkpoint]} for fold {', '.join(lacking) or 'any'} "
-                f"(trained: {', '.join(sorted(found)) or 'none'})"
-            )
-        loaded = [load_network(found[fold], device) for fold in chosen]
-        descriptions = [description for _, description in loaded]
-        for other in descriptions[1:]:
-            if dataclasses.replace(other, fold=descriptions[0].fold) != descriptions[0]:
-                raise CheckpointError(
-                    f"{folder}: folds {chosen} were trained with different plans or recipes; predict them apart"
-                )
-        if settings is not None and settings.etta is not None and any(d.fields is None for d in descriptions):
+        if is_nnunet_model(Path(folder)):
+            from ukbob_seg.inference.nnunet_predictor import NnunetPredictor
+
+            return NnunetPredictor.from_nnunet(Path(folder), folds, checkpoint, device, settings, previous_folds)
+        checkpoint = "best" if checkpoint is None else checkpoint
+        loaded = load_folds(Path(folder), folds, checkpoint, device)
+        first = loaded.description
+        if settings is not None and settings.etta is not None and first.fields is None:
             log.warning("%s says nothing of the intensity fields of its training images: ETTA leaves fields in", folder)
-        log.info("model %s, fold %s (%s)", folder, ", ".join(chosen), NAMES[checkpoint])
-        first = dataclasses.replace(descriptions[0], fields=_common_fields(descriptions))
         stage = first.parsed_plans().configuration(first.configuration).previous_stage
         previous = None
         if stage is not None:
             beside = folder.resolve().with_name(f"{stage}__{first.network.replace(':', '.')}")
-            plain = _of_first_stage(settings or PredictionSettings())
+            plain = of_first_stage(settings or PredictionSettings())
             previous = cls.from_model_folder(beside, previous_folds, checkpoint, device, plain)
-        after = None
-        if settings is None or settings.postprocessing:
-            labels, names = first.spec().labels, None if settings is None else settings.largest_component
-            given = None if names is None else Postprocessing.of_names(names, labels, POSTPROCESSING)
-            after = given if given is not None else Postprocessing.of_model(folder, labels)
-            if after.largest_component:
-                log.info("stray pieces are removed of %s (%s)", listing(after.largest_component), POSTPROCESSING)
-        predictor = cls([network for network, _ in loaded], first, device, settings, previous, after)
-        predictor._origin = [str(found[fold].resolve()) for fold in chosen]
+        after = postprocessing_of(folder, first, settings)
+        predictor = cls(loaded.networks, first, device, settings, previous, after)
+        predictor._origin = loaded.origin
         return predictor
 
     def with_settings(self, settings: PredictionSettings) -> Predictor:
         """As of all predictors; postprocessing stays as it was loaded."""
         previous = self._previous_stage
         if previous is not None:
-            previous = previous.with_settings(_of_first_stage(settings))
-        after = self._postprocessing
-        other = Predictor(self._networks, self.description, self.device, settings, previous, after)
+            previous = previous.with_settings(of_first_stage(settings))
+        other = self._again(settings, previous)
         other._serving, other._origin = self._serving, self._origin
         return other
+
+    def _again(self, settings: PredictionSettings, previous: Predictor | None) -> Predictor:
+        """A predictor of the same networks."""
+        return Predictor(self._networks, self.description, self.device, settings, previous, self._postprocessing)
 
     def origin(self) -> list[str]:
         """Checkpoints of the folds, and of the stages before; nothing for networks that were given."""
@@ -243,23 +237,33 @@ class Predictor(CasePredictor):
         """
         if not np.isfinite(image).all():
             raise DatasetError("the image has NaN or infinite voxels; replace them (for example by 0)")
-        array, properties = preprocess_image(image, geometry, self.plans, self.configuration)
         # Adaptation takes gradients, which a caller's inference mode would forbid.
         with torch.inference_mode(False):
-            tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
             first = None
             if self._previous_stage is not None:
                 first = self._previous_stage.predict_array(image, geometry, progress=progress)
-                indices = preprocess_labels(self.spec.labels.to_indices(first.labels, "the first stage"), properties)
-                tensor = torch.cat([tensor, torch.from_numpy(indices.astype(np.float32))[None].to(self.device)])
+            array, properties = self._prepare(image, geometry, None if first is None else first.labels)
+            tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
             flat, fields = self._without_fields(tensor)
             with self._serving, self._adapted_networks(tensor, flat, progress) as (networks, chosen, records):
-                changes = INTENSITY_CHANGES if self.settings.tta else ()
-                passes = AveragedPasses(networks, self._mirroring, changes, len(self.spec.channel_names))
+                changes = self.intensity_changes if self.settings.tta else ()
+                passes = AveragedPasses(networks, self._mirroring, changes, len(self.spec.channel_names), self.half)
                 if fields["fields_removed"] and chosen is tensor:
                     fields |= {"fields_removed": [], "field_decision": FIELD_NEEDED}
                 etta = tuple({**record, **fields} for record in records)
                 yield CaseStream(properties, self._slabs(passes, chosen, progress), etta, first)
+
+    def _prepare(
+        self, image: np.ndarray, geometry: Geometry, first: np.ndarray | None
+    ) -> tuple[np.ndarray, CaseProperties]:
+        """What the networks take of an image as read: (C, z, y, x) float32, with the label indices of the first stage
+        as a further channel in a cascade; ``first`` are its label values (Z, Y, X).
+        """
+        array, properties = preprocess_image(image, geometry, self.plans, self.configuration)
+        if first is None:
+            return array, properties
+        indices = preprocess_labels(self.spec.labels.to_indices(first, "the first stage"), properties)
+        return np.concatenate([array, indices.astype(np.float32)[None]]), properties
 
     def stages(self) -> list[Predictor]:
         """This predictor and, in a cascade, those of the stages before it."""
@@ -355,32 +359,6 @@ class Predictor(CasePredictor):
         if not self.spec.labels.has_regions:
             logits[0] = SURE
         return EmptySpace(occupied, logits)
-
-
-def find_folds(folder: Path, checkpoint: str) -> dict[str, Path]:
-    """Checkpoint of each trained fold of a model folder.
-
-    Raises:
-        CheckpointError: the folder does not exist.
-    """
-    if not folder.is_dir():
-        raise CheckpointError(f"model folder {folder} does not exist; train first, or give it with -m")
-    return {path.parent.name.removeprefix("fold_"): path for path in sorted(folder.glob(f"fold_*/{NAMES[checkpoint]}"))}
-
-
-def _of_first_stage(settings: PredictionSettings) -> PredictionSettings:
-    return dataclasses.replace(settings, postprocessing=False, classes=None, save_entropy=False)
-
-
-def _common_fields(folds: Sequence[ModelDescription]) -> tuple[UsualField | None, ...] | None:
-    """What the training images of all folds have, whatever their order; None where one does not say."""
-    known = [fold.fields for fold in folds if fold.fields is not None]
-    if len(known) < len(folds):
-        return None
-    return tuple(
-        None if any(usual is None for usual in channel) else UsualField.joined(channel)
-        for channel in zip(*known, strict=True)
-    )
 
 
 def _tell(progress: Progress | None, *_: Any) -> None:

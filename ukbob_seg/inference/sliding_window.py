@@ -21,6 +21,26 @@ LEAST_WEIGHT = 1e-3  # keeps corners from vanishing (MONAI uses the same)
 
 
 @dataclass(frozen=True)
+class Weighting:
+    """How the voxels of a window count where windows overlap: by a Gaussian with sigma of an eighth of each edge.
+
+    Attributes:
+        upper_middle: it is highest at the upper of the two middle voxels of an even edge; else between both.
+        least: no voxel counts less; the highest counts 1.
+        scale: of all weights, which matters to sums in half precision alone.
+    """
+
+    upper_middle: bool = False
+    least: float = LEAST_WEIGHT
+    scale: float = 1.0
+
+
+OWN_WEIGHTING = Weighting()
+# nnU-Net holds weights in half precision, ten times as large, and replaces zeros by the smallest that is left.
+NNUNET_WEIGHTING = Weighting(upper_middle=True, least=2**-24 / 10, scale=10.0)
+
+
+@dataclass(frozen=True)
 class WindowSettings:
     """How windows cover an image.
 
@@ -30,12 +50,14 @@ class WindowSettings:
         batch_size: windows per forward pass.
         slice_axis: axis that slices are cut across for a 2D network, whose patch is one voxel thick there; a window
             then takes some slices at once, without overlap. None in 3D.
+        weighting: of windows where they overlap.
     """
 
     patch_size: tuple[int, int, int]
     step: float = 0.5
     batch_size: int = 1
     slice_axis: int | None = None
+    weighting: Weighting = OWN_WEIGHTING
 
     def window(self, shape: Sequence[int]) -> tuple[int, int, int]:
         """Voxels (z, y, x) of a window on an image of this shape."""
@@ -113,13 +135,16 @@ def window_starts(shape: tuple[int, ...], patch_size: tuple[int, ...], step: flo
     return starts
 
 
-def gaussian_weights(patch_size: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
-    """(z, y, x) float32 weights in (0, 1]: a Gaussian with sigma of an eighth of each edge, centred on the patch."""
+def gaussian_weights(
+    patch_size: tuple[int, ...], device: torch.device | str = "cpu", weighting: Weighting = OWN_WEIGHTING
+) -> Tensor:
+    """(z, y, x) float32 weights in (0, 1], or in (0, ``scale``]: a Gaussian, highest in the middle of the patch."""
     weights = torch.ones((), device=device)
     for n in patch_size:
-        offset = torch.arange(n, device=device, dtype=torch.float32) - (n - 1) / 2
+        middle = n // 2 if weighting.upper_middle else (n - 1) / 2
+        offset = torch.arange(n, device=device, dtype=torch.float32) - middle
         weights = weights.unsqueeze(-1) * torch.exp(-0.5 * (offset / (n * SIGMA_SHARE)) ** 2)
-    return weights.clamp(min=LEAST_WEIGHT)
+    return weights.clamp(min=weighting.least) * weighting.scale
 
 
 def choose_accumulation(
@@ -177,7 +202,10 @@ def iterate_slabs(
     starts_z, starts_y, starts_x = settings.starts(padded.shape[1:])
     corners = [(y, x) for y in starts_y for x in starts_x]
     chosen = [corners if occupied is None else _occupied(corners, occupied, z, patch) for z in starts_z]
-    sums = _Sums(patch, tuple(padded.shape[2:]), image.device, accumulation or Accumulation(), empty)
+    accumulation = accumulation or Accumulation()
+    gauss = gaussian_weights(patch, accumulation.device or image.device, settings.weighting)
+    gauss = gauss.clamp(min=torch.finfo(accumulation.dtype).tiny)  # what half precision would take for zero
+    sums = _Sums(gauss, tuple(padded.shape[2:]), image.device, accumulation, empty)
     total, done = sum(map(len, chosen)), 0
     for z, following, here in zip(starts_z, [*starts_z[1:], padded.shape[1]], chosen, strict=True):
         for first in range(0, len(here), settings.batch_size):
@@ -212,7 +240,7 @@ class _Sums:
     """Weighted sums of the logits of the rows that windows still touch, and the sums of their weights.
 
     Args:
-        patch: window, voxels (z, y, x).
+        gauss: (z, y, x) weights of a window, where the sums are held.
         plane: voxels (y, x) of the padded image.
         device: of the network.
         accumulation: where and how the sums are held.
@@ -221,7 +249,7 @@ class _Sums:
 
     def __init__(
         self,
-        patch: tuple[int, int, int],
+        gauss: Tensor,
         plane: tuple[int, ...],
         device: torch.device,
         accumulation: Accumulation,
@@ -229,8 +257,8 @@ class _Sums:
     ) -> None:
         self._device = accumulation.device or device
         self._dtype, self._empty = accumulation.dtype, empty
-        self._gauss = gaussian_weights(patch, self._device)
-        self._weights = torch.zeros((patch[0], *plane), device=self._device)
+        self._gauss = gauss
+        self._weights = torch.zeros((gauss.shape[0], *plane), device=self._device)
         self._sums: Tensor | None = None
         self._of_corners: tuple[list[tuple[int, int]], Tensor] | None = None  # weights of the last z position
         if empty is not None:  # else the number of outputs is known with the first window

@@ -143,6 +143,11 @@ def _dynamic(
             "nonlin_kwargs": {"inplace": True},
         }
         kind = getattr(module, class_name)
+        for part in ("nonlin", "dropout_op"):  # by name, as JSON has no classes
+            if isinstance(given.get(part), str):
+                if given[part] not in _LAYERS:
+                    raise ConfigError(f"{part} must be one of {', '.join(_LAYERS)}, got {given[part]!r}")
+                given[part] = _LAYERS[given[part]]
         network = _construct(kind, name, {**fixed, **given})
         network.apply(kind.initialize)  # the package leaves He initialisation to its caller, as nnU-Net does it
         return network
@@ -185,6 +190,12 @@ def _import_class(path: str) -> Callable[..., nn.Module]:
 
 _DYNAMIC_PACKAGE = "pip install --no-deps dynamic-network-architectures"
 _NORMS = {"instance": (nn.InstanceNorm3d, nn.InstanceNorm2d), "batch": (nn.BatchNorm3d, nn.BatchNorm2d)}
+_LAYERS: dict[str, type[nn.Module]] = {
+    layer.__name__: layer
+    for layer in (
+        nn.LeakyReLU, nn.ReLU, nn.ELU, nn.GELU, nn.SiLU, nn.PReLU, nn.Mish, nn.Dropout, nn.Dropout2d, nn.Dropout3d,
+    )
+}  # fmt: skip
 
 NETWORKS: dict[str, NetworkEntry] = {
     "swin_unetr": NetworkEntry(_swin_unetr, "Swin-UNETR, the paper's network (Swin-BOB)", _swin_divisor),

@@ -1,0 +1,113 @@
+"""What a model folder of ours holds: its folds, and what is done to its label maps."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from ukbob_seg.errors import CheckpointError, ConfigError, listing
+from ukbob_seg.inference.postprocessing import POSTPROCESSING, Postprocessing
+from ukbob_seg.inference.settings import PredictionSettings
+from ukbob_seg.preprocessing.intensity_field import UsualField
+from ukbob_seg.training.checkpoint import NAMES, ModelDescription, load_network
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedFolds:
+    """Networks of one model.
+
+    Attributes:
+        networks: one per fold.
+        description: that they share; of the fields, what all training images have.
+        origin: their checkpoints.
+    """
+
+    networks: list[nn.Module]
+    description: ModelDescription
+    origin: list[str]
+
+
+def load_folds(folder: Path, folds: Sequence[str] | None, checkpoint: str, device: str) -> LoadedFolds:
+    """Load folds of a model folder.
+
+    Args:
+        folder: holds ``fold_K`` folders.
+        folds: which; None for every trained one.
+        checkpoint: ``best`` or ``final``.
+        device: for the networks.
+
+    Raises:
+        ConfigError: another checkpoint, or a fold twice.
+        CheckpointError: nothing trained there, a fold is missing, or folds of different models.
+    """
+    if checkpoint not in ("best", "final"):
+        raise ConfigError(f"--checkpoint must be best or final, got {checkpoint!r}")
+    found = find_folds(folder, checkpoint)
+    chosen = list(folds) if folds else sorted(found)
+    if twice := sorted({fold for fold in chosen if chosen.count(fold) > 1}):
+        raise ConfigError(f"fold {twice[0]} is given twice")
+    lacking = [fold for fold in chosen if fold not in found]
+    if lacking or not chosen:
+        raise CheckpointError(
+            f"{folder} has no {NAMES[checkpoint]} for fold {', '.join(lacking) or 'any'} "
+            f"(trained: {', '.join(sorted(found)) or 'none'})"
+        )
+    loaded = [load_network(found[fold], device) for fold in chosen]
+    descriptions = [description for _, description in loaded]
+    for other in descriptions[1:]:
+        if dataclasses.replace(other, fold=descriptions[0].fold) != descriptions[0]:
+            raise CheckpointError(
+                f"{folder}: folds {chosen} were trained with different plans or recipes; predict them apart"
+            )
+    log.info("model %s, fold %s (%s)", folder, ", ".join(chosen), NAMES[checkpoint])
+    first = dataclasses.replace(descriptions[0], fields=_common_fields(descriptions))
+    networks = [network for network, _ in loaded]
+    return LoadedFolds(networks, first, [str(found[fold].resolve()) for fold in chosen])
+
+
+def find_folds(folder: Path, checkpoint: str) -> dict[str, Path]:
+    """Checkpoint of each trained fold of a model folder.
+
+    Raises:
+        CheckpointError: the folder does not exist.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"model folder {folder} does not exist; train first, or give it with -m")
+    return {path.parent.name.removeprefix("fold_"): path for path in sorted(folder.glob(f"fold_*/{NAMES[checkpoint]}"))}
+
+
+def postprocessing_of(
+    folder: Path, description: ModelDescription, settings: PredictionSettings | None
+) -> Postprocessing | None:
+    """What is done to the label maps of a model folder with these settings; None for nothing."""
+    if settings is not None and not settings.postprocessing:
+        return None
+    labels, names = description.spec().labels, None if settings is None else settings.largest_component
+    given = None if names is None else Postprocessing.of_names(names, labels, POSTPROCESSING)
+    after = given if given is not None else Postprocessing.of_model(folder, labels)
+    if after.largest_component:
+        log.info("stray pieces are removed of %s (%s)", listing(after.largest_component), POSTPROCESSING)
+    return after
+
+
+def of_first_stage(settings: PredictionSettings) -> PredictionSettings:
+    """Settings of a cascade's first stage."""
+    return dataclasses.replace(settings, postprocessing=False, classes=None, save_entropy=False)
+
+
+def _common_fields(folds: Sequence[ModelDescription]) -> tuple[UsualField | None, ...] | None:
+    """What the training images of all folds have, whatever their order; None where one does not say."""
+    known = [fold.fields for fold in folds if fold.fields is not None]
+    if len(known) < len(folds):
+        return None
+    return tuple(
+        None if any(usual is None for usual in channel) else UsualField.joined(channel)
+        for channel in zip(*known, strict=True)
+    )

@@ -1,0 +1,144 @@
+"""Model archives (zip) from elsewhere: checked as a whole before anything is written, and unpacked once per process.
+
+An archive is refused for what no export of a model has: names that lead out of its folder, links, encryption, one name
+twice, and sizes or compression that only fill a disk ("bombs").
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import stat
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ukbob_seg.errors import CheckpointError
+
+_DRIVE = re.compile(r"[A-Za-z]:")
+_ENCRYPTED = 0x1
+# Unpacked archives by (path, size, time); the folders vanish with the process.
+_UNPACKED: dict[tuple[str, int, int], tempfile.TemporaryDirectory[str]] = {}
+
+
+@dataclass(frozen=True)
+class ArchiveLimits:
+    """What an archive may hold.
+
+    Attributes:
+        entries: files and folders.
+        total_bytes: of all files, unpacked.
+        ratio: unpacked / packed bytes of one file; float32 weights reach 1.1, JSON of many numbers 20.
+        small_bytes: files below this may be packed at any ratio.
+    """
+
+    entries: int = 100_000
+    total_bytes: int = 64 * 2**30
+    ratio: float = 200.0
+    small_bytes: int = 2**20
+
+
+LIMITS = ArchiveLimits()
+
+
+def split_archive_path(path: Path) -> tuple[Path, str] | None:
+    """``model.zip/inner/folder`` as the archive and the folder in it (``""`` for the archive itself).
+
+    None where no part of the path is a file that ends in .zip.
+    """
+    for candidate in (path, *path.parents):
+        if candidate.suffix.lower() == ".zip" and candidate.is_file():
+            inner = path.relative_to(candidate).as_posix()
+            return candidate, "" if inner == "." else inner
+    return None
+
+
+def check_archive(path: Path, limits: ArchiveLimits = LIMITS) -> list[zipfile.ZipInfo]:
+    """The files in an archive, if all of its entries are harmless by its directory.
+
+    What an entry really unpacks to cannot exceed its entry in the directory: reading stops there.
+
+    Raises:
+        CheckpointError: no zip archive, or a hostile one; names the entry.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"{path} is not a zip archive, or is damaged ({error}); copy it again") from error
+    refused = f"archive {path} was not unpacked"
+    if len(entries) > limits.entries:
+        raise CheckpointError(f"{refused}: it has {len(entries)} entries, at most {limits.entries} are allowed")
+    seen: set[str] = set()
+    for entry in entries:
+        reason = _entry_problem(entry, limits)
+        folded = entry.filename.rstrip("/").casefold()
+        if reason is None and folded in seen:
+            reason = "its name occurs twice"
+        if reason is not None:
+            raise CheckpointError(
+                f"{refused}: entry {entry.filename[:200]!r}: {reason}; get it from a source you trust"
+            )
+        seen.add(folded)
+    total = sum(entry.file_size for entry in entries)
+    if total > limits.total_bytes:
+        raise CheckpointError(
+            f"{refused}: it would take {total / 2**30:.1f} GB of disk, at most {limits.total_bytes / 2**30:.1f} are "
+            "allowed"
+        )
+    return [entry for entry in entries if not entry.is_dir()]
+
+
+def _entry_problem(entry: zipfile.ZipInfo, limits: ArchiveLimits) -> str | None:
+    """Why an entry must not be unpacked, or None."""
+    # zipfile replaces the other separator and cuts at a NUL byte; the name as stored is what an attacker wrote.
+    name = entry.orig_filename
+    if "\\" in name or "\0" in name or not name.strip("/"):
+        return "its name has a backslash or a NUL byte, or is empty"
+    if name.startswith("/") or _DRIVE.match(name):
+        return "its name is absolute"
+    if ".." in name.split("/"):
+        return "its name leads out of the folder"
+    mode = entry.external_attr >> 16
+    if mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
+        return "it is a link or a device"
+    if entry.flag_bits & _ENCRYPTED:
+        return "it is encrypted"
+    if entry.file_size > limits.small_bytes and entry.file_size > limits.ratio * max(entry.compress_size, 1):
+        times = entry.file_size / max(entry.compress_size, 1)
+        return f"it unpacks to {times:.0f} times its size, at most {limits.ratio:.0f} are allowed"
+    return None
+
+
+def unpack(path: Path, entries: Iterable[zipfile.ZipInfo]) -> Path:
+    """Write entries of a checked archive into a temporary folder that lives as long as the process.
+
+    The same archive is unpacked once; a changed one anew.
+
+    Raises:
+        CheckpointError: the archive is damaged, or the disk is full.
+    """
+    status = path.stat()
+    key = (str(path.resolve()), status.st_size, status.st_mtime_ns)
+    if key in _UNPACKED:
+        return Path(_UNPACKED[key].name)
+    folder = tempfile.TemporaryDirectory(prefix="ukbob_model_", ignore_cleanup_errors=True)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in entries:
+                target = Path(folder.name, *entry.filename.split("/"))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(entry) as source, open(target, "wb") as sink:
+                    shutil.copyfileobj(source, sink, 2**20)
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+        folder.cleanup()
+        raise CheckpointError(
+            f"archive {path} cannot be unpacked ({error}); copy it again, and make room in {tempfile.gettempdir()}"
+        ) from error
+    except zipfile.zlib.error as error:  # type: ignore[attr-defined]
+        folder.cleanup()
+        raise CheckpointError(f"archive {path} is damaged ({error}); copy it again") from error
+    _UNPACKED[key] = folder
+    return Path(folder.name)
