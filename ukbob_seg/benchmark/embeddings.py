@@ -18,8 +18,9 @@ from ukbob_seg.benchmark.embeddings_features import class_features, features_of
 from ukbob_seg.dataset.image_io import Geometry, read_image, read_labels
 from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError, listing
 from ukbob_seg.files import atomic_path, digest, ensure_writable, file_sha256, read_json, write_json
+from ukbob_seg.inference.model_folder import find_folds
 from ukbob_seg.inference.predict import find_jobs
-from ukbob_seg.inference.predictor import Predictor, find_folds
+from ukbob_seg.inference.predictor import Predictor
 from ukbob_seg.inference.settings import PredictionSettings
 from ukbob_seg.inference.sliding_window import WindowSettings
 from ukbob_seg.preprocessing.preprocessor import preprocess_image, preprocess_labels

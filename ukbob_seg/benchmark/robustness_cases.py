@@ -17,7 +17,7 @@ from ukbob_seg.dataset.spec import Case, DatasetSpec, group_channels, summarise_
 from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError, listing
 from ukbob_seg.evaluation.crossval import HeldOut
 from ukbob_seg.evaluation.pairing import label_files
-from ukbob_seg.inference.predictor import find_folds
+from ukbob_seg.inference.model_folder import find_folds
 from ukbob_seg.training.checkpoint import NAMES, read_checkpoint
 
 log = logging.getLogger(__name__)

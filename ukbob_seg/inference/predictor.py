@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ukbob_seg.dataset.image_io import Geometry
-from ukbob_seg.errors import CheckpointError, ConfigError, DatasetError, listing
+from ukbob_seg.errors import ConfigError, DatasetError, listing
 from ukbob_seg.filtering.body import body_mask, otsu_threshold
 from ukbob_seg.inference.case_predictor import CasePredictor, Prediction, Progress
 from ukbob_seg.inference.entropy_map import EntropyMap
@@ -33,6 +33,7 @@ from ukbob_seg.inference.export import (
     probability_stream,
     to_file_values,
 )
+from ukbob_seg.inference.model_folder import check_same_model, choose_folds, first_stage_folder
 from ukbob_seg.inference.passes import INTENSITY_CHANGES, AveragedPasses, Mirroring
 from ukbob_seg.inference.postprocessing import POSTPROCESSING, Postprocessing
 from ukbob_seg.inference.settings import PredictionSettings
@@ -158,33 +159,17 @@ class Predictor(CasePredictor):
         Raises:
             CheckpointError: nothing trained there, a fold is missing, or folds of different models.
         """
-        if checkpoint not in ("best", "final"):
-            raise ConfigError(f"--checkpoint must be best or final, got {checkpoint!r}")
-        found = find_folds(folder, checkpoint)
-        chosen = list(folds) if folds else sorted(found)
-        if twice := sorted({fold for fold in chosen if chosen.count(fold) > 1}):
-            raise ConfigError(f"fold {twice[0]} is given twice")
-        lacking = [fold for fold in chosen if fold not in found]
-        if lacking or not chosen:
-            raise CheckpointError(
-                f"{folder} has no {NAMES[checkpoint]} for fold {', '.join(lacking) or 'any'} "
-                f"(trained: {', '.join(sorted(found)) or 'none'})"
-            )
-        loaded = [load_network(found[fold], device) for fold in chosen]
+        found = choose_folds(folder, folds, checkpoint)
+        chosen = list(found)
+        loaded = [load_network(path, device) for path in found.values()]
         descriptions = [description for _, description in loaded]
-        for other in descriptions[1:]:
-            if dataclasses.replace(other, fold=descriptions[0].fold) != descriptions[0]:
-                raise CheckpointError(
-                    f"{folder}: folds {chosen} were trained with different plans or recipes; predict them apart"
-                )
+        check_same_model(folder, descriptions)
         if settings is not None and settings.etta is not None and any(d.fields is None for d in descriptions):
             log.warning("%s says nothing of the intensity fields of its training images: ETTA leaves fields in", folder)
         log.info("model %s, fold %s (%s)", folder, ", ".join(chosen), NAMES[checkpoint])
         first = dataclasses.replace(descriptions[0], fields=_common_fields(descriptions))
-        stage = first.parsed_plans().configuration(first.configuration).previous_stage
-        previous = None
-        if stage is not None:
-            beside = folder.resolve().with_name(f"{stage}__{first.network.replace(':', '.')}")
+        previous, beside = None, first_stage_folder(folder, first)
+        if beside is not None:
             plain = _of_first_stage(settings or PredictionSettings())
             previous = cls.from_model_folder(beside, previous_folds, checkpoint, device, plain)
         after = None
@@ -195,7 +180,7 @@ class Predictor(CasePredictor):
             if after.largest_component:
                 log.info("stray pieces are removed of %s (%s)", listing(after.largest_component), POSTPROCESSING)
         predictor = cls([network for network, _ in loaded], first, device, settings, previous, after)
-        predictor._origin = [str(found[fold].resolve()) for fold in chosen]
+        predictor._origin = [str(path.resolve()) for path in found.values()]
         return predictor
 
     def with_settings(self, settings: PredictionSettings) -> Predictor:
@@ -355,17 +340,6 @@ class Predictor(CasePredictor):
         if not self.spec.labels.has_regions:
             logits[0] = SURE
         return EmptySpace(occupied, logits)
-
-
-def find_folds(folder: Path, checkpoint: str) -> dict[str, Path]:
-    """Checkpoint of each trained fold of a model folder.
-
-    Raises:
-        CheckpointError: the folder does not exist.
-    """
-    if not folder.is_dir():
-        raise CheckpointError(f"model folder {folder} does not exist; train first, or give it with -m")
-    return {path.parent.name.removeprefix("fold_"): path for path in sorted(folder.glob(f"fold_*/{NAMES[checkpoint]}"))}
 
 
 def _of_first_stage(settings: PredictionSettings) -> PredictionSettings:
