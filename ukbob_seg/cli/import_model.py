@@ -1,0 +1,44 @@
+"""ukbob_import_model: a model folder of an exported file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ukbob_seg.cli.common import add_roots, command, make_parser, roots_from
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Parse, import, print."""
+    parser = make_parser(
+        "ukbob_import_model",
+        "Check a file of ukbob_export_model and make results/DatasetXXX_Name/CONFIG__NETWORK of it, so that "
+        "ukbob_predict and ukbob_train --pretrained find it. A damaged or dangerous file is refused before anything is "
+        "written.",
+        "  ukbob_import_model Dataset004_Hippocampus__3d_fullres__swin_unetr.zip\n"
+        "  ukbob_import_model model.zip --results models",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="zip file of ukbob_export_model")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace model folders that exist, with everything that is in them"
+    )
+    add_roots(parser, "results")
+    arguments = parser.parse_args(argv)
+    roots = roots_from(arguments)
+
+    from ukbob_seg.portable.importing import import_model
+    from ukbob_seg.portable.model_card import NOT_STATED, predict_command
+
+    imported = import_model(arguments.file, roots.results, arguments.overwrite)
+    for folder in imported.folders:
+        print(f"written: {folder}")
+    print(f"SHA-256 of the file: {imported.sha256}")
+    print(f"licence: {imported.card.get('licence') or NOT_STATED}")
+    folder = imported.folders[0]
+    print("predict with:")
+    command_line = predict_command(folder.parent.name, imported.card["models"][folder.name])
+    print(f"  {command_line} --results {roots.results}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(None))
