@@ -29,6 +29,10 @@ CLASSES = {
 REGIONS = {**CLASSES, "labels": {"background": 0, "whole": [2, 7], "core": [7]}, "regions_class_order": [2, 7]}
 GEOMETRY = Geometry((14, 22, 20), (2.5, 1.0, 0.7), (3.0, -4.0, 5.0))
 SWIN = {"feature_size": 12}
+UNET = {
+    "features_per_stage": [4, 8], "strides": [1, 2], "kernel_sizes": [[3, 3, 3], [3, 3, 3]],
+    "n_conv_per_stage": [1, 1], "n_conv_per_stage_decoder": [1], "deep_supervision": True,
+}  # fmt: skip
 
 
 class Small(nn.Module):

@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from portable_models import CLASSES, REGIONS, SWIN, make_model, roots_of
+from portable_models import CLASSES, REGIONS, SWIN, UNET, make_model, roots_of
 from safetensors.torch import load
 
 from ukbob_seg import export_model, import_model
@@ -18,10 +18,6 @@ from ukbob_seg.portable.export import ExportOptions, example_window
 from ukbob_seg.portable.monai_state import build_monai
 from ukbob_seg.training.checkpoint import load_network
 
-UNET = {
-    "features_per_stage": [4, 8], "strides": [1, 2], "kernel_sizes": [[3, 3, 3], [3, 3, 3]],
-    "n_conv_per_stage": [1, 1], "n_conv_per_stage_decoder": [1], "deep_supervision": True,
-}  # fmt: skip
 FLAT = {**UNET, "strides": [[1, 1], [2, 2]], "kernel_sizes": [[3, 3], [3, 3]], "slice_axis": 0}
 ONE_SHIFT = {"feature_size": 12, "depths": [2, 1, 1, 1]}  # the smallest with everything in it
 
@@ -76,6 +72,16 @@ def test_an_onnx_file_is_imported_beside_its_checkpoint(tmp_path):
     assert (folder / "fold_0" / "network.onnx").read_bytes() == members[f"{folder.name}/fold_0/network.onnx"]
     again, _ = _exported(folder, tmp_path / "here")
     assert "onnx" not in again[folder.name]["folds"]["0"]  # no file, no claim
+
+
+def test_an_onnx_file_says_nothing_of_this_machine(tmp_path):
+    """The exporter notes for every operator which lines of which files made it."""
+    _require_onnx()
+    folder = make_model(roots_of(tmp_path), folds=("0",))
+    files = [_exported(folder, path, onnx=True)[1] for path in (tmp_path / "a", tmp_path / "b")]
+    content = files[0][f"{folder.name}/fold_0/network.onnx"]
+    assert not any(word in content for word in (b".py", b"forward", b"stack_trace"))
+    assert files[0] == files[1]
 
 
 def test_a_network_that_onnx_cannot_say(tmp_path, capsys):

@@ -185,7 +185,7 @@ def test_a_later_version(tmp_path, good):
     ({"format": "something"}, r"holds no model of this package"),
     ({"format_version": "1"}, r"no valid list of members"),
     ({"dataset": "Dataset006_../../x"}, r"is not named DatasetXXX_Name"),
-    ({"dataset": "Dataset007_Other"}, r"is of Dataset006_Carried, not of Dataset007_Other"),
+    ({"dataset": "Dataset007_Other"}, r"is of 'Dataset006_Carried', not of Dataset007_Other"),
     ({"dataset": None}, r"is not named DatasetXXX_Name"),
     ({"checkpoint": "latest"}, r"neither best nor final"),
     ({"models": ["../x"]}, r"are no list of names"),
@@ -221,8 +221,8 @@ DEEP = b"[" * 100_000
     (f"{MODEL}/postprocessing.json", b'{"largest_component": ["liver"]}', r"must have a list 'largest_component'"),
     (f"{MODEL}/postprocessing.json", b"[]", r"is not described as a model has to be"),
     ("bounds.json", b'{"organs": 3}', r"bounds\.json in .* is not a bounds file"),
-    ("model_card.json", b"[]", r"model_card\.json is no table"),
-    ("model_card.json", b"{}", r"is not described as a model has to be"),
+    ("model_card.json", b"[]", r"model_card\.json is no card of a model"),
+    ("model_card.json", b"{}", r"model_card\.json is no card of a model"),
     ("README.md", b"\xff", r"README\.md is no text"),
     (WEIGHTS, b"PK\x03\x04 not these", r"no safetensors file, or a damaged one"),
     (WEIGHTS, struct.pack("<Q", 2**40) + b"{}", r"no safetensors file, or a damaged one"),
@@ -233,9 +233,9 @@ def test_members_of_nonsense(tmp_path, good, member, content, said):
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"fold": "1"}, r"fold 0 of .* calls itself '1'"),
-    ({"network": "portable_models:Other"}, r"is a model of 3d_fullres and portable_models:Other"),
-    ({"configuration": "4d"}, r"is a model of 4d and"),
-    ({"head": "linear"}, r"has head linear"),
+    ({"network": "portable_models:Other"}, r"is a model of '3d_fullres' and 'portable_models:Other'"),
+    ({"configuration": "4d"}, r"is a model of '4d' and"),
+    ({"head": "linear"}, r"has head 'linear'"),
     ({"mirror_axes": [7]}, r"axes \(7,\) to flip"),
     ({"arguments": [1]}, r"is refused: the arguments of|is not described"),
     ({"later_entry": 1}, r"is not described as a model has to be"),
@@ -245,6 +245,31 @@ def test_descriptions_that_do_not_fit(tmp_path, good, change, said):
     member = f"{MODEL}/fold_0/model.json"
     members[member] = json.dumps({**json.loads(members[member]), **change}).encode()
     _refused(_write(tmp_path / "bad.zip", members), tmp_path / "results", said)
+
+
+@pytest.mark.parametrize("change", [
+    {"licence": 3}, {"models": {MODEL: {}}}, {"data": None}, {"citation": 3},
+])  # fmt: skip
+def test_cards_that_could_not_be_written_again(tmp_path, good, change):
+    members = _members(good)
+    members["model_card.json"] = json.dumps({**json.loads(members["model_card.json"]), **change}).encode()
+    _refused(_write(tmp_path / "bad.zip", members), tmp_path / "results", r"model_card\.json is no card of a model")
+
+
+def test_a_card_without_a_fold(tmp_path, good):
+    members = _members(good)
+    card = json.loads(members["model_card.json"])
+    card["models"][MODEL]["folds"] = {}
+    members["model_card.json"] = json.dumps(card).encode()
+    _refused(_write(tmp_path / "bad.zip", members), tmp_path / "results", r"is not described as a model has to be")
+
+
+@pytest.mark.parametrize("arguments", [{"feature_size": "x"}, {"depths": None}, {"num_heads": [0, 0, 0, 0]}])
+def test_arguments_that_build_nothing(tmp_path, arguments):
+    members = _swin(tmp_path)
+    member = "3d_fullres__swin_unetr/fold_0/model.json"
+    members[member] = json.dumps({**json.loads(members[member]), "arguments": {**SWIN, **arguments}}).encode()
+    _refused(_write(tmp_path / "bad.zip", members), tmp_path / "results", r"its network cannot be built")
 
 
 def _swin(tmp_path):

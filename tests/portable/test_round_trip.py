@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from portable_models import CLASSES, GEOMETRY, NAME, REGIONS, SMALL, image_of, make_model, roots_of
+from portable_models import CLASSES, GEOMETRY, NAME, REGIONS, SMALL, SWIN, UNET, image_of, make_model, roots_of
 
 from ukbob_seg import export_model, import_model
 from ukbob_seg.cli.export_model import main as export_command
@@ -97,6 +97,18 @@ def test_checkpoints_are_the_same_but_for_the_training_state(tmp_path, name):
             assert weight.dtype == imported["network_weights"][key].dtype
             assert torch.equal(weight, imported["network_weights"][key])
     assert sorted(path.name for path in moved.parent.parent.iterdir()) == [NAME]  # nothing temporary is left
+
+
+@pytest.mark.parametrize(("network", "arguments"), [("swin_unetr", SWIN), ("plain_conv_unet", UNET)])
+def test_registered_networks_are_checked_and_come_whole(tmp_path, network, arguments):
+    if network == "plain_conv_unet":
+        pytest.importorskip("dynamic_network_architectures")
+    folder = make_model(roots_of(tmp_path), network=network, folds=("0",), arguments=arguments, patch=(32, 32, 64))
+    moved = _moved(folder, tmp_path)
+    image = torch.randn(1, 2, 32, 32, 64, generator=torch.Generator().manual_seed(0))
+    (ours, _), (theirs, _) = (load_network(path / "fold_0" / "checkpoint_best.pt") for path in (folder, moved))
+    with torch.no_grad():
+        assert torch.equal(ours(image), theirs(image))
 
 
 def test_some_folds_alone(tmp_path):

@@ -27,17 +27,16 @@ def main(argv: list[str] | None = None) -> None:
     roots = roots_from(arguments)
 
     from ukbob_seg.portable.importing import import_model
-    from ukbob_seg.portable.model_card import NOT_STATED, predict_command
+    from ukbob_seg.portable.model_card import NOT_STATED
 
     imported = import_model(arguments.file, roots.results, arguments.overwrite)
     for folder in imported.folders:
         print(f"written: {folder}")
     print(f"SHA-256 of the file: {imported.sha256}")
-    print(f"licence: {imported.card.get('licence') or NOT_STATED}")
-    folder = imported.folders[0]
+    licence = imported.card["licence"] or NOT_STATED
+    print(f"licence: {licence if licence.isprintable() else 'see ' + str(imported.folders[0] / 'model_card.json')}")
     print("predict with:")
-    command_line = predict_command(folder.parent.name, imported.card["models"][folder.name])
-    print(f"  {command_line} --results {roots.results}")
+    print(f"  {imported.command}")
 
 
 if __name__ == "__main__":

@@ -95,6 +95,11 @@ class Archive:
         """Of all members but the manifest."""
         return tuple(self.manifest["members"])
 
+    @property
+    def maker(self) -> str:
+        """Version of this package that wrote it."""
+        return _maker(self.manifest)
+
     def read(self, name: str) -> bytes:
         """Content of a member.
 
@@ -236,7 +241,7 @@ def _read_manifest(path: Path, opened: zipfile.ZipFile, entries: list[zipfile.Zi
     version = manifest.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format {version}, made by ukbob_seg {manifest.get('ukbob_seg')}; this is ukbob_seg "
+            f"{path} has format {version}, made by ukbob_seg {_maker(manifest)}; this is ukbob_seg "
             f"{__version__}, which reads format {FORMAT_VERSION}: update it"
         )
     members: Any = manifest.get("members")
@@ -250,6 +255,11 @@ def _read_manifest(path: Path, opened: zipfile.ZipFile, entries: list[zipfile.Zi
     if wrong := [name for name, size in sizes.items() if members[name]["bytes"] != size]:
         raise CheckpointError(f"{path} is damaged: {wrong[0]} has not the size of the manifest; {_AGAIN}")
     return manifest
+
+
+def _maker(manifest: Mapping[str, Any]) -> str:
+    version = str(manifest.get("ukbob_seg"))
+    return version if version.isprintable() else repr(version)
 
 
 def _is_table(members: Any) -> bool:

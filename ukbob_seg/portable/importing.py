@@ -19,6 +19,7 @@ from ukbob_seg.files import file_sha256, write_json
 from ukbob_seg.portable import layout
 from ukbob_seg.portable.archive import Archive, open_archive
 from ukbob_seg.portable.incoming import Incoming, IncomingModel, read_incoming, read_weights
+from ukbob_seg.portable.model_card import predict_command
 from ukbob_seg.training.checkpoint import IMPORTED, NAMES, save_checkpoint
 
 
@@ -30,11 +31,13 @@ class Imported:
         folders: model folders; first the one that is meant, then its first stages.
         card: of the model.
         sha256: of the archive.
+        command: that predicts with it.
     """
 
     folders: tuple[Path, ...]
     card: dict[str, Any]
     sha256: str
+    command: str
 
 
 def import_model(archive: Path, results: Path, overwrite: bool = False, quiet: bool = False) -> Imported:
@@ -56,7 +59,7 @@ def import_model(archive: Path, results: Path, overwrite: bool = False, quiet: b
         incoming = read_incoming(opened)
         targets = tuple(results / incoming.dataset / model.name for model in incoming.models)
         _check_targets(results, incoming.dataset, targets, overwrite)
-        origin = {"archive": archive.name, "sha256": file_sha256(archive), "ukbob_seg": opened.manifest["ukbob_seg"]}
+        origin = {"archive": archive.name, "sha256": file_sha256(archive), "ukbob_seg": opened.maker}
         with _staging(results) as staging:
             total = sum(len(model.folds) for model in incoming.models)
             with tqdm(total=total, desc="importing", unit="fold", disable=quiet) as bar:
@@ -64,7 +67,9 @@ def import_model(archive: Path, results: Path, overwrite: bool = False, quiet: b
                     _write_model(opened, incoming, model, staging / model.name, origin, bar)
             _write_texts(opened, staging / incoming.models[0].name)
             _put_in_place(staging, targets)
-    return Imported(targets, dict(incoming.card), origin["sha256"])
+    main = incoming.models[0].description
+    command = predict_command(incoming.dataset, main.configuration, main.network, incoming.checkpoint)
+    return Imported(targets, dict(incoming.card), origin["sha256"], f"{command} --results {results}")
 
 
 def _check_targets(results: Path, dataset: str, targets: tuple[Path, ...], overwrite: bool) -> None:

@@ -16,6 +16,7 @@ from ukbob_seg.inference.postprocessing import Postprocessing
 from ukbob_seg.networks.registry import NETWORKS
 from ukbob_seg.portable import layout
 from ukbob_seg.portable.archive import Archive, is_safe_name
+from ukbob_seg.portable.model_card import check_card
 from ukbob_seg.portable.weights import weights_from_bytes
 from ukbob_seg.preprocessing.plans import Plans
 from ukbob_seg.training.checkpoint import ModelDescription, check_fit
@@ -91,8 +92,10 @@ def read_incoming(archive: Archive) -> Incoming:
     folds = {name: _folds_of(archive, name) for name in dict.fromkeys(names)}
     _refuse_unknown(archive, folds)
     card = archive.read_json(layout.CARD)
-    if not isinstance(card, dict):
-        raise _wrong(archive, f"{layout.CARD} is no table")
+    try:
+        check_card(card)
+    except MALFORMED as error:
+        raise _wrong(archive, f"{layout.CARD} is no card of a model ({error})") from error
     try:
         archive.read(layout.README).decode()
     except UnicodeDecodeError as error:
@@ -143,7 +146,7 @@ def _read_model(archive: Archive, name: str, folds: list[str], dataset: str, car
         # As training would write it into a checkpoint, so that folds trained here belong to folds that came.
         plans = Plans.from_json(plans, f"{name}/{layout.PLANS}").to_json()
         if plans["dataset"] != dataset:
-            raise _wrong(archive, f"{name} is of {plans['dataset']}, not of {dataset}")
+            raise _wrong(archive, f"{name} is of {plans['dataset']!r}, not of {dataset}")
         described = {fold: _read_fold(archive, name, fold, plans, content, card) for fold in folds}
         model = IncomingModel(name, described)
         _check_model(archive, model)
@@ -175,12 +178,12 @@ def _check_model(archive: Archive, model: IncomingModel) -> None:
     """All that prediction will take for granted."""
     description = model.description
     if folder_name(description.configuration, description.network) != model.name:
-        raise _wrong(archive, f"{model.name} is a model of {description.configuration} and {description.network}")
+        raise _wrong(archive, f"{model.name} is a model of {description.configuration!r} and {description.network!r}")
     check_same_model(archive.path, [fold.description for fold in model.folds.values()])
     scheme = description.spec().labels
     description.parsed_plans().configuration(description.configuration).network(description.network)
     if description.head not in HEADS or not set(description.mirror_axes) <= {0, 1, 2}:
-        raise _wrong(archive, f"{model.name} has head {description.head} and axes {description.mirror_axes} to flip")
+        raise _wrong(archive, f"{model.name} has head {description.head!r} and axes {description.mirror_axes} to flip")
     if not isinstance(description.arguments, dict):
         raise _wrong(archive, f"the arguments of {model.name} are no table")
     member = layout.of_model(model.name, layout.POSTPROCESSING)
@@ -202,7 +205,7 @@ def _check_weights(archive: Archive, member: str, description: ModelDescription,
         network = _build_without_memory(description)
     except ConfigError as error:
         raise CheckpointError(f"{archive.path}: {error}") from error
-    except (RuntimeError, OverflowError, *MALFORMED) as error:
+    except Exception as error:  # constructors raise anything at arguments that are not theirs
         raise _wrong(archive, f"{member}: its network cannot be built ({error})") from error
     check_fit(network, weights, f"{member} in {archive.path}")
 

@@ -162,7 +162,7 @@ def readme(card: Mapping[str, Any]) -> str:
         "## Use",
         "",
         "    ukbob_import_model THIS_FILE.zip",
-        f"    {predict_command(data['dataset'], main)}",
+        f"    {predict_command(data['dataset'], main['configuration'], main['network'], main['checkpoint'])}",
         "",
     ]
     for title, model in models.items():
@@ -171,14 +171,24 @@ def readme(card: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def predict_command(dataset: str, model: Mapping[str, Any]) -> str:
+def predict_command(dataset: str, configuration: str, network: str, checkpoint: str) -> str:
     """How an imported model predicts."""
     number = int(dataset[len("Dataset") :].split("_")[0])
-    final = " --checkpoint final" if model["checkpoint"] == "final" else ""
-    return (
-        f"ukbob_predict -d {number} -c {model['configuration']} --network {model['network']}{final} -i IMAGES -o "
-        "PREDICTIONS"
-    )
+    final = " --checkpoint final" if checkpoint == "final" else ""
+    return f"ukbob_predict -d {number} -c {configuration} --network {network}{final} -i IMAGES -o PREDICTIONS"
+
+
+def check_card(card: Any) -> None:
+    """Refuse a card of others that this version could not write again.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError, IndexError: it has another form.
+    """
+    readme(card)
+    for model in card["models"].values():
+        pooled_dice(model["folds"])
+    if not isinstance(card["licence"], str | None):
+        raise TypeError("licence is no text")
 
 
 def _model_lines(title: str, model: Mapping[str, Any], is_main: bool) -> Sequence[str]:

@@ -66,8 +66,20 @@ def onnx_bytes(network: nn.Module, image: Tensor, name: str) -> tuple[bytes, dic
         except Exception as error:  # the exporter raises anything at what it does not know
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise ConfigError(f"--onnx: {name} cannot be exported to ONNX ({lines[0]}); leave --onnx out") from error
-        content = file.read_bytes()
+        content = _without_origin(file.read_bytes())
     return content, _compare(network, image, content, name)
+
+
+def _without_origin(content: bytes) -> bytes:
+    """The file without the exporter's notes on every operator: lines of source code, and their files on this disk."""
+    model = import_module("onnx").load_from_string(content)
+    graph = model.graph
+    parts = (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer)
+    for part in (*parts, *model.functions, *(node for function in model.functions for node in function.node)):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    stripped: bytes = model.SerializeToString(deterministic=True)
+    return stripped
 
 
 def _compare(network: nn.Module, image: Tensor, content: bytes, name: str) -> dict[str, float | int]:
