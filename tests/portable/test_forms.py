@@ -103,6 +103,13 @@ def test_an_onnx_file_that_computes_something_else_is_refused(tmp_path, monkeypa
         _exported(folder, tmp_path, onnx=True)
 
 
+def test_a_network_too_large_for_an_onnx_file(tmp_path, monkeypatch):
+    _require_onnx()
+    monkeypatch.setattr(onnx_file, "MOST_BYTES", 1000)
+    with pytest.raises(ConfigError, match=r"has 1,\d{3} bytes of weights, an ONNX file at most 2 GiB; leave it out"):
+        _exported(make_model(roots_of(tmp_path), folds=("0",)), tmp_path, onnx=True)
+
+
 def test_onnx_packages_that_are_missing_are_named_first(tmp_path, monkeypatch):
     def lacking(name):
         raise ImportError(f"No module named {name!r}")

@@ -324,6 +324,17 @@ def test_another_dataset_of_the_same_id(tmp_path, good):
     assert [path.name for path in results.iterdir()] == ["Dataset006_Mine"]
 
 
+def test_an_interrupt_leaves_nothing(tmp_path, good, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importing, "_write_texts", interrupt)  # when the folds are written
+    results = tmp_path / "results"
+    assert import_command([str(good), "--results", str(results)]) == 130
+    assert capsys.readouterr().err.endswith("interrupted; nothing was written\n")
+    assert not any(results.iterdir())
+
+
 def test_a_failure_half_way_leaves_all_as_it_was(tmp_path, monkeypatch):
     roots = roots_of(tmp_path)
     make_model(roots, configuration="3d_lowres", folds=("0",))

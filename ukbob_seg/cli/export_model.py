@@ -37,7 +37,11 @@ def main(argv: list[str] | None = None) -> None:
         overwrite=arguments.overwrite,
     )
     bounds = roots.preprocessed / folder.resolve().parent.name / "solf" / "bounds.json"
-    _print(export_model(folder, arguments.output, arguments.folds, options, bounds))
+    try:
+        exported = export_model(folder, arguments.output, arguments.folds, options, bounds)
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt("interrupted; nothing was written") from interrupt
+    _print(exported)
 
 
 def _parser() -> argparse.ArgumentParser:

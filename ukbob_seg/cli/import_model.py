@@ -29,7 +29,10 @@ def main(argv: list[str] | None = None) -> None:
     from ukbob_seg.portable.importing import import_model
     from ukbob_seg.portable.model_card import NOT_STATED
 
-    imported = import_model(arguments.file, roots.results, arguments.overwrite)
+    try:
+        imported = import_model(arguments.file, roots.results, arguments.overwrite)
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt("interrupted; nothing was written") from interrupt
     for folder in imported.folders:
         print(f"written: {folder}")
     print(f"SHA-256 of the file: {imported.sha256}")
