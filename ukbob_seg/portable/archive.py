@@ -106,16 +106,9 @@ class Archive:
         Raises:
             CheckpointError: there is none of that name, or it changed since the archive was made.
         """
-        announced = self.manifest["members"].get(name)
-        if announced is None:
+        if name not in self.manifest["members"]:
             raise CheckpointError(f"{self.path} lacks {name}; {_AGAIN}")
-        try:
-            content = self._zip.read(name)
-        except _DAMAGED as error:
-            raise CheckpointError(f"{self.path} is damaged: {name} cannot be unpacked ({error}); {_AGAIN}") from error
-        if hashlib.sha256(content).hexdigest() != announced["sha256"]:
-            raise CheckpointError(f"{self.path} is damaged: {name} has not the checksum of the manifest; {_AGAIN}")
-        return content
+        return b"".join(self._chunks(name))
 
     def read_json(self, name: str) -> Any:
         """A member of JSON; see ``read``."""
@@ -127,18 +120,22 @@ class Archive:
         Raises:
             CheckpointError: names the first that differs.
         """
-        for name, announced in self.manifest["members"].items():
-            found = hashlib.sha256()
-            try:
-                with self._zip.open(name) as member:
-                    while chunk := member.read(CHUNK):
-                        found.update(chunk)
-            except _DAMAGED as error:
-                raise CheckpointError(
-                    f"{self.path} is damaged: {name} cannot be unpacked ({error}); {_AGAIN}"
-                ) from error
-            if found.hexdigest() != announced["sha256"]:
-                raise CheckpointError(f"{self.path} is damaged: {name} has not the checksum of the manifest; {_AGAIN}")
+        for name in self.names:
+            for _ in self._chunks(name):
+                pass
+
+    def _chunks(self, name: str) -> Iterator[bytes]:
+        """Content of a member, a little at a time; raises at the end where the checksum differs."""
+        found = hashlib.sha256()
+        try:
+            with self._zip.open(name) as member:
+                while chunk := member.read(CHUNK):
+                    found.update(chunk)
+                    yield chunk
+        except _DAMAGED as error:
+            raise CheckpointError(f"{self.path} is damaged: {name} cannot be unpacked ({error}); {_AGAIN}") from error
+        if found.hexdigest() != self.manifest["members"][name]["sha256"]:
+            raise CheckpointError(f"{self.path} is damaged: {name} has not the checksum of the manifest; {_AGAIN}")
 
 
 _AGAIN = "get the file again, or export the model again"
