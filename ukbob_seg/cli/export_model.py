@@ -86,7 +86,7 @@ def _print(exported: Exported) -> None:
     from ukbob_seg.portable.model_card import NOT_STATED
 
     for name, model in exported.card["models"].items():
-        print(f"{name}: {len(model['folds'])} folds (checkpoint_{model['checkpoint']})")
+        print(f"{name}: fold {', '.join(model['folds'])} (checkpoint_{model['checkpoint']})")
         for fold, facts in model["folds"].items():
             for form, title in (("onnx", "ONNX"), ("monai", "MONAI")):
                 if facts.get(form):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ def import_model(archive: Path, results: Path, overwrite: bool = False, quiet: b
             _put_in_place(staging, targets)
     main = incoming.models[0].description
     command = predict_command(incoming.dataset, main.configuration, main.network, incoming.checkpoint)
-    return Imported(targets, dict(incoming.card), origin["sha256"], f"{command} --results {results}")
+    return Imported(targets, dict(incoming.card), origin["sha256"], f"{command} --results {shlex.quote(str(results))}")
 
 
 def _check_targets(results: Path, dataset: str, targets: tuple[Path, ...], overwrite: bool) -> None:

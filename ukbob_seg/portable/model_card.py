@@ -196,7 +196,8 @@ def _model_lines(title: str, model: Mapping[str, Any], is_main: bool) -> Sequenc
         f"## {title}" + ("" if is_main else " (first stage)"),
         "",
         f"{model['network']} of {model['parameters']:,} parameters; patch {_sizes(model['patch_size'])} voxels at "
-        f"{_sizes(model['spacing_mm'])} mm (z, y, x); {NAMES[model['checkpoint']]} of {len(model['folds'])} fold(s).",
+        f"{_sizes(model['spacing_mm'])} mm (z, y, x); {NAMES[model['checkpoint']]} of fold "
+        f"{', '.join(model['folds'])}.",
         "",
         "| fold | training cases | epochs | started from | ONNX: largest difference | MONAI: largest difference |",
         "|---|---|---|---|---|---|",
