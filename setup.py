@@ -20,6 +20,8 @@ COMMANDS = (
     "evaluate",
     "find_postprocessing",
     "find_best",
+    "export_model",
+    "import_model",
     "benchmark",
     "demo",
 )
@@ -48,12 +50,14 @@ setup(
         "pandas>=2.1",
         "pyarrow>=14",
         "matplotlib>=3.8",
+        "safetensors>=0.4",
     ],
     extras_require={
         "dask": ["dask>=2024.1", "distributed>=2024.1"],
         "tensorboard": ["tensorboard>=2.14"],
         "tsne": ["scikit-learn>=1.3"],
         "nnunet": ["dynamic-network-architectures>=0.4"],
+        "onnx": ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.19"],
         "test": [
             "pytest>=8",
             "pytest-timeout",
@@ -65,6 +69,9 @@ setup(
             "tensorboard>=2.14",
             "dask>=2024.1",
             "distributed>=2024.1",
+            "onnx>=1.16",
+            "onnxscript>=0.3",
+            "onnxruntime>=1.19",
         ],
         "dev": ["ruff>=0.6", "mypy>=1.10", "pre-commit"],
     },

@@ -12,7 +12,7 @@ import ukbob_seg
 PACKAGE = Path(ukbob_seg.__file__).parent
 ORDER = [
     "dataset", "preprocessing", "filtering", "networks", "training", "nnunet", "inference",
-    "evaluation", "benchmark", "labelling", "demo", "cli",
+    "evaluation", "portable", "benchmark", "labelling", "demo", "cli",
 ]  # fmt: skip
 # Validation inside training uses the sliding window, which itself needs nothing but networks.
 EXCEPTIONS = {("training", "ukbob_seg.inference.sliding_window"), ("training", "ukbob_seg.inference.passes")}

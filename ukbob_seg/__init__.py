@@ -23,6 +23,8 @@ _PUBLIC = {
     "evaluate": "ukbob_seg.evaluation.evaluate",
     "accumulate_crossval": "ukbob_seg.evaluation.crossval",
     "find_best": "ukbob_seg.evaluation.model_selection",
+    "export_model": "ukbob_seg.portable.export",
+    "import_model": "ukbob_seg.portable.importing",
     "run_demo": "ukbob_seg.demo.run",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -65,7 +66,15 @@ class StratifiedBounds:
         Raises:
             DatasetError: missing, or not a bounds file.
         """
-        content = read_json(path, "bounds file")
+        return cls.from_json(read_json(path, "bounds file"), str(path))
+
+    @classmethod
+    def from_json(cls, content: Any, where: str) -> StratifiedBounds:
+        """The content of such a file.
+
+        Raises:
+            DatasetError: it is none; says where.
+        """
         try:
             if "strata" in content:
                 strata = {str(name): CohortBounds.from_json(entry) for name, entry in content["strata"].items()}
@@ -76,7 +85,7 @@ class StratifiedBounds:
             return cls((), {WHOLE: CohortBounds.from_json(content)}, str(content.get("body", "")))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DatasetError(
-                f"{path} is not a bounds file, or a damaged one; use the bounds.json that ukbob_filter wrote"
+                f"{where} is not a bounds file, or a damaged one; use the bounds.json that ukbob_filter wrote"
             ) from error
 
 

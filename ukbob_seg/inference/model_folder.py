@@ -1,4 +1,4 @@
-"""What a model folder of ours holds: its folds, and what is done to its label maps."""
+"""Model folders (``CONFIG__NETWORK``): the folds they hold, first stages, and what is done to their label maps."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from ukbob_seg.preprocessing.intensity_field import UsualField
 from ukbob_seg.training.checkpoint import NAMES, ModelDescription, load_network
 
 log = logging.getLogger(__name__)
+
+CHECKPOINTS = ("best", "final")  # that predict
 
 
 @dataclass(frozen=True)
@@ -47,29 +49,14 @@ def load_folds(folder: Path, folds: Sequence[str] | None, checkpoint: str, devic
         ConfigError: another checkpoint, or a fold twice.
         CheckpointError: nothing trained there, a fold is missing, or folds of different models.
     """
-    if checkpoint not in ("best", "final"):
-        raise ConfigError(f"--checkpoint must be best or final, got {checkpoint!r}")
-    found = find_folds(folder, checkpoint)
-    chosen = list(folds) if folds else sorted(found)
-    if twice := sorted({fold for fold in chosen if chosen.count(fold) > 1}):
-        raise ConfigError(f"fold {twice[0]} is given twice")
-    lacking = [fold for fold in chosen if fold not in found]
-    if lacking or not chosen:
-        raise CheckpointError(
-            f"{folder} has no {NAMES[checkpoint]} for fold {', '.join(lacking) or 'any'} "
-            f"(trained: {', '.join(sorted(found)) or 'none'})"
-        )
-    loaded = [load_network(found[fold], device) for fold in chosen]
+    found = choose_folds(folder, folds, checkpoint)
+    loaded = [load_network(path, device) for path in found.values()]
     descriptions = [description for _, description in loaded]
-    for other in descriptions[1:]:
-        if dataclasses.replace(other, fold=descriptions[0].fold) != descriptions[0]:
-            raise CheckpointError(
-                f"{folder}: folds {chosen} were trained with different plans or recipes; predict them apart"
-            )
-    log.info("model %s, fold %s (%s)", folder, ", ".join(chosen), NAMES[checkpoint])
+    check_same_model(folder, descriptions)
+    log.info("model %s, fold %s (%s)", folder, ", ".join(found), NAMES[checkpoint])
     first = dataclasses.replace(descriptions[0], fields=_common_fields(descriptions))
     networks = [network for network, _ in loaded]
-    return LoadedFolds(networks, first, [str(found[fold].resolve()) for fold in chosen])
+    return LoadedFolds(networks, first, [str(path.resolve()) for path in found.values()])
 
 
 def find_folds(folder: Path, checkpoint: str) -> dict[str, Path]:
@@ -81,6 +68,59 @@ def find_folds(folder: Path, checkpoint: str) -> dict[str, Path]:
     if not folder.is_dir():
         raise CheckpointError(f"model folder {folder} does not exist; train first, or give it with -m")
     return {path.parent.name.removeprefix("fold_"): path for path in sorted(folder.glob(f"fold_*/{NAMES[checkpoint]}"))}
+
+
+def choose_folds(folder: Path, folds: Sequence[str] | None, checkpoint: str) -> dict[str, Path]:
+    """Checkpoint of each fold that is wanted, in the order in which they are averaged.
+
+    Args:
+        folder: holds ``fold_K`` folders.
+        folds: which, None for every trained one.
+        checkpoint: ``best`` or ``final``.
+
+    Raises:
+        ConfigError: another checkpoint, or a fold twice.
+        CheckpointError: nothing trained there, or a fold is missing.
+    """
+    if checkpoint not in CHECKPOINTS:
+        raise ConfigError(f"--checkpoint must be best or final, got {checkpoint!r}")
+    found = find_folds(folder, checkpoint)
+    chosen = list(folds) if folds else sorted(found)
+    if twice := sorted({fold for fold in chosen if chosen.count(fold) > 1}):
+        raise ConfigError(f"fold {twice[0]} is given twice")
+    lacking = [fold for fold in chosen if fold not in found]
+    if lacking or not chosen:
+        raise CheckpointError(
+            f"{folder} has no {NAMES[checkpoint]} for fold {', '.join(lacking) or 'any'} "
+            f"(trained: {', '.join(sorted(found)) or 'none'})"
+        )
+    return {fold: found[fold] for fold in chosen}
+
+
+def check_same_model(folder: Path, descriptions: Sequence[ModelDescription]) -> None:
+    """Refuse folds that cannot be averaged as those of one model.
+
+    Raises:
+        CheckpointError: they were trained with different plans or recipes.
+    """
+    first = descriptions[0]
+    for other in descriptions[1:]:
+        if dataclasses.replace(other, fold=first.fold) != first:
+            raise CheckpointError(
+                f"{folder}: folds {[each.fold for each in descriptions]} were trained with different plans or recipes; "
+                "predict them apart"
+            )
+
+
+def folder_name(configuration: str, network: str) -> str:
+    """``CONFIG__NETWORK``; the colon of a dotted path is no character for a folder."""
+    return f"{configuration}__{network.replace(':', '.')}"
+
+
+def first_stage_folder(folder: Path, description: ModelDescription) -> Path | None:
+    """Model folder of a cascade's first stage, which lies beside the second's; None where there is no first stage."""
+    stage = description.parsed_plans().configuration(description.configuration).previous_stage
+    return None if stage is None else folder.resolve().with_name(folder_name(stage, description.network))
 
 
 def postprocessing_of(

@@ -32,7 +32,7 @@ from ukbob_seg.inference.export import (
     probability_stream,
     to_file_values,
 )
-from ukbob_seg.inference.model_folder import load_folds, of_first_stage, postprocessing_of
+from ukbob_seg.inference.model_folder import first_stage_folder, load_folds, of_first_stage, postprocessing_of
 from ukbob_seg.inference.passes import INTENSITY_CHANGES, AveragedPasses, Mirroring
 from ukbob_seg.inference.postprocessing import Postprocessing
 from ukbob_seg.inference.settings import PredictionSettings
@@ -178,10 +178,8 @@ class Predictor(CasePredictor):
         first = loaded.description
         if settings is not None and settings.etta is not None and first.fields is None:
             log.warning("%s says nothing of the intensity fields of its training images: ETTA leaves fields in", folder)
-        stage = first.parsed_plans().configuration(first.configuration).previous_stage
-        previous = None
-        if stage is not None:
-            beside = folder.resolve().with_name(f"{stage}__{first.network.replace(':', '.')}")
+        previous, beside = None, first_stage_folder(folder, first)
+        if beside is not None:
             plain = of_first_stage(settings or PredictionSettings())
             previous = cls.from_model_folder(beside, previous_folds, checkpoint, device, plain)
         after = postprocessing_of(folder, first, settings)

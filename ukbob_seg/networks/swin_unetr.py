@@ -153,7 +153,7 @@ class SwinEncoder(nn.Module):
         projection = nn.Conv3d(in_channels, feature_size, patch_size, stride=patch_size)
         self.patch_embed = nn.Sequential(OrderedDict(proj=projection))
         window, no_shift, half = (window_size,) * 3, (0, 0, 0), (window_size // 2,) * 3
-        rates = torch.linspace(0, dropout_path_rate, sum(depths)).tolist()
+        rates = torch.linspace(0, dropout_path_rate, sum(depths), device="cpu").tolist()  # also when building on meta
         for stage in range(STAGES):
             dim = feature_size * 2**stage
             blocks = []

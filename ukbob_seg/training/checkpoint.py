@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ukbob_seg.preprocessing.intensity_field import UsualField
 from ukbob_seg.preprocessing.plans import Plans
 
 FORMAT_VERSION = 1
+IMPORTED = "imported.json"  # beside a fold's checkpoint that ukbob_import_model wrote: weights without a training state
 NAMES = {"best": "checkpoint_best.pt", "final": "checkpoint_final.pt", "latest": "checkpoint_latest.pt"}
 
 
@@ -118,27 +120,46 @@ def load_into(network: nn.Module, content: dict[str, Any], path: Path) -> None:
     Raises:
         CheckpointError: it is a checkpoint of another network; says what differs.
     """
-    wanted, given = network.state_dict(), content["network_weights"]
+    check_fit(network, content["network_weights"], f"checkpoint {path}")
+    network.load_state_dict(content["network_weights"])
+
+
+def check_fit(network: nn.Module, given: Mapping[str, Any], where: str) -> None:
+    """Compare names and shapes of weights with a network's.
+
+    Raises:
+        CheckpointError: they are of another network; says what differs.
+    """
+    wanted = network.state_dict()
     missing = sorted(set(wanted) - set(given))
     unexpected = sorted(set(given) - set(wanted))
     differing = sorted(k for k in set(wanted) & set(given) if wanted[k].shape != given[k].shape)
     if missing or unexpected or differing:
         example = (missing or unexpected or differing)[0]
         raise CheckpointError(
-            f"checkpoint {path} is of another network: {len(missing)} weights missing, {len(unexpected)} unexpected, "
+            f"{where} is of another network: {len(missing)} weights missing, {len(unexpected)} unexpected, "
             f"{len(differing)} of another shape (for example {example})"
         )
-    network.load_state_dict(given)
 
 
 @torch.inference_mode(False)  # else parameters could never have gradients, as in ETTA
 def load_network(path: Path, device: str = "cpu") -> tuple[nn.Module, ModelDescription]:
     """Rebuild the network of a checkpoint, in evaluation mode on ``device``."""
     description, content = read_checkpoint(path)
+    return network_of(description, content, path).to(device), description
+
+
+@torch.inference_mode(False)  # else parameters could never have gradients, as in ETTA
+def network_of(description: ModelDescription, content: dict[str, Any], path: Path) -> nn.Module:
+    """The network of what ``read_checkpoint`` returned, in evaluation mode on the CPU.
+
+    Raises:
+        CheckpointError: it cannot be built, or the weights are of another; names the file.
+    """
     try:
         network = description.build()
     except ConfigError as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from error
     load_into(network, content, path)
     set_deep_supervision(network, False)  # prediction needs the finest output only
-    return network.to(device).eval(), description
+    return network.eval()

@@ -21,7 +21,7 @@ from ukbob_seg.files import digest, ensure_writable, write_json
 from ukbob_seg.networks.pretrained import Pretrained
 from ukbob_seg.networks.transfer import TransferReport
 from ukbob_seg.training.cascade import maps_key
-from ukbob_seg.training.checkpoint import NAMES, load_into, read_checkpoint, save_checkpoint
+from ukbob_seg.training.checkpoint import IMPORTED, NAMES, load_into, read_checkpoint, save_checkpoint
 from ukbob_seg.training.config import RunOptions, TrainingConfig
 from ukbob_seg.training.distributed import is_first
 from ukbob_seg.training.ema import WeightAverage
@@ -123,6 +123,12 @@ def check_start(folder: Path, options: RunOptions) -> None:
     """
     if options.resume and options.overwrite:
         raise ConfigError("--resume goes on with the run that --overwrite would delete; give one of them")
+    if (folder / IMPORTED).is_file() and not options.overwrite:
+        given = next((folder / name for name in NAMES.values() if (folder / name).is_file()), folder)
+        raise ConfigError(
+            f"{folder} holds an imported model, which has no training state to go on with; start from its weights "
+            f"under another --results folder with --pretrained {given}, or replace it with --overwrite"
+        )
     if options.resume and not has_run(folder):
         raise CheckpointError(f"nothing to resume in {folder}; drop --resume to start")
     if options.resume:
@@ -167,7 +173,7 @@ def _describe(setup: TrainingSetup, config: TrainingConfig, report: TransferRepo
     if not options.resume:
         for name in NAMES.values():
             (setup.folder / name).unlink(missing_ok=True)
-        for name in CURVES:
+        for name in (*CURVES, IMPORTED):
             (setup.folder / name).unlink(missing_ok=True)
         shutil.rmtree(setup.folder / "tensorboard", ignore_errors=True)
         write_record(setup, report, options.pretrained_dataset)
