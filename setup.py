@@ -20,6 +20,7 @@ COMMANDS = (
     "find_postprocessing",
     "find_best",
     "benchmark",
+    "convert",
     "demo",
 )
 
@@ -49,6 +50,7 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
+        "dicom": ["pydicom>=3", "highdicom>=0.25"],
         "dask": ["dask>=2024.1", "distributed>=2024.1"],
         "tensorboard": ["tensorboard>=2.14"],
         "tsne": ["scikit-learn>=1.3"],
@@ -64,6 +66,8 @@ setup(
             "tensorboard>=2.14",
             "dask>=2024.1",
             "distributed>=2024.1",
+            "pydicom>=3",
+            "highdicom>=0.25",
         ],
         "dev": ["ruff>=0.6", "mypy>=1.10", "pre-commit"],
     },

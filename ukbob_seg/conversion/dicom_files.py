@@ -73,13 +73,17 @@ def check_archive(path: Path, limits: ArchiveLimits = LIMITS) -> list[zipfile.Zi
     for info in members:
         name = info.filename.replace("\\", "/")
         if name.startswith("/") or ".." in PurePosixPath(name).parts or ":" in name.split("/")[0]:
-            raise DatasetError(f"{path} holds a path that leads out of it, {info.filename!r}; do not trust this archive")
+            raise DatasetError(
+                f"{path} holds a path that leads out of it, {info.filename!r}; do not trust this archive"
+            )
         if stat.S_ISLNK(info.external_attr >> 16):
             raise DatasetError(f"{path} holds a link, {info.filename!r}; do not trust this archive")
         if info.flag_bits & 1:
             raise DatasetError(f"{path}: {info.filename!r} is encrypted; unpack it with its password, give the folder")
         if info.file_size > limits.file_bytes:
-            raise DatasetError(f"{path}: {info.filename!r} unpacks to {info.file_size} bytes; no DICOM slice is as large")
+            raise DatasetError(
+                f"{path}: {info.filename!r} unpacks to {info.file_size} bytes; no DICOM slice is as large"
+            )
     total = sum(info.file_size for info in members)
     packed = max(1, path.stat().st_size)
     if len(members) > limits.members or total > limits.total_bytes:
@@ -163,7 +167,9 @@ def pixels_of(dataset: Dataset, name: str) -> Any:
             warnings.simplefilter("ignore")
             values = np.asarray(dataset.pixel_array)
     except Exception as error:
-        raise DatasetError(f"{name} is damaged or truncated ({str(error).splitlines()[0]}); download it again") from error
+        raise DatasetError(
+            f"{name} is damaged or truncated ({str(error).splitlines()[0]}); download it again"
+        ) from error
     slope, intercept = float(dataset.get("RescaleSlope", 1)), float(dataset.get("RescaleIntercept", 0))
     if (slope, intercept) == (1.0, 0.0):
         return values

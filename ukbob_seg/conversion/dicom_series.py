@@ -142,7 +142,9 @@ def _slice(dataset: Dataset, name: str) -> Slice:
     rows, columns = orientation[:3], orientation[3:]
     lengths = np.linalg.norm(rows), np.linalg.norm(columns)
     if not np.allclose([*lengths, 1 + rows @ columns], 1, atol=_DIRECTION_TOLERANCE):
-        raise DatasetError(f"{name}: ImageOrientationPatient {orientation.tolist()} is no pair of orthogonal directions")
+        raise DatasetError(
+            f"{name}: ImageOrientationPatient {orientation.tolist()} is no pair of orthogonal directions"
+        )
     rows = rows / lengths[0]
     columns = columns - (columns @ rows) * rows  # decimal strings are rounded
     spacing = [float(value) for value in dataset.PixelSpacing]
@@ -194,9 +196,7 @@ def _ordered(slices: Sequence[Slice]) -> tuple[tuple[Slice, ...], int, list[str]
             if each.dataset.PixelData == ordered[-1].dataset.PixelData:
                 duplicates += 1
             else:
-                problems.append(
-                    f"two different slices at {each.height_mm:.1f} mm ({ordered[-1].name} and {each.name})"
-                )
+                problems.append(f"two different slices at {each.height_mm:.1f} mm ({ordered[-1].name} and {each.name})")
             continue
         ordered.append(each)
     return tuple(ordered), duplicates, problems

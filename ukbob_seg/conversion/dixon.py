@@ -1,10 +1,11 @@
-"""From DICOM series to stations: which contrast a series is, which series lie at one table position, what is missing."""
+"""From DICOM series to stations: which contrast a series is, which lie at one table position, what is missing."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -186,7 +187,7 @@ def _station(number: int, group: Sequence[tuple[str, Series]]) -> Station:
 def _grid_problems(stations: Sequence[Station]) -> list[str]:
     """Stations that are turned against each other or leave a gap."""
     problems = []
-    for above, below in zip(stations[:-1], stations[1:], strict=True):
+    for above, below in pairwise(stations):
         if above.problems or below.problems:
             continue
         if not np.allclose(above.geometry.direction, below.geometry.direction, atol=1e-3):

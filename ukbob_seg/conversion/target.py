@@ -11,7 +11,7 @@ from typing import Any
 
 from ukbob_seg.dataset.paths import list_datasets
 from ukbob_seg.errors import ConfigError, DatasetError, listing
-from ukbob_seg.files import ensure_writable, read_json, write_json, write_text
+from ukbob_seg.files import read_json, write_json, write_text
 
 MARKER = "conversion.json"
 _NAME = re.compile(r"Dataset(\d{3,})_(.+)")
@@ -51,8 +51,7 @@ def claim(folder: Path, mark: Mapping[str, Any], known: Sequence[str], ending: s
     ]
     if strangers:
         raise DatasetError(f"{folder} holds cases that the source does not have; delete them: {listing(strangers)}")
-    ensure_writable(folder)
-    write_json(folder / MARKER, mark)
+    write_json(folder / MARKER, mark)  # also proves that the folder can be written; parts of one job may do it at once
     return folder
 
 
@@ -71,7 +70,9 @@ def check_names(names: Sequence[str], source: Path) -> None:
         if _CASE.fullmatch(name) is None:
             raise DatasetError(f"{source}: {name!r} cannot be the name of a case; use letters, digits, . _ + and -")
     lowered = [name.lower() for name in names]
-    twice = sorted({name for name in names if lowered.count(name.lower()) > 1}) if len(set(lowered)) < len(names) else []
+    twice = (
+        sorted({name for name in names if lowered.count(name.lower()) > 1}) if len(set(lowered)) < len(names) else []
+    )
     if twice:
         raise DatasetError(f"{source} has several cases named {listing(twice)}; rename all but one")
 

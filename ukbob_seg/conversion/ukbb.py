@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +46,7 @@ class CohortOptions:
         cluster: scheduler and part.
     """
 
-    stitch: StitchOptions = StitchOptions()
+    stitch: StitchOptions = field(default_factory=StitchOptions)
     test: bool = False
     skip_incomplete: bool = False
     workers: int | None = None
@@ -98,15 +97,12 @@ class _Job:
         """What the record must say to be of this archive and these options."""
         paths = [self.source] if self.source.is_file() else sorted(p for p in self.source.rglob("*") if p.is_file())
         stats = [path.stat() for path in paths]
-        options = dataclasses.asdict(self.options)
-        if self.options.spacing_mm is not None:
-            options["spacing_mm"] = list(self.options.spacing_mm)  # as JSON keeps it
         return {
             "method": METHOD,
             "archive": self.source.name,
             "bytes": sum(stat.st_size for stat in stats),
             "changed_ns": max((stat.st_mtime_ns for stat in stats), default=0),
-            "options": options,
+            "options": self.options.to_json(),
         }
 
     def earlier(self) -> dict[str, Any] | None:
@@ -169,12 +165,8 @@ def convert_cohort(source: Path, folder: Path, options: CohortOptions | None = N
     options = options or CohortOptions()
     load_pydicom()
     archives = find_archives(Path(source))
-    mark = {
-        "format": "ukbb",
-        "source": str(Path(source).resolve()),
-        "options": {**dataclasses.asdict(options.stitch), "test": options.test},
-    }
-    mark["options"]["spacing_mm"] = options.stitch.spacing_mm and list(options.stitch.spacing_mm)
+    chosen = {**options.stitch.to_json(), "test": options.test}
+    mark = {"format": "ukbb", "source": str(Path(source).resolve()), "options": chosen}
     folder = claim(Path(folder), mark, list(archives), ENDING)
     images = "imagesTs" if options.test else "imagesTr"
     jobs = [_Job(name, path, folder, images, options.stitch) for name, path in archives.items()]

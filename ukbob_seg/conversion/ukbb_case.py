@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ class StitchOptions:
             raise ConfigError(f"--stations must be at least 1, got {self.stations}")
         if self.spacing_mm is not None and not all(0 < value < float("inf") for value in self.spacing_mm):
             raise ConfigError(f"--spacing must be three positive numbers in mm, got {self.spacing_mm}")
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON keeps them, for records."""
+        return {
+            "stations": self.stations,
+            "spacing_mm": None if self.spacing_mm is None else list(self.spacing_mm),
+            "repair_swaps": self.repair_swaps,
+        }
 
 
 @dataclass(frozen=True)
@@ -103,14 +112,12 @@ def _row(station: Station) -> dict[str, Any]:
     }
 
 
-def _assemble(
-    blocks: Sequence[Block], options: StitchOptions
-) -> tuple[np.ndarray, Geometry, list[dict[str, Any]]]:
+def _assemble(blocks: Sequence[Block], options: StitchOptions) -> tuple[np.ndarray, Geometry, list[dict[str, Any]]]:
     """Gains, exchanges, blend."""
     grid = common_grid([block.geometry for block in blocks], options.spacing_mm)
     steps: list[Gain] = []
     agreements: list[float] = []
-    for above, below in zip(blocks[:-1], blocks[1:], strict=True):
+    for above, below in pairwise(blocks):
         upper, lower = overlap_of(above, below, grid)
         step = gain_between(upper, lower)
         steps.append(step)
@@ -120,7 +127,7 @@ def _assemble(
     if options.repair_swaps:
         blocks = [_exchanged(b) if verdict.swapped else b for b, verdict in zip(blocks, verdicts, strict=True)]
     whole = all(np.array_equal(block.voxels, np.rint(block.voxels)) for block in blocks)
-    image = stitch(blocks, gains, grid)
+    image = stitch(blocks, [float(gain) for gain in gains], grid)
     if whole and image.max() <= np.iinfo(np.uint16).max:
         image = np.rint(image).astype(np.uint16)
     findings = [
