@@ -17,7 +17,7 @@ from ukbob_seg.errors import ConfigError, DatasetError
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-_PREAMBLE = 132  # 128 bytes of anything, then DICM
+PREFIX_BYTES = 132  # 128 bytes of anything, then DICM
 _UNREADABLE: tuple[Any, ...] = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError)
 
 
@@ -125,7 +125,7 @@ def read_files(source: Path, limits: ArchiveLimits = LIMITS) -> Iterator[tuple[s
 
 def is_dicom(content: bytes) -> bool:
     """Whether a file begins like DICOM."""
-    return content[_PREAMBLE - 4 : _PREAMBLE] == b"DICM"
+    return content[PREFIX_BYTES - 4 : PREFIX_BYTES] == b"DICM"
 
 
 def parse(content: bytes, name: str, pixels: bool = True) -> Dataset:

@@ -1,4 +1,4 @@
-"""One grid for all stations, the gain of each, and their smooth blend. Arrays are (C, Z, Y, X); z follows the slices."""
+"""One grid for all stations, the gain of each, their smooth blend. Arrays are (C, Z, Y, X), z along the slices."""
 
 from __future__ import annotations
 
