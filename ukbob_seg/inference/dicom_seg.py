@@ -22,9 +22,9 @@ _EMPTY_ALLOWED = (
 _SIDES = {"left": "Left", "right": "Right"}
 # Where the English name is not the keyword in the dictionary of SNOMED CT terms that pydicom brings along.
 _SYNONYMS = {
-    "bladder": "UrinaryBladder", "oesophagus": "Esophagus", "postcava": "InferiorVenaCava",
-    "vena_cava": "InferiorVenaCava", "adrenal": "AdrenalGland", "gall_bladder": "Gallbladder",
-    "vertebral_column": "Spine", "colon": "LargeIntestine", "small_bowel": "SmallIntestine",
+    "urinary_bladder": "Bladder", "oesophagus": "Esophagus", "postcava": "InferiorVenaCava", "adrenal": "AdrenalGland",
+    "gall_bladder": "Gallbladder", "vertebral_column": "Spine", "small_bowel": "SmallIntestine",
+    "thyroid_gland": "Thyroid", "lung_upper_lobe": "UpperLobeOfLung", "lung_lower_lobe": "LowerLobeOfLung",
 }  # fmt: skip
 _LESIONS = {"tumor": "Neoplasm", "tumour": "Neoplasm", "cancer": "Neoplasm", "lesion": "Lesion", "edema": "Edema",
             "oedema": "Edema", "necrosis": "Necrosis", "cyst": "Cyst"}  # fmt: skip
