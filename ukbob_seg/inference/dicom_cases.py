@@ -158,9 +158,7 @@ def _of_channel(series: Sequence[Series], channel: str) -> Series:
 
 def _contrast(channel: str) -> str | None:
     """The Dixon contrast that a channel is named after."""
-    plain = (
-        re.sub(r"[^a-z]", "", channel.lower()).replace("outof", "out").replace("opp", "out").replace("outosed", "out")
-    )
+    plain = re.sub(r"^(outof|opposed|opp)", "out", re.sub(r"[^a-z]", "", channel.lower()))
     return plain if plain in CONTRASTS else None
 
 
