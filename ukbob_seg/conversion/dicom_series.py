@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _SPACING_TOLERANCE = 0.02  # of the slice spacing
 _SHIFT_TOLERANCE = 0.1  # of a pixel
 _DIRECTION_TOLERANCE = 1e-3
+_IMAGE_CLASSES = {f"1.2.840.10008.5.1.4.1.1.{number}" for number in ("2", "2.1", "4", "4.1", "20", "128")}  # CT, MR, PET
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,19 @@ def read_series(source: Path) -> tuple[list[Series], list[str]]:
             continue
         try:
             dataset = parse(content, name)
-            if "Rows" in dataset:
-                slices.setdefault(str(dataset.get("SeriesInstanceUID", "")), []).append(_slice(dataset, name))
+            if "Rows" in dataset or _is_image(dataset):
+                found = _slice(dataset, name)
+                slices.setdefault(str(dataset.SeriesInstanceUID), []).append(found)
         except DatasetError as error:
             problems.append(str(error))
-    series = [_series(uid, found) for uid, found in slices.items()]
+    series = [_series(uid, members) for uid, members in slices.items()]
     return sorted(series, key=lambda each: (each.number, each.uid)), problems
+
+
+def _is_image(dataset: Dataset) -> bool:
+    """Whether an object that has no rows should have some: it is truncated, where a report is not."""
+    kind = dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID", "")
+    return str(kind) in _IMAGE_CLASSES
 
 
 def _slice(dataset: Dataset, name: str) -> Slice:
@@ -133,7 +141,7 @@ def _slice(dataset: Dataset, name: str) -> Slice:
     Raises:
         DatasetError: no pixel data, or no position, orientation or spacing.
     """
-    if "PixelData" not in dataset:
+    if "PixelData" not in dataset or "Columns" not in dataset:
         raise DatasetError(f"{name} has no pixel data: it is truncated; download it again")
     for tag in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SeriesInstanceUID"):
         if not dataset.get(tag):
@@ -219,7 +227,8 @@ def _irregular(slices: Sequence[Slice]) -> list[str]:
     unequal = [gap for gap in gaps if abs(gap - round(gap)) >= _SPACING_TOLERANCE * max(1, gap) or gap < 0.5]
     if missing:
         place = next(k for k, gap in enumerate(gaps) if gap > 1.5)
-        problems.append(f"{missing} slices are missing, the first after {slices[place].height_mm:.1f} mm")
+        height = slices[place].height_mm
+        problems.append(f"{missing} slice{'s' if missing > 1 else ''} missing, the first after {height:.1f} mm")
     if unequal:
         distances = listing([f"{gap * spacing:.2f}" for gap in sorted(set(np.round(gaps, 3)))])
         problems.append(f"slices are not equally spaced: {distances} mm")

@@ -148,10 +148,15 @@ def overlap_of(one: Block, other: Block, grid: Geometry) -> tuple[np.ndarray, np
 
 
 def body_mask(inphase: np.ndarray) -> np.ndarray:
-    """Voxels with signal: above Otsu's threshold. Air and lungs are below; all False where there is no contrast."""
+    """Voxels with signal: above Otsu's threshold. Air and lungs are below; all False where there is no contrast.
+
+    Values are cut off at the median of those above their mean first: the threshold then parts air from tissue, not
+    tissue from whatever shines.
+    """
     if inphase.min() == inphase.max():
         return np.zeros(inphase.shape, dtype=bool)
-    return inphase > threshold_otsu(inphase)
+    bright = float(np.median(inphase[inphase > inphase.mean()]))
+    return inphase > threshold_otsu(np.minimum(inphase, bright))
 
 
 def gain_between(above: np.ndarray, below: np.ndarray) -> Gain:
