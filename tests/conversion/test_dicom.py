@@ -123,13 +123,17 @@ def _modified(tmp_path, image, change):
     return read_series(tmp_path / "one")
 
 
+def _move(dataset, axis, by):
+    dataset.ImagePositionPatient[axis] += by
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda d, k: d.ImagePositionPatient.__setitem__(2, d.ImagePositionPatient[2] + 0.8 * (k == 5)), "equally spaced"),
-        (lambda d, k: d.ImagePositionPatient.__setitem__(1, d.ImagePositionPatient[1] + k), "tilted gantry"),
+        (lambda d, k: _move(d, 2, 0.8 * (k == 5)), "equally spaced"),
+        (lambda d, k: _move(d, 1, k), "tilted gantry"),
         (lambda d, k: setattr(d, "PixelSpacing", [3.0, 2.5 + (k == 2)]), "differ in spacing_mm"),
-        (lambda d, k: setattr(d, "ImageOrientationPatient", [1, 0, 0, 0, 1, 0] if k else [0, 1, 0, 0, 0, 1]), "orientation"),
+        (lambda d, k: setattr(d, "ImageOrientationPatient", [1, 0, 0, 0, 1, 0] if k else [0, 1, 0, 0, 0, 1]), "orient"),
         (lambda d, k: d.ImagePositionPatient.__setitem__(2, 100.0) if k in (3, 4) else None, "two different slices"),
     ],
 )  # fmt: skip

@@ -26,7 +26,10 @@ def _block(voxels, spacing, origin):
 
 
 def test_the_common_grid_covers_all_stations_at_the_finest_spacing():
-    grids = [Geometry((10, 6, 5), (3.0, 1.0, 0.7), (1.0, 2.0, 50.0)), Geometry((9, 5, 6), (4.0, 1.2, 0.7), (1.0, 2.4, 20.0))]
+    grids = [
+        Geometry((10, 6, 5), (3.0, 1.0, 0.7), (1.0, 2.0, 50.0)),
+        Geometry((9, 5, 6), (4.0, 1.2, 0.7), (1.0, 2.4, 20.0)),
+    ]
     grid = common_grid(grids)
     assert grid.spacing_mm == (3.0, 1.0, 0.7)
     assert grid.origin_mm == pytest.approx((1.0, 2.0, 20.0))

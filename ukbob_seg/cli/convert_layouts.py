@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,8 +52,12 @@ def convert_layout(arguments: argparse.Namespace, layout: Layout) -> None:
     kept = done.training + done.test - done.converted
     print(
         f"{done.converted} cases converted, {kept} were there already: {done.training} training, {done.test} test, "
-        f"{len(layout.channels)} channels, {len(layout.labels)} classes -> {done.folder}"
+        f"{_count(layout.channels, 'channel', 's')}, {_count(layout.labels, 'class', 'es')} -> {done.folder}"
     )
     if done.overlaps:
         print(f"{done.overlaps} voxels were in several masks; the smallest mask has them: {done.folder / OVERLAPS}")
     print(f"next: ukbob_plan_and_preprocess -d {done.folder.name} --raw {done.folder.parent} --verify-only")
+
+
+def _count(things: Sized, name: str, plural: str) -> str:
+    return f"{len(things)} {name}{plural if len(things) != 1 else ''}"

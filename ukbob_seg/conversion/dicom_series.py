@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 _SPACING_TOLERANCE = 0.02  # of the slice spacing
 _SHIFT_TOLERANCE = 0.1  # of a pixel
 _DIRECTION_TOLERANCE = 1e-3
-_IMAGE_CLASSES = {f"1.2.840.10008.5.1.4.1.1.{number}" for number in ("2", "2.1", "4", "4.1", "20", "128")}  # CT, MR, PET
+_IMAGE_CLASSES = {
+    f"1.2.840.10008.5.1.4.1.1.{number}" for number in ("2", "2.1", "4", "4.1", "20", "128")
+}  # CT, MR, PET
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,12 @@ class Slice:
     spacing_mm: tuple[float, float]
     shape: tuple[int, int]
 
-    @property
+    @cached_property
     def normal(self) -> np.ndarray:
         """Unit vector of the direction in which slices follow each other."""
         return np.cross(self.rows_mm, self.columns_mm)
 
-    @property
+    @cached_property
     def height_mm(self) -> float:
         """Position along the normal."""
         return float(self.position_mm @ self.normal)
