@@ -10,11 +10,10 @@ from ukbob_seg.conversion.dicom_files import ArchiveLimits, check_archive, read_
 from ukbob_seg.conversion.dicom_series import read_series
 from ukbob_seg.conversion.dixon import CONTRASTS, contrast_of, find_stations
 from ukbob_seg.dataset.image_io import Geometry
+from ukbob_seg.demo.dixon_archives import ArchivePlan, write_archive
 from ukbob_seg.errors import DatasetError
 
-pydicom = pytest.importorskip("pydicom", reason="pip install 'ukbob_seg[dicom]'")
-
-from ukbob_seg.demo.dixon_archives import ArchivePlan, write_archive  # noqa: E402
+pytest.importorskip("pydicom", reason="pip install 'ukbob_seg[dicom]'")
 
 GRID = Geometry((24, 10, 12), (8.0, 3.0, 2.5), (-15.0, -14.0, 4.0))
 TWO = ArchivePlan(stations=2, overlap_mm=24.0)

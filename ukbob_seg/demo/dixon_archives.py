@@ -231,6 +231,37 @@ def _encode(dataset: Dataset) -> bytes:
     return buffer.getvalue()
 
 
+def write_series(
+    folder: Path,
+    image: np.ndarray,
+    geometry: Geometry,
+    description: str,
+    number: int,
+    slope: float = 1.0,
+    oblique_degrees: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Write one series as a folder of DICOM files, as scanners export it, whatever the image shows.
+
+    Args:
+        folder: of the files.
+        image: (Z, Y, X) intensities; stored as whole multiples of ``slope``.
+        geometry: of the image, axial in LPS before it is turned.
+        description: SeriesDescription.
+        number: SeriesNumber.
+        slope: RescaleSlope.
+        oblique_degrees: rotation of all slices about the left-right axis.
+        seed: of identifiers and names; series of one seed are of one study.
+    """
+    heights = geometry.origin_mm[2] + geometry.spacing_mm[0] * np.arange(geometry.shape[0])
+    series = _Series(description, "NONE", number, geometry.spacing_mm[0], slope)
+    study = _Study("1000000", geometry, oblique_degrees, seed)
+    names = np.random.default_rng(seed).permutation(len(heights))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, dataset in zip(names, study.slices(series, image / slope, heights, range(len(heights))), strict=True):
+        (folder / f"IM{number:03d}{name:04d}").write_bytes(_encode(dataset))
+
+
 def write_archives(folder: Path, config: CohortConfig, cases: int, plan: ArchivePlan | None = None) -> list[Path]:
     """Write ``1000000_20201_2_0.zip, ...``, and their true labels beside, on the grid of the stitched scans.
 
