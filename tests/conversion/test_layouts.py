@@ -396,3 +396,44 @@ def test_help_of_every_subcommand(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--link", "msd"])
     assert stop.value.code == 2
+
+
+def test_a_real_scan_split_into_masks_comes_back(data_root, tmp_path, target):
+    """A real CT with TotalSegmentator's labels, in the layout in which TotalSegmentator publishes them."""
+    labels, geometry = read_labels(data_root / "totalsegmentator_ct" / "ct_labels.nii.gz")
+    values = [int(value) for value in np.unique(labels) if value][:12]
+    subject = tmp_path / "Total" / "s0007"
+    (subject / "segmentations").mkdir(parents=True)
+    (subject / "ct.nii.gz").write_bytes((data_root / "totalsegmentator_ct" / "ct_0000.nii.gz").read_bytes())
+    for value in values:
+        write_labels(
+            (labels == value).astype(np.uint8), geometry, subject / "segmentations" / f"organ_{value:03d}.nii.gz"
+        )
+    _convert("totalsegmentator", tmp_path / "Total", target, "--link")
+    found, grid = read_labels(target / "labelsTr" / "s0007.nii.gz")
+    expected = np.zeros_like(labels)
+    for number, value in enumerate(values, 1):
+        expected[labels == value] = number
+    assert np.array_equal(found, expected)
+    assert grid.difference(geometry, ("", "")) is None
+    assert (target / "overlaps.csv").read_text().count("\n") == 1  # nothing overlaps
+    assert verify_dataset(target, quiet=True) == []
+
+
+def test_the_real_hippocampus_task_in_its_first_layout(data_root, tmp_path, target):
+    """Task 4 of the Decathlon, a few cases, under the names that they have there."""
+    source, task = data_root / "Dataset004_Hippocampus", tmp_path / "Task04_Hippocampus"
+    labels = sorted((source / "labelsTr").glob("hippocampus_*.nii.gz"))[:3]
+    names = [path.name.removesuffix(".nii.gz") for path in labels]
+    (task / "imagesTr").mkdir(parents=True)
+    (task / "labelsTr").mkdir()
+    for name, path in zip(names, labels, strict=True):
+        image = (source / "imagesTr" / f"{name}_0000.nii.gz").read_bytes()
+        (task / "imagesTr" / f"{name}.nii.gz").write_bytes(image)
+        (task / "labelsTr" / f"{name}.nii.gz").write_bytes(path.read_bytes())
+    _decathlon(task, {"0": "MRI"}, names, [], {"0": "background", "1": "Anterior", "2": "Posterior"})
+    _convert("msd", task, target)
+    for name in names:
+        placed = target / "imagesTr" / f"{name}_0000.nii.gz"
+        assert placed.read_bytes() == (source / "imagesTr" / f"{name}_0000.nii.gz").read_bytes()
+    _plans(target)

@@ -94,6 +94,18 @@ def test_stations_of_one_body_are_stitched_to_it(rng):
     assert np.allclose(stitch(louder, (1, 0.5, 2), grid), body, rtol=1e-5)
 
 
+def test_stacks_that_run_to_the_feet_are_stitched_too(rng):
+    body = rng.uniform(50, 400, (4, 25, 6, 5)).astype(np.float32)
+    down = (1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, -1.0)
+    blocks = [
+        Block(body[:, a : a + 11], Geometry((11, 6, 5), (2.0, 1.0, 0.7), (3.0, 40.0, 90.0 - 2 * a), down))
+        for a in (0, 7, 14)
+    ]  # head first: the first plane is the highest
+    grid = common_grid([block.geometry for block in blocks])
+    assert grid == Geometry((25, 6, 5), (2.0, 1.0, 0.7), (3.0, 40.0, 90.0), down)
+    assert np.allclose(stitch(blocks, (1, 1, 1), grid), body, rtol=1e-5)
+
+
 def test_a_smaller_field_of_view_leaves_voxels_to_its_neighbour(rng):
     body = rng.uniform(50, 400, (4, 18, 6, 6)).astype(np.float32)
     upper = _block(body[:, 7:], (2.0, 1.0, 1.0), (0, 0, 14.0))

@@ -318,3 +318,15 @@ def test_a_spacing_too_coarse_for_the_overlaps_is_said(tmp_path):
     assert found.image is None
     assert "70 mm is too coarse" in found.problems[0]
     assert isinstance(CONFIG.geometry, Geometry)
+
+
+@pytest.mark.slow
+def test_a_dask_scheduler_does_the_same(tmp_path):
+    distributed = pytest.importorskip("distributed", reason="pip install 'ukbob_seg[dask]'")
+    write_archives(tmp_path, SMALL, 1, ArchivePlan(overlap_mm=26.0))
+    with distributed.LocalCluster(n_workers=1, processes=False, dashboard_address=None) as cluster:
+        options = CohortOptions(cluster=Cluster(scheduler=cluster.scheduler_address))
+        found = convert_cohort(tmp_path / "archives", tmp_path / "Dataset020_X", options)
+    assert found.complete == 1
+    image, _ = read_image([found.folder / "imagesTr" / f"1000000_20201_2_0_{k:04d}.nii.gz" for k in range(4)])
+    assert np.array_equal(image, np.rint(case_of(0, SMALL).image))

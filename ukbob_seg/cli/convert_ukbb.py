@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     if done.incomplete:
         names = listing([name for name, _ in done.incomplete])
         print(f"{len(done.incomplete)} incomplete archives left out (see incomplete.csv): {names}")
-    what = "exchanged again" if arguments.repair_swaps else "left as they are (--repair-swaps exchanges them again)"
+    what = "set right" if arguments.repair_swaps else "left as they are (--repair-swaps sets them right)"
     if done.swapped:
         print(f"{done.swapped} stations with water and fat exchanged, {what}")
     if done.doubtful:

@@ -44,10 +44,11 @@ def claim(folder: Path, mark: Mapping[str, Any], known: Sequence[str], ending: s
         if earlier != mark:
             what = f"of {_difference(earlier, mark)}" if isinstance(earlier, dict) else "not made by this command"
             raise ConfigError(f"{folder} is there and {what}; give another folder with -o, or delete this one")
+    names = set(known)
     strangers = [
         str(path.relative_to(folder))
         for path in sorted(folder.glob(f"images??/*{ending}"))
-        if path.name[0] != "." and path.name.removesuffix(ending).rpartition("_")[0] not in set(known)
+        if path.name[0] != "." and path.name.removesuffix(ending).rpartition("_")[0] not in names
     ]
     if strangers:
         raise DatasetError(f"{folder} holds cases that the source does not have; delete them: {listing(strangers)}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
 from ukbob_seg.conversion.dicom_files import load_pydicom
 from ukbob_seg.conversion.dixon import CONTRASTS
@@ -29,9 +30,10 @@ log = logging.getLogger(__name__)
 
 FIELD = "20201"
 ENDING = ".nii.gz"
+_MANY = 1000  # cases whose records take long enough to read for a bar
 METHOD = 1  # of records; a record of another way to stitch is done again
 _NAME = re.compile(r"(?P<subject>\d+)_(?P<field>\d+)_(?P<instance>\d+)_(?P<array>\d+)")
-_MEMORY_GB = 3.0  # of one real case: 170 MB of pixels, read, as float32, and its blend of 224 x 174 x 370 x 4
+_MEMORY_GB = 2.0  # one archive of the real matrix, 224 x 174 x 370 x 4 voxels when stitched, takes 1.5 at its peak
 
 
 @dataclass(frozen=True)
@@ -173,10 +175,8 @@ def convert_cohort(source: Path, folder: Path, options: CohortOptions | None = N
     mine = options.cluster.share(jobs)
     workers = choose_workers(options.workers, len(mine), _MEMORY_GB)
     done = map_cases(_convert, mine, workers, "stitching", scheduler=options.cluster.scheduler)
-    if options.cluster.part is None:
-        records = [read_json(job.record, "record") for job in jobs]
-    else:
-        records = [read_json(job.record, "record") for job in mine]
+    collected = tqdm(mine, "collecting", leave=False, disable=len(mine) < _MANY)  # without a part these are all
+    records = [read_json(job.record, "record") for job in collected]
     problems = [(record["stamp"]["archive"], "; ".join(record["problems"])) for record in records if record["problems"]]
     if options.cluster.part is None:
         _write_tables(folder, jobs, records)
