@@ -71,10 +71,11 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{share}{done.converted} archives read, {done.kept} were done already; {done.complete} complete")
     if done.incomplete:
         names = listing([name for name, _ in done.incomplete])
-        print(f"{len(done.incomplete)} incomplete archives left out (see incomplete.csv): {names}")
+        plural = "s" if len(done.incomplete) > 1 else ""
+        print(f"{len(done.incomplete)} incomplete archive{plural} left out (see incomplete.csv): {names}")
     what = "set right" if arguments.repair_swaps else "left as they are (--repair-swaps sets them right)"
     if done.swapped:
-        print(f"{done.swapped} stations with water and fat exchanged, {what}")
+        print(f"{done.swapped} station{'s' if done.swapped > 1 else ''} with water and fat exchanged, {what}")
     if done.doubtful:
         print(f"{done.doubtful} stations where that is hard to tell: swap_confidence below 0.2 in stations.csv")
     if part is not None:
