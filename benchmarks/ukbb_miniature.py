@@ -82,7 +82,7 @@ def _labeller(work: Path, epochs: int) -> Path:
 
     own = work / "labeller"
     if not (own / "raw" / DATASET / "dataset.json").is_file():
-        write_cohort(own / "raw", CohortConfig(shape=SHAPE, seed=3), 40, 0, fault_fraction=0.0)
+        write_cohort(own / "raw", CohortConfig(shape=SHAPE, seed=3), 24, 0, fault_fraction=0.0)
     _plan(DATASET, _roots(own, "raw", "preprocessed"))
     return _train(own, DATASET, epochs, _roots(own, "raw", "preprocessed", "results"))
 
