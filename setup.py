@@ -23,6 +23,7 @@ COMMANDS = (
     "export_model",
     "import_model",
     "benchmark",
+    "convert",
     "demo",
 )
 
@@ -53,6 +54,7 @@ setup(
         "safetensors>=0.4",
     ],
     extras_require={
+        "dicom": ["pydicom>=3", "highdicom>=0.25"],
         "dask": ["dask>=2024.1", "distributed>=2024.1"],
         "tensorboard": ["tensorboard>=2.14"],
         "tsne": ["scikit-learn>=1.3"],
@@ -72,6 +74,8 @@ setup(
             "onnx>=1.16",
             "onnxscript>=0.3",
             "onnxruntime>=1.19",
+            "pydicom>=3",
+            "highdicom>=0.25",
         ],
         "dev": ["ruff>=0.6", "mypy>=1.10", "pre-commit"],
     },

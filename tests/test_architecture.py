@@ -11,14 +11,27 @@ import ukbob_seg
 
 PACKAGE = Path(ukbob_seg.__file__).parent
 ORDER = [
-    "dataset", "preprocessing", "filtering", "networks", "training", "nnunet", "inference",
+    "dataset", "conversion", "preprocessing", "filtering", "networks", "training", "nnunet", "inference",
     "evaluation", "portable", "benchmark", "labelling", "demo", "cli",
 ]  # fmt: skip
 # Validation inside training uses the sliding window, which itself needs nothing but networks.
 EXCEPTIONS = {("training", "ukbob_seg.inference.sliding_window"), ("training", "ukbob_seg.inference.passes")}
 # The same resampling for tensors, for inference to use.
 TORCH_TWIN = PACKAGE / "preprocessing" / "resampling_torch.py"
-HEAVY = {"torch", "numba", "SimpleITK", "pandas", "matplotlib", "blosc2", "scipy", "skimage", "nibabel", "monai"}
+HEAVY = {
+    "torch",
+    "numba",
+    "SimpleITK",
+    "pandas",
+    "matplotlib",
+    "blosc2",
+    "scipy",
+    "skimage",
+    "nibabel",
+    "monai",
+    "pydicom",
+    "highdicom",
+}
 COMMANDS = sorted(
     path.stem for path in (PACKAGE / "cli").glob("*.py") if "@command\ndef main" in path.read_text(encoding="utf-8")
 )
@@ -53,7 +66,7 @@ def test_the_exceptions_could_come_earlier():
 
 
 def test_light_folders_never_import_torch():
-    for layer in ("dataset", "preprocessing", "filtering"):
+    for layer in ("dataset", "conversion", "preprocessing", "filtering"):
         for path in (PACKAGE / layer).rglob("*.py"):
             if path != TORCH_TWIN:
                 names = _imports(path)

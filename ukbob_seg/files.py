@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -54,6 +55,15 @@ def ensure_writable(folder: Path) -> None:
     with atomic_path(Path(folder) / "write_test") as temporary:
         temporary.write_bytes(b"")
     (Path(folder) / "write_test").unlink(missing_ok=True)
+
+
+def place_file(source: Path, target: Path, link: bool = False) -> None:
+    """Copy a file byte by byte, or make a symbolic link to it, atomically."""
+    with atomic_path(target) as temporary:
+        if link:
+            temporary.symlink_to(Path(source).resolve())
+        else:
+            shutil.copyfile(source, temporary)
 
 
 def write_text(path: Path, text: str) -> None:

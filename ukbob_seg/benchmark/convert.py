@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from ukbob_seg.dataset.image_io import largest_voxels, read_geometry, read_image
 from ukbob_seg.dataset.paths import Roots, list_datasets
 from ukbob_seg.dataset.spec import summarise_problems
 from ukbob_seg.errors import ConfigError, DatasetError, listing
-from ukbob_seg.files import atomic_path, ensure_writable, read_json, write_json, write_text
+from ukbob_seg.files import ensure_writable, place_file, read_json, write_json, write_text
 from ukbob_seg.parallel import choose_workers, map_cases
 from ukbob_seg.training.splits import load_or_make_splits
 
@@ -197,7 +196,7 @@ def _is_current(source: Path, target: Path, job: _Job) -> bool:
 
 def _write_image(source: Path, target: Path, job: _Job) -> None:
     if job.clip is None:
-        _place(source, target, job.link)
+        place_file(source, target, job.link)
         return
     image, geometry = read_image([source])
     clipped = np.clip(image[0], *job.clip)
@@ -213,20 +212,12 @@ def _write_label(source: Path, target: Path, job: _Job) -> None:
         allowed = ", ".join(map(str, (0, *sorted(job.values))))
         raise DatasetError(f"{source}: unexpected label values {listing(unknown)}; expected {allowed}")
     if all(value == 0 or job.values[value] == value for value in present):
-        _place(source, target, job.link)
+        place_file(source, target, job.link)
         return
     table = np.zeros(max(job.values) + 1, dtype=np.uint8 if max(job.values.values()) < 256 else np.uint16)
     for value, becomes in job.values.items():
         table[value] = becomes
     write_labels(table[labels], geometry, target)
-
-
-def _place(source: Path, target: Path, link: bool) -> None:
-    with atomic_path(target) as temporary:
-        if link:
-            temporary.symlink_to(source.resolve())
-        else:
-            shutil.copyfile(source, temporary)
 
 
 def _describe(folder: Path, protocol: Protocol, options: ConvertOptions, found: Found) -> None:

@@ -61,8 +61,9 @@ def main(argv: list[str] | None = None) -> None:
     with load_predictor(folders, arguments.folds, arguments.checkpoint, device, settings) as predictor:
         try:
             written = predict(
-                predictor, arguments.input, arguments.output, resume=arguments.resume, part=part, arguments=recorded
-            )
+                predictor, arguments.input, arguments.output, resume=arguments.resume, part=part, arguments=recorded,
+                dicom_seg=arguments.dicom_seg,
+            )  # fmt: skip
         except KeyboardInterrupt as interrupt:
             again = "interrupted; finished cases are kept, run the same command with --resume to go on"
             raise KeyboardInterrupt(again) from interrupt
@@ -83,7 +84,13 @@ def _parser() -> argparse.ArgumentParser:
         "  ukbob_predict -i imagesTs -o predictions -d 4 --classes liver spleen --statistics --preview\n"
         "  ukbob_predict -i imagesTs -o predictions -d 4 --part $SLURM_ARRAY_TASK_ID/16 --resume    # in a job array",
     )
-    parser.add_argument("-i", "--input", type=Path, required=True, help="folder of CASE_0000.ext files, or one file")
+    parser.add_argument(
+        "-i",
+        "--input",
+        type=Path,
+        required=True,
+        help="folder of CASE_0000.ext files, one file, or a folder of DICOM files, one folder for each case",
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder, or a label file for one input file")
     add_model(parser)
     parser.set_defaults(checkpoint=None)  # best; of a model of nnU-Net final
@@ -139,6 +146,10 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
     written.add_argument(
         "--save-entropy", action="store_true",
         help="also CASE_entropy: how uncertain the prediction of each voxel is, in nats (float32)",
+    )  # fmt: skip
+    written.add_argument(
+        "--dicom-seg", action="store_true",
+        help="also CASE_seg.dcm: a DICOM Segmentation that refers to the series, where cases are DICOM series",
     )  # fmt: skip
     cases = parser.add_argument_group("which cases")
     cases.add_argument(

@@ -9,14 +9,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ukbob_seg.errors import ConfigError
 from ukbob_seg.files import read_json
 from ukbob_seg.inference.settings import PredictionSettings
+
+if TYPE_CHECKING:
+    from ukbob_seg.inference.case_predictor import CasePredictor
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,10 @@ class PredictionJob:
     def is_finished(self) -> bool:
         """Files are complete once they have their name, and the label file is the last of a case."""
         return self.output.is_file() and not self.stale.is_file()
+
+    def run(self, predictor: CasePredictor, show: Callable[[int, int], None]) -> None:
+        """Predict it; ``show`` is told (windows done, windows in all)."""
+        predictor.predict_case(self.images, self.output, show)
 
 
 def what_matters(settings: PredictionSettings) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from ukbob_seg.dataset.spec import DatasetSpec, group_channels
 from ukbob_seg.errors import ConfigError, DatasetError, listing
 from ukbob_seg.files import ensure_writable, write_json
 from ukbob_seg.inference.case_predictor import CasePredictor, case_stem
+from ukbob_seg.inference.dicom_cases import find_dicom_jobs, refuse_without_dicom
 from ukbob_seg.inference.earlier import ARGUMENTS, PredictionJob, differences, mark_stale, what_matters
 from ukbob_seg.parallel import Cluster, Part
 
@@ -79,8 +80,9 @@ def predict(
     part: Part | None = None,
     arguments: dict[str, Any] | None = None,
     quiet: bool = False,
+    dicom_seg: bool = False,
 ) -> list[Path]:
-    """Predict every case of a folder, or one file.
+    """Predict every case of a folder, or one file. Folders of DICOM files (see ``find_dicom_jobs``) are cases, too.
 
     Args:
         predictor: loaded model, or several; its settings say which classes are written, and what beside the label maps.
@@ -91,6 +93,7 @@ def predict(
         arguments: recorded in predict_args.json, with the checkpoints and settings; the same for all parts, or the
             last one's remain.
         quiet: no progress bar.
+        dicom_seg: of cases that are DICOM series write ``CASE_seg.dcm`` as well.
 
     Returns:
         The label files of all cases of the part.
@@ -100,7 +103,11 @@ def predict(
         ConfigError: the output would replace an input or other label maps, or the folder holds cases that were
             predicted otherwise and would stay.
     """
-    jobs = find_jobs(Path(source), Path(output), predictor.spec)
+    jobs = find_dicom_jobs(Path(source), Path(output), predictor.spec, dicom_seg)
+    if not jobs:
+        if dicom_seg:
+            raise refuse_without_dicom(Path(source))
+        jobs = find_jobs(Path(source), Path(output), predictor.spec)
     folder = jobs[0].output.parent
     if Path(source).is_dir() and folder.resolve() == Path(source).resolve():
         raise ConfigError(f"the output folder {folder} is the input folder; give another one with -o")
@@ -143,7 +150,7 @@ def _predict_jobs(predictor: CasePredictor, jobs: Sequence[PredictionJob], bar: 
             doing = f"window {done}/{total}" if total else "adapting"
             bar.set_postfix_str(f"{job.name}: {doing}", refresh=not total or total > 8)
 
-        predictor.predict_case(job.images, job.output, show)
+        job.run(predictor, show)
         job.stale.unlink(missing_ok=True)
 
     at_once = CASES_AT_ONCE if predictor.settings.overlap else 1
