@@ -2,14 +2,15 @@
 
     nnenv/bin/python benchmarks/nnunet_models.py make --data DATA --work WORK   # an environment with nnunetv2
     nnenv/bin/python benchmarks/nnunet_models.py theirs --work WORK             # nnUNetv2_predict_from_modelfolder
+    nnenv/bin/python benchmarks/nnunet_models.py exact --work WORK              # not rounded to half precision
     env/bin/python benchmarks/nnunet_models.py ours --work WORK                 # an environment with ukbob_seg[nnunet]
     env/bin/python benchmarks/nnunet_models.py compare --work WORK
 
 ``DATA`` is the folder of Dataset004_Hippocampus (Medical Segmentation Decathlon, task 4). Every model below is planned,
 preprocessed and trained by nnU-Net's own classes, for a few iterations; the trainer differs from nnUNetTrainer in the
-number of iterations and the optimizer (AdamW, which finds the structures sooner). ``compare`` prints the lowest Dice of
-any class in any case between both predictions, the share of equal voxels, wall times and peak memory (of all processes
-together, shared pages counted once).
+number of iterations and the optimizer (AdamW, which finds the structures sooner). ``compare`` prints the Dice of each
+class between both predictions, over all cases and the lowest of a case, how many voxels differ, wall times and peak
+memory (of all processes together, shared pages counted once).
 
 Timings: to be measured on an idle machine; Dice agreement is in documentation/nnunet_models.md.
 """
@@ -45,19 +46,20 @@ MODELS: dict[str, tuple[str, str, str, str, str | None]] = {
 def main() -> None:
     """One of the steps above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("make", "theirs", "ours", "compare"))
+    parser.add_argument("step", choices=("make", "theirs", "exact", "ours", "compare"))
     parser.add_argument("--data", type=Path, help="folder of Dataset004_Hippocampus")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     parser.add_argument("--width", type=int, default=32, help="features of the first stage (nnU-Net's own: 32)")
     parser.add_argument("--iterations", type=int, default=120)
+    parser.add_argument("--against", choices=("theirs", "exact"), default="theirs", help="what to compare with")
     parser.add_argument("--tta", action="store_true", help="mirror, as nnUNetv2_predict does by default")
     arguments = parser.parse_args()
     os.environ |= {f"nnUNet_{name}": str(arguments.work / name) for name in ("raw", "preprocessed", "results")} | {
         "nnUNet_n_proc_DA": "1",
         "nnUNet_def_n_proc": "2",
     }
-    steps = {"make": make, "theirs": predict_theirs, "ours": predict_ours, "compare": compare}
+    steps = {"make": make, "theirs": predict_theirs, "exact": predict_exactly, "ours": predict_ours, "compare": compare}
     steps[arguments.step](arguments)
 
 
@@ -203,6 +205,35 @@ def predict_ours(arguments: argparse.Namespace) -> None:
         measure(arguments, name, "ours", command + ["--tta"] * arguments.tta)
 
 
+def predict_exactly(arguments: argparse.Namespace) -> None:
+    """nnU-Net's predictor with float32 in place of half precision where it adds up windows, and no other change."""
+    import types
+
+    import torch
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+    from nnunetv2.inference import predict_from_raw_data as module
+
+    source = Path(module.__file__).read_text().partition("if __name__ ==")[0]
+    for old, new in (
+        ("torch.half", "torch.float"),
+        ("value_scaling_factor=10,", "value_scaling_factor=10, dtype=torch.float,"),
+    ):
+        if old not in source:
+            raise SystemExit(f"this version of nnU-Net does not say {old}")
+        source = source.replace(old, new)
+    exact = types.ModuleType("exact")
+    exec(compile(source, module.__file__, "exec"), exact.__dict__)
+    for name in arguments.models:
+        predictor = exact.nnUNetPredictor(use_mirroring=arguments.tta, device=torch.device("cpu"), allow_tqdm=False)
+        predictor.initialize_from_trained_model_folder(str(model_folder(arguments.work, name)), ("all",))
+        target = output(arguments, name, "exact")
+        target.mkdir(parents=True, exist_ok=True)
+        for path in sorted((arguments.work / "raw" / MODELS[name][0] / "imagesTs").glob("*.nii.gz")):
+            image, properties = SimpleITKIO().read_images([str(path)])
+            labels = predictor.predict_single_npy_array(image, properties)
+            SimpleITKIO().write_seg(labels, str(target / path.name.replace("_0000", "")), properties)
+
+
 def output(arguments: argparse.Namespace, name: str, whose: str) -> Path:
     """Folder of predictions."""
     return arguments.work / ("predicted_tta" if arguments.tta else "predicted") / whose / name
@@ -259,26 +290,32 @@ def _proportional_size(pid: int) -> int:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Dice of each class between both predictions, per model."""
-    import numpy as np
     import SimpleITK as sitk
 
-    print("model       cases  lowest Dice  mean Dice  equal voxels  wall ours/theirs s  peak ours/theirs MB")
+    print(
+        "model       cases  Dice of each class   lowest in a case (voxels)  other voxels         spent, ours and theirs"
+    )
     for name in arguments.models:
-        dice, equal, voxels, cases = [], 0, 0, 0
-        for path in sorted(output(arguments, name, "theirs").glob("*.nii.gz")):
+        both, sums = {1: 0, 2: 0}, {1: 0, 2: 0}
+        lowest, different, voxels, cases = (1.0, 0), 0, 0, 0
+        for path in sorted(output(arguments, name, arguments.against).glob("*.nii.gz")):
             theirs = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
             ours = sitk.GetArrayFromImage(sitk.ReadImage(str(output(arguments, name, "ours") / path.name)))
-            for value in (1, 2):
-                a, b = theirs == value, ours == value
-                if a.any() or b.any():
-                    dice.append(2 * (a & b).sum() / (a.sum() + b.sum()))
-            equal, voxels, cases = equal + int((ours == theirs).sum()), voxels + ours.size, cases + 1
-        records = [
-            json.loads(output(arguments, name, who).with_suffix(".json").read_text()) for who in ("ours", "theirs")
-        ]
-        walls, peaks = ("/".join(f"{record[key]:.0f}" for record in records) for key in ("wall_s", "peak_mb"))
-        low, mean = (min(dice), float(np.mean(dice))) if dice else (float("nan"), float("nan"))
-        print(f"{name:11s} {cases:5d}  {low:.5f}      {mean:.5f}    {equal / voxels:.7f}     {walls:20s} {peaks}")
+            for value in both:
+                common, total = int(((theirs == value) & (ours == value)).sum()), int((theirs == value).sum())
+                total += int((ours == value).sum())
+                both[value], sums[value] = both[value] + common, sums[value] + total
+                if total:
+                    lowest = min(lowest, (2 * common / total, total // 2))
+            different, voxels, cases = different + int((ours != theirs).sum()), voxels + ours.size, cases + 1
+        dice = " ".join(f"{2 * both[value] / sums[value]:.5f}" if sums[value] else "absent" for value in both)
+        spent = []
+        for whose in ("ours", "theirs"):
+            file = output(arguments, name, whose).with_suffix(".json")
+            record = json.loads(file.read_text()) if file.is_file() else {"wall_s": float("nan"), "peak_mb": 0}
+            spent.append(f"{record['wall_s']:.0f} s {record['peak_mb']:.0f}")
+        count = f"{different} of {voxels}"
+        print(f"{name:11s} {cases:5d}  {dice:18s}   {lowest[0]:.5f} ({lowest[1]})  {count:20s} {', '.join(spent)}")
 
 
 if __name__ == "__main__":
