@@ -487,7 +487,7 @@ def test_unknown_label_values_name_the_case(roots, model, tmp_path):
             "error: --etta-mode, --etta-steps and --etta-lr need --methods etta",
         ),
         (["--cases", "0"], "error: --cases must be at least 1, got 0"),
-        (["--tolerance-mm", "-1"], "error: --tolerance-mm must be zero or positive, got -1.0"),
+        (["--tolerance-mm", "-1"], "error: --tolerance-mm must be zero or positive, got -1"),
         (["--part", "3/2"], "error: --part 3/2: the first is 1/2, the last 2/2"),
         (["-f", "0", "7"], "has no checkpoint_best.pt for fold 7 (trained: 0, 1)"),
         (["-m", "elsewhere/Dataset009_Other/3d_fullres__x"], "error: the models are of Dataset005_Levels and of "),
