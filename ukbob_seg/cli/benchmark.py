@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from importlib import import_module
+from ukbob_seg.cli.common import command
+from ukbob_seg.cli.subcommands import run_subcommand
 
-from ukbob_seg.cli.common import command, make_parser
-
-# A subcommand's module has DESCRIPTION, EXAMPLE, add_arguments(parser) and run(arguments). Only the one that is called
-# is imported.
+EXAMPLE = "  ukbob_benchmark table btcv scores/summary.json"
 SUBCOMMANDS = {
     "convert": ("ukbob_seg.cli.benchmark_convert", "a challenge's official folder into a raw dataset"),
     "score": ("ukbob_seg.cli.benchmark_score", "zero-shot: score on the organs that two sets of classes share"),
@@ -27,24 +24,8 @@ SUBCOMMANDS = {
 @command
 def main(argv: list[str] | None = None) -> None:
     """Find the subcommand, parse its arguments, run it."""
-    given = sys.argv[1:] if argv is None else argv
-    if not given or given[0] not in SUBCOMMANDS:
-        parser = make_parser("ukbob_benchmark", _description(), "  ukbob_benchmark table btcv scores/summary.json")
-        parser.add_argument("subcommand", choices=SUBCOMMANDS, metavar="SUBCOMMAND", help="one of the above")
-        parser.parse_args(given)  # help, version, or an error: no subcommand comes first
-        parser.error("the subcommand must come first")
-    module = import_module(SUBCOMMANDS[given[0]][0])
-    parser = make_parser(f"ukbob_benchmark {given[0]}", module.DESCRIPTION, module.EXAMPLE)
-    module.add_arguments(parser)
-    module.run(parser.parse_args(given[1:]))
-
-
-def _description() -> str:
-    width = max(map(len, SUBCOMMANDS))
-    lines = [f"  {name:<{width}}  {help_text}" for name, (_, help_text) in SUBCOMMANDS.items()]
-    return (
-        "Take part in public challenges, and compare with the paper. Subcommands, each with its own --help:\n"
-        + "\n".join(lines)
+    run_subcommand(
+        "ukbob_benchmark", argv, SUBCOMMANDS, "Take part in public challenges, and compare with the paper.", EXAMPLE
     )
 
 
