@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -173,11 +173,8 @@ class EmbeddingModel:
         """Hash of all that decides a case's embeddings: checkpoints, windows, the files as size and time tell."""
         files = [*case.images, *([] if case.reference is None else [case.reference])]
         stamps = [[str(path.resolve()), (stat := path.stat()).st_size, stat.st_mtime_ns] for path in files]
-        return digest([FORMAT_VERSION, self._hashes, self.settings.step, stamps])
-
-    @cached_property
-    def _hashes(self) -> list[str]:
-        return [file_sha256(path) for path in self.checkpoints]
+        models = [file_sha256(path) for path in self.checkpoints]
+        return digest([FORMAT_VERSION, models, self.settings.step, stamps])
 
 
 def _of_regions(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,7 @@ def _prepare(models: Sequence[Path], output: Path, fold: str, held_out: HeldOut)
         "fold": fold,
         "cases": list(held_out.folds[fold]),
         "checkpoints": {
-            f"{path.parents[1].name}/{path.parent.name}/{path.name}": _sha256(path)
+            f"{path.parents[1].name}/{path.parent.name}/{path.name}": file_sha256(path)
             for model in models
             for path in checkpoints_of(model, fold)
         },
@@ -165,17 +164,6 @@ def checkpoints_of(model: Path, fold: str) -> list[Path]:
                 "fold; train it, or go without ensembles (--no-ensembles)"
             )
     return paths
-
-
-def _sha256(path: Path) -> str:
-    """Of a checkpoint, which several ensembles have."""
-    stat = path.stat()
-    return _sha256_of(path, stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=256)
-def _sha256_of(path: Path, size: int, modified_ns: int) -> str:
-    return file_sha256(path)
 
 
 def _record_of(output: Path) -> Any:
