@@ -12,7 +12,7 @@ number of iterations and the optimizer (AdamW, which finds the structures sooner
 class between both predictions, over all cases and the lowest of a case, how many voxels differ, wall times and peak
 memory (of all processes together, shared pages counted once).
 
-Timings: to be measured on an idle machine; Dice agreement is in documentation/nnunet_models.md.
+Timings are not in the documentation yet, since they need an idle machine; the agreement is, in nnunet_models.md.
 """
 
 from __future__ import annotations

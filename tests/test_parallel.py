@@ -210,3 +210,18 @@ def test_filter_ends_with_the_same_bytes_when_a_dask_worker_is_killed(
     assert left[0] > 0  # it was killed in the middle
     for name in TABLES:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+
+
+def grow(n: int) -> int:
+    """Hold more memory than a worker may gain, and let its manager look."""
+    _HELD.append(bytearray(500 * 2**20) if n else bytearray(1))
+    time.sleep(1.2)
+    return n
+
+
+_HELD: list[bytearray] = []
+
+
+def test_a_worker_that_grew_is_replaced_and_nothing_waits_for_it() -> None:
+    """Its replacement comes with a warning in another thread, which must not become an error there."""
+    assert map_cases(grow, [0, 0, 1, 2, 3, 4], workers=2, quiet=True) == [0, 0, 1, 2, 3, 4]

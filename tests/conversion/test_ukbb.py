@@ -324,7 +324,7 @@ def test_a_spacing_too_coarse_for_the_overlaps_is_said(tmp_path):
 def test_a_dask_scheduler_does_the_same(tmp_path):
     distributed = pytest.importorskip("distributed", reason="pip install 'ukbob_seg[dask]'")
     write_archives(tmp_path, SMALL, 1, ArchivePlan(overlap_mm=26.0))
-    with distributed.LocalCluster(n_workers=1, processes=False, dashboard_address=None) as cluster:
+    with distributed.LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as cluster:
         options = CohortOptions(cluster=Cluster(scheduler=cluster.scheduler_address))
         found = convert_cohort(tmp_path / "archives", tmp_path / "Dataset020_X", options)
     assert found.complete == 1

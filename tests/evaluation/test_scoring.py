@@ -192,7 +192,7 @@ def test_processes_and_dask_give_the_same(folders: tuple[Path, Path], tmp_path: 
     alone = run(folders, tmp_path / "alone")
     evaluate(*folders, output=tmp_path / "two", workers=2, report=QUIET)
     assert {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()} == alone
-    with LocalCluster(n_workers=1, processes=False, dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as cluster:
         assert run(folders, tmp_path / "dask", scheduler=cluster.scheduler_address) == alone
 
 

@@ -151,7 +151,7 @@ def test_on_a_dask_cluster(tmp_path):
     model, cohort = write_model(Tiny(), tmp_path / "results"), make_cohort(tmp_path / "cohort", cases=2, channels=1)
     output = tmp_path / "Dataset001_X"
     with distributed.LocalCluster(
-        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0"
     ) as cluster:
         options = LabelOptions(model, quiet=True, cluster=Cluster(cluster.scheduler_address))
         label_cohort(cohort, output, options)

@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -128,6 +129,8 @@ def command(function: Callable[[list[str] | None], None]) -> Callable[[list[str]
     def main(argv: list[str] | None = None) -> int:
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
         logging.getLogger("ukbob_seg").setLevel(logging.INFO)
+        # joblib replaces a worker whose memory has grown between two items and says so; it tells the user nothing.
+        warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
         try:
             function(argv)
         except StoppedError as stopped:
