@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import stat
 import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ukbob_seg.errors import ConfigError, DatasetError
+from ukbob_seg.zips import is_encrypted, is_special, leads_out
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -71,14 +71,13 @@ def check_archive(path: Path, limits: ArchiveLimits = LIMITS) -> list[zipfile.Zi
     except _UNREADABLE as error:
         raise DatasetError(f"{path} is no zip archive, or truncated ({error}); download it again") from error
     for info in members:
-        name = info.filename.replace("\\", "/")
-        if name.startswith("/") or ".." in PurePosixPath(name).parts or ":" in name.split("/")[0]:
+        if leads_out(info.filename):
             raise DatasetError(
                 f"{path} holds a path that leads out of it, {info.filename!r}; do not trust this archive"
             )
-        if stat.S_ISLNK(info.external_attr >> 16):
+        if is_special(info):
             raise DatasetError(f"{path} holds a link, {info.filename!r}; do not trust this archive")
-        if info.flag_bits & 1:
+        if is_encrypted(info):
             raise DatasetError(f"{path}: {info.filename!r} is encrypted; unpack it with its password, give the folder")
         if info.file_size > limits.file_bytes:
             raise DatasetError(

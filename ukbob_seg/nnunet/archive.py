@@ -6,9 +6,7 @@ twice, and sizes or compression that only fill a disk ("bombs").
 
 from __future__ import annotations
 
-import re
 import shutil
-import stat
 import tempfile
 import zipfile
 from collections.abc import Iterable
@@ -16,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ukbob_seg.errors import CheckpointError
+from ukbob_seg.zips import is_encrypted, is_special, leads_out, repeated_name
 
-_DRIVE = re.compile(r"[A-Za-z]:")
-_ENCRYPTED = 0x1
 # Unpacked archives by (path, size, time); the folders vanish with the process.
 _UNPACKED: dict[tuple[str, int, int], tempfile.TemporaryDirectory[str]] = {}
 
@@ -71,17 +68,15 @@ def check_archive(path: Path, limits: ArchiveLimits = LIMITS) -> list[zipfile.Zi
     refused = f"archive {path} was not unpacked"
     if len(entries) > limits.entries:
         raise CheckpointError(f"{refused}: it has {len(entries)} entries, at most {limits.entries} are allowed")
-    seen: set[str] = set()
     for entry in entries:
-        reason = _entry_problem(entry, limits)
-        folded = entry.filename.rstrip("/").casefold()
-        if reason is None and folded in seen:
-            reason = "its name occurs twice"
-        if reason is not None:
+        if (reason := _entry_problem(entry, limits)) is not None:
             raise CheckpointError(
                 f"{refused}: entry {entry.filename[:200]!r}: {reason}; get it from a source you trust"
             )
-        seen.add(folded)
+    if (twice := repeated_name(entries)) is not None:
+        raise CheckpointError(
+            f"{refused}: entry {twice[:200]!r}: its name occurs twice; get it from a source you trust"
+        )
     total = sum(entry.file_size for entry in entries)
     if total > limits.total_bytes:
         raise CheckpointError(
@@ -97,14 +92,11 @@ def _entry_problem(entry: zipfile.ZipInfo, limits: ArchiveLimits) -> str | None:
     name = entry.orig_filename
     if "\\" in name or "\0" in name or not name.strip("/"):
         return "its name has a backslash or a NUL byte, or is empty"
-    if name.startswith("/") or _DRIVE.match(name):
-        return "its name is absolute"
-    if ".." in name.split("/"):
-        return "its name leads out of the folder"
-    mode = entry.external_attr >> 16
-    if mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
+    if leads_out(name):
+        return "its name is absolute or leads out of the folder"
+    if is_special(entry):
         return "it is a link or a device"
-    if entry.flag_bits & _ENCRYPTED:
+    if is_encrypted(entry):
         return "it is encrypted"
     if entry.file_size > limits.small_bytes and entry.file_size > limits.ratio * max(entry.compress_size, 1):
         times = entry.file_size / max(entry.compress_size, 1)

@@ -20,6 +20,7 @@ from typing import Any, Self
 from ukbob_seg import __version__
 from ukbob_seg.errors import CheckpointError, listing
 from ukbob_seg.files import json_text
+from ukbob_seg.zips import is_encrypted, is_special, repeated_name
 
 FORMAT = "ukbob_seg model"
 FORMAT_VERSION = 1
@@ -181,7 +182,7 @@ def _is_folder(entry: zipfile.ZipInfo, path: Path) -> bool:
     if not entry.filename.endswith("/"):
         return False
     _check_name(path, entry.filename[:-1])
-    if entry.file_size or stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFDIR):
+    if entry.file_size or is_special(entry):
         raise CheckpointError(f"{path} is refused: its member {entry.filename!r} is no folder, as its name says")
     return True
 
@@ -199,22 +200,19 @@ def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
     """
     if len(entries) > MOST_MEMBERS:
         raise CheckpointError(f"{path} is refused: it has {len(entries)} members, a model at most {MOST_MEMBERS}")
-    seen: set[str] = set()
     for entry in entries:
         name = entry.filename
         _check_name(path, name)
-        kind = stat.S_IFMT(entry.external_attr >> 16)
-        if kind not in (0, stat.S_IFREG):
+        if is_special(entry):
             raise CheckpointError(f"{path} is refused: its member {name!r} is a link or another special file")
-        if entry.flag_bits & 1:
+        if is_encrypted(entry):
             raise CheckpointError(f"{path} is refused: its member {name!r} is encrypted")
-        if name.casefold() in seen:
-            raise CheckpointError(f"{path} is refused: it has the member {name!r} twice")
-        seen.add(name.casefold())
         if name.endswith(TEXT) and entry.file_size > MOST_TEXT:
             raise CheckpointError(
                 f"{path} is refused: its member {name!r} unpacks to {entry.file_size:,} bytes of text"
             )
+    if (twice := repeated_name(entries)) is not None:
+        raise CheckpointError(f"{path} is refused: it has the member {twice!r} twice")
     unpacked, size = sum(entry.file_size for entry in entries), path.stat().st_size
     if unpacked > MOST_GROWTH * size + ALLOWANCE:
         raise CheckpointError(f"{path} is refused: its {size:,} bytes unpack to {unpacked:,}, as no model's do")
