@@ -1,16 +1,17 @@
 """Models trained by nnU-Net v2 itself, predicted by nnU-Net and by ukbob_predict: the same segmentations, what time.
 
-    nnenv/bin/python benchmarks/nnunet_models.py make --data DATA --work WORK   # an environment with nnunetv2
+    nnenv/bin/python benchmarks/nnunet_models.py make --data DATA --work WORK   # an environment with nnunetv2==2.8.1
     nnenv/bin/python benchmarks/nnunet_models.py theirs --work WORK             # nnUNetv2_predict_from_modelfolder
     nnenv/bin/python benchmarks/nnunet_models.py exact --work WORK              # not rounded to half precision
     env/bin/python benchmarks/nnunet_models.py ours --work WORK                 # an environment with ukbob_seg[nnunet]
     env/bin/python benchmarks/nnunet_models.py compare --work WORK
 
-``DATA`` is the folder of Dataset004_Hippocampus (Medical Segmentation Decathlon, task 4). Every model below is planned,
-preprocessed and trained by nnU-Net's own classes, for a few iterations; the trainer differs from nnUNetTrainer in the
-number of iterations and the optimizer (AdamW, which finds the structures sooner). ``compare`` prints the Dice of each
-class between both predictions, over all cases and the lowest of a case, how many voxels differ, wall times and peak
-memory (of all processes together, shared pages counted once).
+``DATA`` holds Dataset004_Hippocampus (Medical Segmentation Decathlon, task 4) and totalsegmentator_ct, one CT with 61
+organs for the model ``organs``: learned at 3 mm, and segmented at 1.5 mm, as one uses such a model. Every model below
+is planned, preprocessed and trained by nnU-Net's own classes, for a few iterations; the trainer differs from
+nnUNetTrainer in the number of iterations and the optimizer (AdamW, which finds the structures sooner). ``compare``
+prints the Dice of each class between both predictions, over all cases and the lowest of a case, how many voxels differ,
+wall times and peak memory (of all processes together, shared pages counted once).
 
 Timings are not in the documentation yet, since they need an idle machine; the agreement is, in nnunet_models.md.
 """
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 TRAINING, TEST = 24, 20
-BASE, REGIONS, COARSE = "Dataset901_Base", "Dataset902_Regions", "Dataset903_Coarse"
+BASE, REGIONS, COARSE, ORGANS = "Dataset901_Base", "Dataset902_Regions", "Dataset903_Coarse", "Dataset904_Organs"
 # Name: dataset, planner, plans, configuration, first stage.
 MODELS: dict[str, tuple[str, str, str, str, str | None]] = {
     "plain": (BASE, "ExperimentPlanner", "nnUNetPlans", "3d_fullres", None),
@@ -40,6 +41,7 @@ MODELS: dict[str, tuple[str, str, str, str, str | None]] = {
     "coarse_2d": (COARSE, "ExperimentPlanner", "nnUNetPlans", "2d", None),
     "lowres": (BASE, "ExperimentPlanner", "nnUNetPlans", "3d_lowres", None),
     "cascade": (BASE, "ExperimentPlanner", "nnUNetPlans", "3d_cascade_fullres", "lowres"),
+    "organs": (ORGANS, "ExperimentPlanner", "nnUNetPlans", "3d_fullres", None),
 }
 
 
@@ -47,7 +49,7 @@ def main() -> None:
     """One of the steps above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=("make", "theirs", "exact", "ours", "compare"))
-    parser.add_argument("--data", type=Path, help="folder of Dataset004_Hippocampus")
+    parser.add_argument("--data", type=Path, help="folder of Dataset004_Hippocampus and totalsegmentator_ct")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     parser.add_argument("--width", type=int, default=32, help="features of the first stage (nnU-Net's own: 32)")
@@ -65,8 +67,11 @@ def main() -> None:
 
 def make(arguments: argparse.Namespace) -> None:
     """Raw datasets, plans, preprocessed cases and trained models."""
-    if not (arguments.work / "raw" / COARSE).is_dir():
-        write_raw(arguments.data, arguments.work / "raw")
+    raw = arguments.work / "raw"
+    if not (raw / COARSE / "dataset.json").is_file():
+        write_raw(arguments.data / "Dataset004_Hippocampus", raw)
+    if not (raw / ORGANS / "dataset.json").is_file():
+        write_organs(arguments.data / "totalsegmentator_ct", raw / ORGANS)
     for name in arguments.models:
         if model_folder(arguments.work, name).joinpath("fold_all", "checkpoint_final.pth").is_file():
             continue
@@ -105,6 +110,27 @@ def write_raw(data: Path, raw: Path) -> None:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     sitk.WriteImage(volume, str(target), True)
         (raw / dataset / "dataset.json").write_text(json.dumps(content, indent=1))
+
+
+def write_organs(data: Path, folder: Path) -> None:
+    """The CT with its labels renumbered without gaps, as nnU-Net demands; to be segmented at half the spacing."""
+    import numpy as np
+    import SimpleITK as sitk
+
+    image, labels = (sitk.ReadImage(str(data / name)) for name in ("ct_0000.nii.gz", "ct_labels.nii.gz"))
+    values, indices = np.unique(sitk.GetArrayFromImage(labels), return_inverse=True)
+    renumbered = sitk.GetImageFromArray(indices.reshape(labels.GetSize()[::-1]).astype(np.uint8))
+    renumbered.CopyInformation(labels)
+    fine = sitk.Resample(
+        sitk.Cast(image, sitk.sitkFloat32), [2 * n for n in image.GetSize()], sitk.Transform(), sitk.sitkLinear,
+        image.GetOrigin(), [s / 2 for s in image.GetSpacing()], image.GetDirection(), -1024.0,
+    )  # fmt: skip
+    for volume, target in ((image, "imagesTr/ct_0000"), (renumbered, "labelsTr/ct"), (fine, "imagesTs/fine_0000")):
+        (folder / target).parent.mkdir(parents=True, exist_ok=True)
+        sitk.WriteImage(volume, str(folder / f"{target}.nii.gz"), True)
+    names = {"background": 0} | {f"organ_{value}": index for index, value in enumerate(values) if index}
+    content = {"channel_names": {"0": "CT"}, "labels": names, "numTraining": 1, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(content, indent=1))
 
 
 def plan(arguments: argparse.Namespace, name: str) -> None:
@@ -292,30 +318,34 @@ def compare(arguments: argparse.Namespace) -> None:
     """Dice of each class between both predictions, per model."""
     import SimpleITK as sitk
 
-    print(
-        "model       cases  Dice of each class   lowest in a case (voxels)  other voxels         spent, ours and theirs"
-    )
+    print("model       cases  Dice per class, lowest and mean  lowest in a case  other voxels  spent, ours; theirs")
     for name in arguments.models:
-        both, sums = {1: 0, 2: 0}, {1: 0, 2: 0}
+        content = json.loads((arguments.work / "raw" / MODELS[name][0] / "dataset.json").read_text())
+        values = range(1, len(content["labels"]))
+        both, sums = dict.fromkeys(values, 0), dict.fromkeys(values, 0)
         lowest, different, voxels, cases = (1.0, 0), 0, 0, 0
         for path in sorted(output(arguments, name, arguments.against).glob("*.nii.gz")):
             theirs = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
             ours = sitk.GetArrayFromImage(sitk.ReadImage(str(output(arguments, name, "ours") / path.name)))
-            for value in both:
+            for value in values:
                 common, total = int(((theirs == value) & (ours == value)).sum()), int((theirs == value).sum())
                 total += int((ours == value).sum())
                 both[value], sums[value] = both[value] + common, sums[value] + total
                 if total:
                     lowest = min(lowest, (2 * common / total, total // 2))
             different, voxels, cases = different + int((ours != theirs).sum()), voxels + ours.size, cases + 1
-        dice = " ".join(f"{2 * both[value] / sums[value]:.5f}" if sums[value] else "absent" for value in both)
-        spent = []
-        for whose in ("ours", "theirs"):
-            file = output(arguments, name, whose).with_suffix(".json")
-            record = json.loads(file.read_text()) if file.is_file() else {"wall_s": float("nan"), "peak_mb": 0}
-            spent.append(f"{record['wall_s']:.0f} s {record['peak_mb']:.0f}")
+        found = [2 * both[value] / sums[value] for value in values if sums[value]] or [float("nan")]
+        dice = f"{min(found):.5f} {sum(found) / len(found):.5f} ({len(found)} classes)"
+        spent = "; ".join(_spent(output(arguments, name, whose).with_suffix(".json")) for whose in ("ours", "theirs"))
         count = f"{different} of {voxels}"
-        print(f"{name:11s} {cases:5d}  {dice:18s}   {lowest[0]:.5f} ({lowest[1]})  {count:20s} {', '.join(spent)}")
+        print(f"{name:11s} {cases:5d}  {dice:31s}  {lowest[0]:.5f} ({lowest[1]})  {count:20s} {spent}")
+
+
+def _spent(file: Path) -> str:
+    if not file.is_file():
+        return "not measured"
+    record = json.loads(file.read_text())
+    return f"{record['wall_s']:.1f} s, {record['peak_mb']:.0f} MB"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ archives -> ukbob_convert -> ukbob_label -> ukbob_filter -> ukbob_train -> ukbob
 The archives are ``ukbob_seg.demo.dixon_archives``: DICOM stations with gains of their own, some with water and fat
 exchanged, one of them incomplete. Without ``--labeller`` a small model is trained first, on other synthetic subjects
 with true labels; it stands for TotalVibeSegmentator. A model of one's own takes the four channels fat, water, inphase,
-outphase. Commands are printed as they run, and can be typed one by one instead; finished steps are not repeated.
+outphase. The small model travels as such a model would: exported to one file, imported elsewhere, then used. Commands
+are printed as they run, and can be typed one by one instead; finished steps are not repeated.
 
 Needs ``pip install 'ukbob_seg[dicom]'``.
 """
@@ -25,26 +26,32 @@ PATCH = ("64", "32", "32")
 SCANS, TEST, LABELLED = "Dataset020_Dixon", "Dataset021_DixonTest", "Dataset022_Labelled"
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     """All steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--labeller", type=Path, help="model folder or archive")
     parser.add_argument("--subjects", type=int, default=25, help="the filter judges organs with 20 labels or more")
     parser.add_argument("--test-subjects", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=13, help="of 20 steps")
-    arguments = parser.parse_args()
+    parser.add_argument("--epochs", type=int, default=13)
+    parser.add_argument("--steps", type=int, default=20, help="of an epoch")
+    arguments = parser.parse_args(given)
     work = arguments.work
     raw, roots = work / "raw", _roots(work, "raw", "preprocessed")
     everything = [*roots, *_roots(work, "results")]
     training, test = _archives(work, arguments.subjects, arguments.test_subjects)
     _run("convert", "ukbb", "-i", training, "-o", raw / SCANS, "--repair-swaps", "--skip-incomplete")
     _run("convert", "ukbb", "-i", test, "-o", raw / TEST, "--repair-swaps", "--test")
-    labeller = arguments.labeller or _labeller(work, arguments.epochs)
-    _run("label", "--model", labeller, "--input", raw / SCANS, "--output", raw / LABELLED, "--device", "cpu")
+    labeller = (
+        "--model",
+        arguments.labeller or _labeller(work, arguments.epochs, arguments.steps),
+        "--checkpoint",
+        "final",
+    )
+    _run("label", *labeller, "--input", raw / SCANS, "--output", raw / LABELLED, "--device", "cpu")
     _plan(LABELLED, roots)
     _run("filter", "-d", LABELLED, *roots)
-    model = _train(work, LABELLED, arguments.epochs, everything)
+    model = _train(work, LABELLED, arguments.epochs, arguments.steps, everything)
     for name, option in (("plain", ()), ("etta", ("--etta",))):
         predictions = work / f"predictions_{name}"
         _run(
@@ -75,16 +82,22 @@ def _archives(work: Path, subjects: int, test_subjects: int) -> tuple[Path, Path
     return work / "training" / "archives", work / "test" / "archives"
 
 
-def _labeller(work: Path, epochs: int) -> Path:
-    """A model for the labels, trained on subjects of its own."""
+def _labeller(work: Path, epochs: int, steps: int) -> Path:
+    """A model for the labels, trained on subjects of its own, exported, and imported into results of others' models."""
     from ukbob_seg.demo.cohort import CohortConfig
     from ukbob_seg.demo.write import DATASET, write_cohort
 
     own = work / "labeller"
     if not (own / "raw" / DATASET / "dataset.json").is_file():
         write_cohort(own / "raw", CohortConfig(shape=SHAPE, seed=3), 24, 0, fault_fraction=0.0)
-    _plan(DATASET, _roots(own, "raw", "preprocessed"))
-    return _train(own, DATASET, epochs, _roots(own, "raw", "preprocessed", "results"))
+    imported = work / "imported" / DATASET / "3d_fullres__swin_unetr"
+    if not imported.is_dir():
+        _plan(DATASET, _roots(own, "raw", "preprocessed"))
+        model = _train(own, DATASET, epochs, steps, _roots(own, "raw", "preprocessed", "results"))
+        file = own / "labeller.zip"
+        _run("export_model", "--model", model, "--checkpoint", "final", "-o", file, "--overwrite")
+        _run("import_model", file, "--results", work / "imported")
+    return imported
 
 
 def _plan(dataset: str, roots: list[str]) -> None:
@@ -92,10 +105,19 @@ def _plan(dataset: str, roots: list[str]) -> None:
     _run("plan_and_preprocess", "-d", dataset, *small, *roots)
 
 
-def _train(work: Path, dataset: str, epochs: int, roots: list[str]) -> Path:
+def _train(work: Path, dataset: str, epochs: int, steps: int, roots: list[str]) -> Path:
     model = work / "results" / dataset / "3d_fullres__swin_unetr"
     if not (model / "fold_0" / "checkpoint_final.pt").is_file():
-        recipe = ("--epochs", str(epochs), "--iterations-per-epoch", "20", "--lr", "4e-3", "--schedule", "one_cycle")
+        recipe = (
+            "--epochs",
+            str(epochs),
+            "--iterations-per-epoch",
+            str(steps),
+            "--lr",
+            "4e-3",
+            "--schedule",
+            "one_cycle",
+        )
         _run("train", dataset, "0", *recipe, "--mirror-axes", "--no-validation", "--device", "cpu", *roots)
     return model
 

@@ -92,9 +92,17 @@ def choose_folds(folder: Path, folds: Sequence[str] | None, checkpoint: str) -> 
     if lacking or not chosen:
         raise CheckpointError(
             f"{folder} has no {NAMES[checkpoint]} for fold {', '.join(lacking) or 'any'} "
-            f"(trained: {', '.join(sorted(found)) or 'none'})"
+            f"(trained: {', '.join(sorted(found)) or 'none'}){_other_checkpoint(folder, lacking, checkpoint)}"
         )
     return {fold: found[fold] for fold in chosen}
+
+
+def _other_checkpoint(folder: Path, lacking: Sequence[str], checkpoint: str) -> str:
+    """What to do where the folds have the other checkpoint: a run without validation, or an import of it."""
+    (other,) = set(CHECKPOINTS) - {checkpoint}
+    present = find_folds(folder, other)
+    there = bool(present) and set(lacking) <= set(present)
+    return f"; {NAMES[other]} is there: give --checkpoint {other}" if there else ""
 
 
 def check_same_model(folder: Path, descriptions: Sequence[ModelDescription]) -> None:
