@@ -8,6 +8,7 @@ within a block, which the paper leaves open, is that of the authors' code.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -160,8 +161,7 @@ class _Encoder(nn.Module):
             for width, count in zip(widths, ENCODER_BLOCKS, strict=True)
         )
         self.downs = nn.ModuleList(
-            nn.Conv3d(before, after, 3, stride=2, padding=1)
-            for before, after in zip(widths[:-1], widths[1:], strict=True)
+            nn.Conv3d(before, after, 3, stride=2, padding=1) for before, after in pairwise(widths)
         )
 
     def forward(self, image: Tensor) -> list[Tensor]:

@@ -28,7 +28,7 @@ class PositionEmbedding(nn.Module):
 
     def forward(self, grid: Sequence[int]) -> Tensor:
         """(1, tokens, dim) for a window of so many tokens (z, y, x)."""
-        weight = self.weight
+        weight: Tensor = self.weight
         if tuple(grid) != self.grid:
             weight = F.interpolate(weight, size=tuple(grid), mode="trilinear", align_corners=False)
         return weight.flatten(2).transpose(1, 2)
