@@ -244,6 +244,8 @@ def test_windows():
         ({"n_conv_per_stage_decoder": [2, 2]}, "n_conv_per_stage_decoder must have 3 entries"),
         ({"kernel_sizes": [3, 3, 3, 2]}, "odd kernel_sizes"),
         ({"vit_layers": 0}, "one of vit_layers and decoder_layers must be above 0"),
+        ({"features_per_stage": [4, 0, 8, 10]}, "features_per_stage must have 4 entries of at least 1"),
+        ({"vit_hidden_dim": 0}, "vit_hidden_dim must be at least 1"),
         ({"vit_heads": 5}, "vit_dim must be a multiple of its attention heads"),
         ({"vit_dropout": 1}, r"vit_dropout must be in \[0, 1\)"),
         ({"patch_size": [8, 12, 16]}, "TransUNet needs a patch_size"),

@@ -6,8 +6,8 @@ it also has the paper's transformer decoder of organ queries (``vit_layers`` 0 t
 for each output, always the same: what the authors' code calls fixed matching.
 
 Not built: Hungarian matching, with which the paper trains that decoder (more queries than outputs compete and are
-classified, which needs a loss of its own); ImageNet's weights for the ViT, and the scaled shortcuts that go with them in
-the authors' configuration.
+classified, which needs a loss of its own); ImageNet's weights for the ViT, and the scaled shortcuts that go with them
+in the authors' configuration.
 """
 
 from __future__ import annotations
@@ -106,17 +106,12 @@ class TransUNet(nn.Module):
         deep_supervision: bool = False,
     ) -> None:
         super().__init__()
-        widths, stages = list(features_per_stage), len(features_per_stage)
+        stages = len(features_per_stage)
+        widths = _per_stage("features_per_stage", features_per_stage, stages)
         counts = _per_stage("n_conv_per_stage", n_conv_per_stage, stages)
         decoder_counts = _per_stage("n_conv_per_stage_decoder", n_conv_per_stage_decoder, stages - 1)
-        steps = [triple("strides", stride) for stride in _per_stage("strides", strides, stages)]
-        kernels = [triple("kernel_sizes", kernel) for kernel in _per_stage("kernel_sizes", kernel_sizes, stages)]
-        if stages < 2 or any(n % 2 == 0 for kernel in kernels for n in kernel):
-            raise ConfigError(f"TransUNet needs at least 2 stages and odd kernel_sizes, got {list(kernel_sizes)}")
-        if min(vit_layers, decoder_layers) < 0 or max(vit_layers, decoder_layers) < 1:
-            raise ConfigError(
-                f"one of vit_layers and decoder_layers must be above 0, got {vit_layers}, {decoder_layers}"
-            )
+        steps, kernels = _geometry(strides, kernel_sizes, stages)
+        _check_layers(vit_layers, decoder_layers, stages)
         self.in_channels, self.divisor = in_channels, divisor({"strides": strides})
         grid = token_grid("TransUNet", patch_size, self.divisor)
         before = [in_channels, *widths[:-1]]
@@ -134,13 +129,9 @@ class TransUNet(nn.Module):
         self.apply(_initialise)
         self.vit = None
         if vit_layers:
-            check_heads(vit_dim, vit_heads, "vit_dim")
-            check_rates(vit_dropout=vit_dropout)
             self.vit = _VisionTransformer(widths[-1], vit_layers, vit_dim, vit_heads, vit_hidden_dim, vit_dropout, grid)
         self.queries = None
         if decoder_layers:
-            if stages < LEVELS + 1:
-                raise ConfigError(f"decoder_layers need at least {LEVELS + 1} stages, got {stages}")
             self.queries = OrganQueryDecoder(
                 widths[LEVELS:0:-1], widths[0], out_channels, decoder_layers, decoder_dim, decoder_heads
             )
@@ -185,6 +176,10 @@ class _VisionTransformer(nn.Module):
         self, channels: int, layers: int, dim: int, heads: int, hidden: int, dropout: float, grid: Triple
     ) -> None:
         super().__init__()
+        check_heads(dim, heads, "vit_dim")
+        check_rates(vit_dropout=dropout)
+        if hidden < 1:
+            raise ConfigError(f"vit_hidden_dim must be at least 1, got {hidden}")
         self.embed = nn.Conv3d(channels, dim, 1)
         self.position = PositionEmbedding(dim, grid)
         self.dropout = nn.Dropout(dropout)
@@ -228,6 +223,27 @@ def _initialise(part: nn.Module) -> None:
         nn.init.kaiming_normal_(part.weight, a=NEGATIVE_SLOPE)
         if part.bias is not None:
             nn.init.zeros_(part.bias)
+
+
+def _check_layers(vit_layers: int, decoder_layers: int, stages: int) -> None:
+    """Raises ConfigError where there is no transformer at all, or no map for queries to attend to."""
+    if min(vit_layers, decoder_layers) < 0 or max(vit_layers, decoder_layers) < 1:
+        raise ConfigError(f"one of vit_layers and decoder_layers must be above 0, got {vit_layers}, {decoder_layers}")
+    if decoder_layers and stages <= LEVELS:
+        raise ConfigError(f"decoder_layers need at least {LEVELS + 1} stages, got {stages}")
+
+
+def _geometry(strides: Any, kernel_sizes: Any, stages: int) -> tuple[list[Triple], list[Triple]]:
+    """Strides and kernels of all stages as (z, y, x).
+
+    Raises:
+        ConfigError: too few stages, lists of other lengths, or even kernels.
+    """
+    steps = [triple("strides", stride) for stride in _per_stage("strides", strides, stages)]
+    kernels = [triple("kernel_sizes", kernel) for kernel in _per_stage("kernel_sizes", kernel_sizes, stages)]
+    if stages < 2 or any(n % 2 == 0 for kernel in kernels for n in kernel):
+        raise ConfigError(f"TransUNet needs at least 2 stages and odd kernel_sizes, got {stages} and {kernels}")
+    return steps, kernels
 
 
 def _per_stage(name: str, value: Any, stages: int) -> list[Any]:
