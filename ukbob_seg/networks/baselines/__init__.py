@@ -1,0 +1,1 @@
+"""The baselines that no well-kept library has, each from its paper."""
