@@ -224,11 +224,11 @@ def test_the_whole_is_wired_as_published():
 
 def test_stochastic_depth_rises_along_encoder_and_decoder():
     network = _small(drop_path_rate=0.7, depths=(2, 1, 2, 3))
-    rates = [[layer.drop_path.probability for layer in stage] for stage in network.encoder]
-    assert sum(rates, []) == pytest.approx([0.1 * n for n in range(8)])
-    rates = [[layer.drop_path.probability for layer in stage] for stage in reversed(network.decoder)]
-    assert [len(part) for part in rates] == [2, 1, 2]
-    assert sum(rates, []) == pytest.approx([0.7 * n / 4 for n in range(5)])
+    rates = [layer.drop_path.probability for stage in network.encoder for layer in stage]
+    assert rates == pytest.approx([0.1 * n for n in range(8)])
+    assert [len(stage) for stage in network.decoder] == [2, 1, 2]
+    rates = [layer.drop_path.probability for stage in reversed(network.decoder) for layer in stage]
+    assert rates == pytest.approx([0.7 * n / 4 for n in range(5)])
 
 
 def test_every_parameter_learns_from_one_patch():

@@ -147,7 +147,7 @@ class NNFormer(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Four convolutions, two of them with strides, with GELU and LayerNorm between (Section III-B)."""
+    """Four convolutions, two of them with strides,, with GELU and LayerNorm between."""
 
     def __init__(self, in_channels: int, dim: int, strides: Triple) -> None:
         super().__init__()

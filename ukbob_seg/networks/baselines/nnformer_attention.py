@@ -1,7 +1,7 @@
 """Attention within volumes: the layers of nnFormer (Zhou et al., 2021; IEEE TIP 2023).
 
 Local (LV-MSA, every second one shifted: SLV-MSA) inside windows, global (GV-MSA) over the whole map, and skip
-attention, where the decoder's map asks and the encoder's answers. All add a learned bias per relative position (Eq. 3).
+attention, where the decoder's map asks and the encoder's answers. All add a learned bias per relative position.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class VolumeAttention(nn.Module):
         dim: channels.
         num_heads: attention heads.
         extent: of the position bias.
-        over_skip: the map itself is the query, without a projection (the paper's skip attention, Eqs. 6 and 7).
+        over_skip: the map itself is the query, without a projection (the paper's skip attention).
     """
 
     def __init__(self, dim: int, num_heads: int, extent: Triple, over_skip: bool) -> None:

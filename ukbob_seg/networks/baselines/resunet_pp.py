@@ -40,7 +40,7 @@ class ResUNetPlusPlus(nn.Module):
         in_channels: image channels.
         out_channels: network outputs.
         widths: channels of the stem, the three encoder stages and the bridge. The defaults are those of the paper's
-            own code (4.07 M parameters in 2D); the authors' later work (Jha et al., JBHI 2021) doubles them.
+            own code (4.06 M parameters in 2D); the authors' later work (Jha et al., JBHI 2021) doubles them.
         reduction: by what squeeze and excitation narrows the channels.
         rates: dilations of the atrous pyramids, beside which there is always an undilated convolution.
         norm: ``batch`` as in the paper, or ``instance``, which does not depend on how many patches are a batch.

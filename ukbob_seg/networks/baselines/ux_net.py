@@ -2,7 +2,7 @@
 
 The block is that of the authors' code, with which the paper's numbers were made: one residual connection around
 depthwise convolution, LayerNorm, scaling and a learned scale per channel (ConvNeXt's block, Liu et al., CVPR 2022).
-Equation 1 of the paper writes two residual connections instead, each after a LayerNorm. "Scaling" is the paper's
+The paper's formula has two residual connections instead, each branch after a LayerNorm of its own. "Scaling" is the paper's
 depthwise replacement of the MLP: each channel has four hidden values of its own, and no channel sees another.
 """
 
@@ -43,7 +43,7 @@ def divisor(arguments: Mapping[str, Any]) -> Triple:
 
 
 class UXNet(nn.Module):
-    """3D UX-Net; with the defaults and 14 outputs it has the 53.0 M parameters of the paper's Table 1.
+    """3D UX-Net; with the defaults it has the paper's 53.0 M parameters, for 5 outputs as for 16.
 
     Args:
         in_channels: image channels.
