@@ -2,7 +2,7 @@
 
 The block is that of the authors' code, with which the paper's numbers were made: one residual connection around
 depthwise convolution, LayerNorm, scaling and a learned scale per channel (ConvNeXt's block, Liu et al., CVPR 2022).
-The paper's formula has two residual connections instead, each branch after a LayerNorm of its own. "Scaling" is the paper's
+The paper's formula has two residual connections instead, each branch after a LayerNorm of its own. "Scaling" is its
 depthwise replacement of the MLP: each channel has four hidden values of its own, and no channel sees another.
 """
 
