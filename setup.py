@@ -59,6 +59,7 @@ setup(
         "tensorboard": ["tensorboard>=2.14"],
         "tsne": ["scikit-learn>=1.3"],
         "nnunet": ["dynamic-network-architectures>=0.4"],
+        "baselines": ["monai>=1.5", "einops"],
         "onnx": ["onnx>=1.16", "onnxscript>=0.3", "onnxruntime>=1.19"],
         "test": [
             "pytest>=8",

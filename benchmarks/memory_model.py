@@ -3,6 +3,7 @@
     python benchmarks/memory_model.py            # CPU: peak resident size of a fresh process per configuration
     python benchmarks/memory_model.py --device cuda
     python benchmarks/memory_model.py --only residual_encoder_unet --steps 8
+    python benchmarks/memory_model.py --only unetr
 
 Each configuration runs the trainer's own steps (augmentation, forward, loss, backward, clipping, AdamW) in a process
 of its own, as many as ``--steps`` and ``--seconds`` allow: the peak grows over the first few, since the allocator
@@ -71,10 +72,19 @@ CONV = [
     Configuration("residual_encoder_unet", (64, 64, 64), 2, 4, 20),
     Configuration("residual_encoder_unet", (96, 96, 96), 1, 1, 3),
 ]
+BASELINE_PATCHES = (((64, 64, 64), 1, 1, 3), ((64, 64, 64), 2, 4, 20), ((96, 96, 96), 1, 1, 3))
+
+
+def baselines() -> list[Configuration]:
+    """Every network of baseline_plans.py, as published."""
+    from ukbob_seg.preprocessing.baseline_plans import BASELINES
+
+    return [Configuration(name, *sizes) for name in BASELINES for sizes in BASELINE_PATCHES]
 
 
 def network_arguments(what: Configuration) -> dict[str, Any]:
     """As the planner would give them for exactly this patch; nnU-Net's blocks for the residual encoder."""
+    from ukbob_seg.preprocessing.baseline_plans import BASELINES, plan_baseline
     from ukbob_seg.preprocessing.network_plans import PlanningInput, plan_plain_conv_unet
 
     if what.network == "swin_unetr":
@@ -82,6 +92,8 @@ def network_arguments(what: Configuration) -> dict[str, Any]:
     given = PlanningInput(
         what.patch, what.spacing_mm, 1e12, what.channels, what.outputs, 1e3, patch_size=what.patch, batch_size=1
     )
+    if what.network in BASELINES:
+        return dict(plan_baseline(what.network, given)[0].arguments)
     arguments = dict(plan_plain_conv_unet(given)[0].arguments)
     if what.network == "residual_encoder_unet":
         stages = len(arguments["strides"])
@@ -123,8 +135,11 @@ def measure(what: Configuration, device: str, steps: int, seconds: float) -> dic
 
 def predict(what: Configuration, device: str) -> float:
     """The model, GiB."""
+    from ukbob_seg.preprocessing.baseline_plans import BASELINES, baseline_memory_gb
     from ukbob_seg.preprocessing.memory_model import plain_conv_unet_memory_gb, swin_unetr_memory_gb
 
+    if what.network in BASELINES:
+        return baseline_memory_gb(what.network, what.patch, what.batch, what.channels, what.outputs)
     if what.network == "swin_unetr":
         return swin_unetr_memory_gb(what.patch, what.batch, what.features, what.channels, what.outputs, device)
     arguments = network_arguments(what)
@@ -139,7 +154,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--steps", type=int, default=8, help="at most; at least 2 are made")
     parser.add_argument("--seconds", type=float, default=60, help="after which no further step is begun")
-    parser.add_argument("--only", choices=("swin_unetr", "plain_conv_unet", "residual_encoder_unet"))
+    parser.add_argument("--only", metavar="NETWORK", help="a single network")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -147,7 +162,7 @@ def main() -> None:
         print(json.dumps(measure(Configuration(**given), options.device, options.steps, options.seconds)))
         return
     print(f"{'network':22s} {'patch, batch, channels, outputs':44s} {'steps':>5s} {'measured':>9s} {'model':>7s} ratio")
-    for what in SWIN + CONV:
+    for what in SWIN + CONV + baselines():
         if options.only not in (None, what.network):
             continue
         command = [sys.executable, __file__, "--device", options.device, "--one", json.dumps(asdict(what))]

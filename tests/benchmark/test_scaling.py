@@ -375,7 +375,7 @@ def test_the_line_is_the_least_squares_line():
         ({"fractions": ()}, "--fractions needs at least one number"),
         ({"seeds": (1, 1)}, "--seeds has a number twice"),
         ({"checkpoint": "latest"}, "--checkpoint must be best or final"),
-        ({"network": "unet"}, "the plans hold no network 'unet'"),
+        ({"network": "u_net"}, "the plans hold no network 'u_net'"),
         ({"config": dataclasses.replace(CONFIG, early_stopping=2)}, "the same budget; early stopping would change it"),
     ],
 )

@@ -264,7 +264,7 @@ def test_wrong_roots_ids_and_options(run, make_dataset, tmp_path):
     assert run(plan_and_preprocess, "-d", 7, *PLAN)[0] == 0
     assert "fold must be 0..4 or 'all', got '9'" in _error(run(train, 7, 9, *TRAIN))
     assert "holds no network" not in _error(run(train, 7, 0, *TRAIN, "--device", "cuda:7"))
-    assert "the plans hold no network 'unet'" in _error(run(train, 7, 0, *TRAIN, "--network", "unet"))
+    assert "the plans hold no network 'u_net'" in _error(run(train, 7, 0, *TRAIN, "--network", "u_net"))
     assert "nothing to resume" in _error(run(train, 7, 0, *TRAIN, "--resume"))
     assert "learning_rate must be positive" in _error(run(train, 7, 0, *TRAIN, "--lr", "-1"))
     (tmp_path / "results").mkdir(exist_ok=True)

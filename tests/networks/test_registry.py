@@ -116,5 +116,5 @@ def test_a_fault_inside_a_users_network_keeps_its_traceback(monkeypatch):
 
 
 def test_unknown_names_list_the_choices():
-    with pytest.raises(ConfigError, match=r"unknown network 'unet'; choose from swin_unetr, plain_conv_unet"):
-        build_network("unet", 1, 2, {})
+    with pytest.raises(ConfigError, match=r"unknown network 'u_net'; choose from swin_unetr, plain_conv_unet"):
+        build_network("u_net", 1, 2, {})

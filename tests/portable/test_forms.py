@@ -154,12 +154,15 @@ def test_monai_loads_the_weights_strictly_and_computes_the_same(tmp_path, argume
     assert (named["class"], named["arguments"]) == (compared["class"], compared["arguments"])
 
 
-def test_a_class_of_monai_goes_back_to_it(tmp_path):
+@pytest.mark.parametrize(("network", "given", "patch"), [
+    ("monai.networks.nets.unet:UNet", {"spatial_dims": 3, "channels": [4, 8], "strides": [2]}, (8, 16, 16)),
+    ("unet", {"channels": [4, 8], "strides": [2], "num_res_units": 1}, (8, 16, 16)),
+    ("unetr", {"patch_size": [16, 16, 32], "feature_size": 4, "hidden_size": 24, "mlp_dim": 24, "num_heads": 2},
+     (16, 16, 32)),
+])  # fmt: skip
+def test_a_class_of_monai_goes_back_to_it(tmp_path, network, given, patch):
     pytest.importorskip("monai", reason="MONAI is not installed")
-    given = {"spatial_dims": 3, "channels": [4, 8], "strides": [2]}
-    folder = make_model(
-        roots_of(tmp_path), network="monai.networks.nets.unet:UNet", folds=("0",), arguments=given, patch=(8, 16, 16)
-    )
+    folder = make_model(roots_of(tmp_path), network=network, folds=("0",), arguments=given, patch=patch)
     models, members = _exported(folder, tmp_path, monai=True)
     place = f"{next(iter(models))}/fold_0"
     named = json.loads(members[f"{place}/monai.json"])

@@ -23,6 +23,7 @@ from ukbob_seg.filtering.policies import LabelTrust
 from ukbob_seg.parallel import Cluster, Part
 from ukbob_seg.preprocessing.fingerprint import label_content
 from ukbob_seg.preprocessing.plans import Plans
+from ukbob_seg.preprocessing.requested_networks import load_plans
 from ukbob_seg.training.checkpoint import NAMES
 from ukbob_seg.training.config import RunOptions, TrainingConfig
 from ukbob_seg.training.folds import is_validated
@@ -254,7 +255,6 @@ def check(study: ScalingStudy, options: RunOptions) -> None:
             raw = find_dataset(study.roots.raw, stage.dataset)
             require_cases(raw, DatasetSpec.load(raw))
             plan = _plans(study, stage).configuration(study.configuration)
-            plan.network(study.network)
             if plan.previous_stage is not None:
                 raise ConfigError(
                     f"{study.configuration} is the second stage of a cascade, whose first stage has its own subsets; "
@@ -319,7 +319,7 @@ def _stage_settings(study: ScalingStudy, stage: Stage, without: Sequence[str]) -
 
 
 def _plans(study: ScalingStudy, stage: Stage) -> Plans:
-    return Plans.load(find_dataset(study.roots.preprocessed, stage.dataset) / "plans.json")
+    return load_plans(find_dataset(study.roots.preprocessed, stage.dataset), study.configuration, study.network)
 
 
 def _check_settings(path: Path, now: dict[str, Any]) -> None:

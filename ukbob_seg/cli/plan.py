@@ -13,7 +13,8 @@ def main(argv: list[str] | None = None) -> None:
         "ukbob_plan",
         "Decide spacing, normalization, patch, batch and network sizes from fingerprint.json and write plans.json. "
         "You may edit plans.json by hand; ukbob_preprocess and ukbob_train follow it.",
-        "  ukbob_plan -d 4 --memory-gb 8 --feature-size 24\n  ukbob_plan -d 4 --preset nnunet",
+        "  ukbob_plan -d 4 --memory-gb 8 --feature-size 24\n  ukbob_plan -d 4 --preset nnunet\n"
+        "  ukbob_plan -d 4 --networks unetr segresnet",
     )
     add_dataset(parser)
     add_plan_options(parser)

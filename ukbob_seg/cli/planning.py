@@ -38,6 +38,11 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         help="memory for a training step (default: 90%% of the GPU; on a CPU half of the memory, at most 5; with "
         "preset nnunet what nnU-Net's planners aim at)",
     )
+    group.add_argument(
+        "--networks", nargs="+", default=[], metavar="NAME",
+        help="plan these too, beside swin_unetr and plain_conv_unet: unet, unetr, resenc_unet_m, ... (ukbob_train "
+        "plans by itself what its --network names)",
+    )  # fmt: skip
     group.add_argument("--spacing", type=float, nargs=3, metavar=("Z", "Y", "X"), help="target spacing in mm")
     group.add_argument("--patch-size", type=int, nargs=3, metavar=("Z", "Y", "X"), help="patch in voxels")
     group.add_argument("--batch-size", type=int, metavar="N", help="patches per training step")
@@ -83,6 +88,7 @@ def plan_options(arguments: argparse.Namespace) -> PlanOptions:
         feature_size=arguments.feature_size,
         anti_alias=arguments.anti_alias,
         coarse_order=arguments.coarse_order,
+        networks=tuple(arguments.networks),
     )
 
 

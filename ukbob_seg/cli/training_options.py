@@ -86,7 +86,9 @@ def add_network(parser: argparse.ArgumentParser) -> None:
         help="3d_fullres (default), 3d_lowres, 3d_cascade_fullres or 2d, as the plans have them",
     )  # fmt: skip
     parser.add_argument(
-        "--network", help="swin_unetr (default, except in 2d), plain_conv_unet, or another of the plans"
+        "--network",
+        help="swin_unetr (default, except in 2d), plain_conv_unet, another of the plans, or one that is planned now: "
+        "unet, unetr, resenc_unet_m, ...",
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
 

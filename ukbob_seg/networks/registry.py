@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from inspect import signature
-from math import prod
 from typing import Any
 
 from torch import nn
 
 from ukbob_seg.errors import ConfigError
+from ukbob_seg.networks.construction import construct, import_class
+from ukbob_seg.networks.monai_networks import EXTRA, halvings_divisor, monai_builder
+from ukbob_seg.networks.nnunet_networks import PACKAGE, nnunet_builder, strides_divisor
 from ukbob_seg.networks.swin_unetr import SwinUNETR
 from ukbob_seg.networks.wrappers import CascadeNetwork, SliceNetwork, unwrapped
+
+Builder = Callable[[int, int, Mapping[str, Any]], nn.Module]
+Divisor = Callable[[Mapping[str, Any]], tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,15 @@ class NetworkEntry:
         description: one line for help texts.
         divisor: called with the arguments; the patch (z, y, x) must be divisible by what it returns.
         requires: how to install what the network needs beyond this package; empty where nothing is.
+        patch_argument: argument that must be the patch (z, y, x) of the plan, since the network has weights for every
+            place in it; empty where it takes patches of any size.
     """
 
-    build: Callable[[int, int, Mapping[str, Any]], nn.Module]
+    build: Builder
     description: str
-    divisor: Callable[[Mapping[str, Any]], tuple[int, int, int]]
+    divisor: Divisor
     requires: str = ""
+    patch_argument: str = ""
 
 
 def build_network(name: str, in_channels: int, out_channels: int, arguments: Mapping[str, Any]) -> nn.Module:
@@ -58,8 +65,8 @@ def build_network(name: str, in_channels: int, out_channels: int, arguments: Map
 
 def _build_plain(name: str, in_channels: int, out_channels: int, arguments: Mapping[str, Any]) -> nn.Module:
     if ":" in name:
-        found = _import_class(name)
-        return _construct(found, name, {"in_channels": in_channels, "out_channels": out_channels, **arguments})
+        found = import_class(name)
+        return construct(found, name, {"in_channels": in_channels, "out_channels": out_channels, **arguments})
     if name not in NETWORKS:
         raise ConfigError(f"unknown network {name!r}; choose from {', '.join(NETWORKS)} or give package.module:Class")
     return NETWORKS[name].build(in_channels, out_channels, arguments)
@@ -73,15 +80,8 @@ def set_deep_supervision(network: nn.Module, enabled: bool) -> None:
             part.deep_supervision = enabled
 
 
-def _swin_unetr(in_channels: int, out_channels: int, arguments: Mapping[str, Any]) -> nn.Module:
-    given = {"in_channels": in_channels, "out_channels": out_channels, **arguments}
-    if "drop_path_rate" in given:  # what plans called it before 2026-11-25
-        given["dropout_path_rate"] = given.pop("drop_path_rate")
-    return _construct(SwinUNETR, "swin_unetr", given)
-
-
 def check_patch(name: str, arguments: Mapping[str, Any], patch_size: Sequence[int]) -> None:
-    """Refuse a patch that a named network cannot halve as often as it has to.
+    """Refuse a patch that a named network cannot halve as often as it has to, or was not built for.
 
     Raises:
         ConfigError: says by what each axis must be divisible. Networks given by a dotted path are not checked.
@@ -94,6 +94,19 @@ def check_patch(name: str, arguments: Mapping[str, Any], patch_size: Sequence[in
         raise ConfigError(
             f"network {name!r} needs a patch (z, y, x) divisible by {tuple(divisor)}, the plans say {tuple(patch_size)}"
         )
+    built_for = arguments.get(entry.patch_argument, patch_size) if entry.patch_argument else patch_size
+    if list(built_for) != list(patch_size):
+        raise ConfigError(
+            f"network {name!r} is built for one patch: its argument {entry.patch_argument} is {list(built_for)}, the "
+            f"patch_size of the plans {list(patch_size)}; make them equal"
+        )
+
+
+def _swin_unetr(in_channels: int, out_channels: int, arguments: Mapping[str, Any]) -> nn.Module:
+    given = {"in_channels": in_channels, "out_channels": out_channels, **arguments}
+    if "drop_path_rate" in given:  # what plans called it before 2026-11-25
+        given["dropout_path_rate"] = given.pop("drop_path_rate")
+    return construct(SwinUNETR, "swin_unetr", given)
 
 
 def _swin_divisor(arguments: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -101,113 +114,49 @@ def _swin_divisor(arguments: Mapping[str, Any]) -> tuple[int, int, int]:
     return edge, edge, edge
 
 
-def _conv_divisor(arguments: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Product of the strides along each axis (1 across slices); a stride may be one number for all axes."""
-    strides = [(s, s, s) if isinstance(s, int) else list(s) for s in arguments["strides"]]
-    if (across := arguments.get("slice_axis")) is not None:
-        strides = [(*stride[:across], 1, *stride[across:2]) for stride in strides]
-    z, y, x = (prod(stride[axis] for stride in strides) for axis in range(3))
-    return z, y, x
+def _cube(edge: int) -> Divisor:
+    return lambda arguments: (edge, edge, edge)
 
 
-def _dynamic(
-    name: str, class_name: str, blocks: str = "n_conv_per_stage"
-) -> Callable[[int, int, Mapping[str, Any]], nn.Module]:
-    """Builder of nnU-Net's own networks, with the settings and the initial weights that nnU-Net gives them.
+def _own(path: str, description: str, patch_argument: str = "", requires: str = "") -> NetworkEntry:
+    """A class of this package by ``module:Class``, imported when it is first built.
 
-    ``blocks`` is what the class calls the convolutions (or residual blocks) per encoder stage.
+    Its constructor takes (in_channels, out_channels) and JSON values; ``divisor(arguments)`` stands beside it.
     """
+    module, _, name = f"ukbob_seg.networks.{path}".partition(":")
 
     def build(in_channels: int, out_channels: int, arguments: Mapping[str, Any]) -> nn.Module:
-        try:
-            module = import_module("dynamic_network_architectures.architectures.unet")
-        except ImportError as error:
-            raise ConfigError(f"network {name!r} needs a package that is not installed: {_DYNAMIC_PACKAGE}") from error
-        given = dict(arguments)
-        if "n_conv_per_stage" in given and blocks not in given:
-            given[blocks] = given.pop("n_conv_per_stage")
-        _check_stages(name, given, blocks)
-        norm = given.pop("norm", "instance")
-        if norm not in _NORMS:
-            raise ConfigError(f"norm must be one of {', '.join(_NORMS)}, got {norm!r}")
-        flat = any(not isinstance(kernel, int) and len(kernel) == 2 for kernel in given["kernel_sizes"])
-        fixed = {
-            "input_channels": in_channels,
-            "num_classes": out_channels,
-            "n_stages": len(given["features_per_stage"]),
-            "conv_op": nn.Conv2d if flat else nn.Conv3d,
-            "conv_bias": True,
-            "norm_op": _NORMS[norm][flat],
-            "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-            "nonlin": nn.LeakyReLU,
-            "nonlin_kwargs": {"inplace": True},
-        }
-        kind = getattr(module, class_name)
-        for part in ("nonlin", "dropout_op"):  # by name, as JSON has no classes
-            if isinstance(given.get(part), str):
-                if given[part] not in _LAYERS:
-                    raise ConfigError(f"{part} must be one of {', '.join(_LAYERS)}, got {given[part]!r}")
-                given[part] = _LAYERS[given[part]]
-        network = _construct(kind, name, {**fixed, **given})
-        network.apply(kind.initialize)  # the package leaves He initialisation to its caller, as nnU-Net does it
-        return network
+        given = {"in_channels": in_channels, "out_channels": out_channels, **arguments}
+        return construct(import_class(f"{module}:{name}"), path, given)
 
-    return build
+    def divisor(arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+        z, y, x = import_module(module).divisor(arguments)
+        return z, y, x
+
+    return NetworkEntry(build, description, divisor, requires, patch_argument)
 
 
-def _check_stages(name: str, given: Mapping[str, Any], blocks: str) -> None:
-    """The package asserts or fails deep inside on lists of different lengths."""
-    needed = ("features_per_stage", "strides", "kernel_sizes", blocks, "n_conv_per_stage_decoder")
-    absent = [key for key in needed if key not in given]
-    if absent:
-        raise ConfigError(f"network {name!r} needs the arguments {', '.join(absent)}")
-    stages = len(given["features_per_stage"])
-    for key in needed[1:]:
-        expected = stages - (key == "n_conv_per_stage_decoder")
-        if not isinstance(given[key], int) and len(given[key]) != expected:
-            raise ConfigError(f"network {name!r}: {key} must have {expected} entries, got {len(given[key])}")
+def _monai(name: str, description: str, divisor: Divisor | None = None, patch_argument: str = "") -> NetworkEntry:
+    return NetworkEntry(monai_builder(name), description, divisor or halvings_divisor(name), EXTRA, patch_argument)
 
-
-def _construct(factory: Callable[..., nn.Module], name: str, given: Mapping[str, Any]) -> nn.Module:
-    """Call a constructor; only arguments that it does not take are the user's error, not a fault inside it."""
-    try:
-        signature(factory).bind(**given)
-    except TypeError as error:
-        raise ConfigError(f"network {name!r} cannot be built with {dict(given)}: {error}") from error
-    return factory(**given)
-
-
-def _import_class(path: str) -> Callable[..., nn.Module]:
-    module, _, name = path.partition(":")
-    try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"network {path!r} cannot be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ConfigError(f"network {path!r} is not a torch.nn.Module class")
-    return found
-
-
-_DYNAMIC_PACKAGE = "pip install --no-deps dynamic-network-architectures"
-_NORMS = {"instance": (nn.InstanceNorm3d, nn.InstanceNorm2d), "batch": (nn.BatchNorm3d, nn.BatchNorm2d)}
-_LAYERS: dict[str, type[nn.Module]] = {
-    layer.__name__: layer
-    for layer in (
-        nn.LeakyReLU, nn.ReLU, nn.ELU, nn.GELU, nn.SiLU, nn.PReLU, nn.Mish, nn.Dropout, nn.Dropout2d, nn.Dropout3d,
-    )
-}  # fmt: skip
 
 NETWORKS: dict[str, NetworkEntry] = {
     "swin_unetr": NetworkEntry(_swin_unetr, "Swin-UNETR, the paper's network (Swin-BOB)", _swin_divisor),
     "plain_conv_unet": NetworkEntry(
-        _dynamic("plain_conv_unet", "PlainConvUNet"), "nnU-Net's standard U-Net", _conv_divisor, _DYNAMIC_PACKAGE
+        nnunet_builder("plain_conv_unet", "PlainConvUNet"), "nnU-Net's standard U-Net", strides_divisor, PACKAGE
     ),
     "residual_encoder_unet": NetworkEntry(
-        _dynamic("residual_encoder_unet", "ResidualEncoderUNet", "n_blocks_per_stage"),
+        nnunet_builder("residual_encoder_unet", "ResidualEncoderUNet", "n_blocks_per_stage"),
         "nnU-Net's residual-encoder U-Net",
-        _conv_divisor,
-        _DYNAMIC_PACKAGE,
+        strides_divisor,
+        PACKAGE,
     ),
+    "unet": _monai("unet", "3D U-Net (Çiçek et al. 2016), MONAI's with residual units"),
+    "vnet": _monai("vnet", "V-Net (Milletari et al. 2016), MONAI's", _cube(16)),
+    "segresnet": _monai("segresnet", "SegResNet (Myronenko 2018), MONAI's"),
+    "attention_unet": _monai("attention_unet", "Attention U-Net (Oktay et al. 2018), MONAI's"),
+    "unetr": _monai("unetr", "UNETR (Hatamizadeh et al. 2022), MONAI's", _cube(16), "patch_size"),
+    "swin_unetr_v2": _monai("swin_unetr_v2", "Swin-UNETR-V2 (He et al. 2023), MONAI's", _cube(32)),
 }
 # The same network under the names of the sizes that --preset nnunet plans (nnU-Net's ResEnc presets).
 NETWORKS |= {f"resenc_unet_{size}": NETWORKS["residual_encoder_unet"] for size in ("m", "l", "xl")}

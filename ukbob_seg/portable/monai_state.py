@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ukbob_seg.errors import ConfigError
+from ukbob_seg.networks.monai_networks import MONAI_NETWORKS, monai_call
 from ukbob_seg.networks.swin_unetr import SwinUNETR
 from ukbob_seg.networks.wrappers import CascadeNetwork, SliceNetwork, unwrapped
 from ukbob_seg.training.checkpoint import ModelDescription
@@ -41,10 +42,14 @@ def monai_network(description: ModelDescription, network: nn.Module) -> tuple[di
         own = {k: v for k, v in description.arguments.items() if k not in ("slice_axis", "previous_labels")}
         named = {"class": description.network.replace(":", "."), "arguments": {**arguments, **own}}
         return dict(inner.state_dict()), named
+    if description.network in MONAI_NETWORKS:
+        own = {k: v for k, v in description.arguments.items() if k not in ("slice_axis", "previous_labels")}
+        call = monai_call(description.network, _channels(description), _outputs(description), own)
+        return dict(inner.state_dict()), call
     if not isinstance(inner, SwinUNETR):
         raise ConfigError(
-            f"--monai: {description.network} is no network of MONAI (Swin-UNETR is, and what was trained as "
-            "--network monai.MODULE:CLASS); leave --monai out"
+            f"--monai: {description.network} is no network of MONAI (swin_unetr, {', '.join(MONAI_NETWORKS)} are, and "
+            "what was trained as --network monai.MODULE:CLASS); leave --monai out"
         )
     given = {OUR_NAMES.get(name, name): value for name, value in description.arguments.items()}
     if given.get("patch_merging", "distinct") != "distinct":

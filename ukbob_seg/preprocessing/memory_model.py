@@ -70,7 +70,7 @@ def swin_unetr_memory_gb(
     constants = SWIN_CUDA if feature_size >= SWIN_FUSED_FEATURE_SIZE else SWIN_CUDA_UNFUSED
     weights = 27_000.0 * feature_size**2  # 62.2 M at feature size 48; all large layers grow with its square
     kept = SWIN_VALUES * feature_size
-    return _peak_gb(SWIN_CPU if device == "cpu" else constants, weights, patch, batch, kept, in_channels, out_channels)
+    return peak_gb(SWIN_CPU if device == "cpu" else constants, weights, patch, batch, kept, in_channels, out_channels)
 
 
 def plain_conv_unet_memory_gb(
@@ -112,10 +112,10 @@ def plain_conv_unet_memory_gb(
             outputs += out_channels * share
             weights += kernel * (decoder + 1) * width**2 + doubling * width * features[stage + 1]
         before = width
-    return _peak_gb(CONV, weights, patch, batch, kept, in_channels, outputs)
+    return peak_gb(CONV, weights, patch, batch, kept, in_channels, outputs)
 
 
-def _peak_gb(
+def peak_gb(
     constants: Constants,
     weights: float,
     patch: Sequence[int],
@@ -124,6 +124,16 @@ def _peak_gb(
     in_channels: int,
     outputs: float,
 ) -> float:
-    """The sum, GiB; ``kept`` and ``outputs`` are values per input voxel."""
+    """Peak memory of a training step, GiB, from what is counted of a network.
+
+    Args:
+        constants: of the kind of network and device.
+        weights: parameters.
+        patch: voxels per axis.
+        batch: patches per step.
+        kept: values that the forward pass keeps, per input voxel.
+        in_channels: image channels.
+        outputs: values of all outputs, per input voxel.
+    """
     held = constants.per_value * kept + constants.per_output * outputs + constants.per_voxel + 2 * in_channels
     return constants.base_gb + FLOAT * (STATES_PER_WEIGHT * weights + batch * float(np.prod(patch)) * held) / GIB

@@ -1,15 +1,16 @@
-"""Patch, batch and network size under a memory budget, one planner per network."""
+"""Patch, batch and network size under a memory budget: Swin-UNETR and nnU-Net's U-Nets; see also ``baseline_plans``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ukbob_seg.errors import ConfigError
 from ukbob_seg.preprocessing.memory_model import plain_conv_unet_memory_gb, swin_unetr_memory_gb
+from ukbob_seg.preprocessing.nnunet_rules import RESIDUAL_BLOCKS, SIZINGS
 from ukbob_seg.preprocessing.plans import NetworkPlan
 
 DATASET_SHARE = 0.05  # a batch holds at most this share of the dataset's voxels
@@ -120,7 +121,7 @@ def _finish_swin(
     given: PlanningInput, patch: tuple[int, int, int], batch: int, features: int, note: str = ""
 ) -> tuple[NetworkPlan, str]:
     if given.batch_size is None and not note:
-        batch = _grow_batch(given, patch, batch, lambda b: _swin_memory(given, patch, b, features))
+        batch = grow_batch(given, patch, batch, lambda b: _swin_memory(given, patch, b, features))
     memory = _swin_memory(given, patch, batch, features)
     sizes = {"patch": given.patch_size, "batch": given.batch_size, "feature size": given.feature_size}
     asked = [name for name, size in sizes.items() if size]
@@ -129,7 +130,7 @@ def _finish_swin(
         why = "as asked for" if len(asked) == len(sizes) else f"{' and '.join(asked)} as asked for, else the largest"
     if memory > given.memory_gb:
         why += f"; OVER the budget of {given.memory_gb:g} GB: lower --batch-size, or give more memory"
-    reason = f"patch {_x(patch)}, batch {batch}, feature size {features}, about {memory:.1f} GB ({why})."
+    reason = f"patch {x_joined(patch)}, batch {batch}, feature size {features}, about {memory:.1f} GB ({why})."
     arguments = {"feature_size": features, "patch_merging": "distinct", **given.stage_arguments}
     return NetworkPlan(patch, batch, arguments, round(memory, 2)), reason
 
@@ -142,13 +143,30 @@ def plan_plain_conv_unet(given: PlanningInput) -> tuple[NetworkPlan, str]:
     Raises:
         ConfigError: a requested patch that pooling does not divide.
     """
+    return _plan_conv("plain_conv_unet", given, None)
+
+
+def plan_residual_unet(name: str, given: PlanningInput) -> tuple[NetworkPlan, str]:
+    """Plan nnU-Net's residual-encoder U-Net by the same rules, with its blocks per stage.
+
+    ``resenc_unet_m``, ``_l`` and ``_xl`` take what nnU-Net's planner of that size aims at (8, 24 and 40 GB), or the
+    budget where that is less; ``residual_encoder_unet`` takes the budget.
+
+    Raises:
+        ConfigError: a requested patch that pooling does not divide.
+    """
+    aim = SIZINGS[name].memory_gb if name in SIZINGS else given.memory_gb
+    return _plan_conv(name, replace(given, memory_gb=min(aim, given.memory_gb)), RESIDUAL_BLOCKS)
+
+
+def _plan_conv(name: str, given: PlanningInput, blocks: Sequence[int] | None) -> tuple[NetworkPlan, str]:
     plane = [axis for axis in range(3) if axis != given.slice_axis]
     spacing, median = [given.spacing_mm[a] for a in plane], [given.median_shape[a] for a in plane]
     least_batch = given.batch_size or 2
     edges = [given.patch_size[a] for a in plane] if given.patch_size else _conv_start_patch(median, spacing)
     while True:
         edges, strides, kernels = _conv_topology(edges, spacing)
-        memory = _conv_memory(given, edges, least_batch, strides)
+        memory = _conv_memory(given, edges, least_batch, strides, blocks)
         if given.patch_size is not None or memory <= given.memory_gb:
             break
         # Shrink the axis that covers most of the median case, by one unit of its pooling.
@@ -161,12 +179,17 @@ def plan_plain_conv_unet(given: PlanningInput) -> tuple[NetworkPlan, str]:
     z, y, x = (edges[plane.index(axis)] if axis in plane else 1 for axis in range(3))
     patch = (z, y, x)
     if given.patch_size is not None and patch != given.patch_size:
-        raise ConfigError(f"plain_conv_unet: patch {given.patch_size} is not divisible by its pooling; try {patch}")
-    batch = given.batch_size or _grow_batch(given, patch, least_batch, lambda b: _conv_memory(given, edges, b, strides))
-    memory = _conv_memory(given, edges, batch, strides)
-    arguments = conv_arguments(strides, kernels, _conv_features(strides), 2, 2) | given.stage_arguments
+        raise ConfigError(f"{name}: patch {given.patch_size} is not divisible by its pooling; try {patch}")
+
+    def memory_gb(batch: int) -> float:
+        return _conv_memory(given, edges, batch, strides, blocks)
+
+    batch = given.batch_size or grow_batch(given, patch, least_batch, memory_gb)
+    memory, stages = memory_gb(batch), len(strides)
+    encoder, decoder = (2, 2) if blocks is None else (blocks[:stages], 1)
+    arguments = conv_arguments(strides, kernels, _conv_features(strides), encoder, decoder) | given.stage_arguments
     over = "" if memory <= given.memory_gb else f", OVER the budget of {given.memory_gb:g} GB"
-    reason = f"patch {_x(patch)}, batch {batch}, {len(strides)} stages, about {memory:.1f} GB{over}."
+    reason = f"patch {x_joined(patch)}, batch {batch}, {stages} stages, about {memory:.1f} GB{over}."
     return NetworkPlan(patch, batch, arguments, round(memory, 2)), reason
 
 
@@ -227,15 +250,19 @@ def _conv_features(strides: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return tuple(min(CONV_BASE_FEATURES * 2**i, most) for i in range(len(strides)))
 
 
-def _conv_memory(given: PlanningInput, patch: Sequence[int], batch: int, strides: Sequence[Sequence[int]]) -> float:
+def _conv_memory(
+    given: PlanningInput,
+    patch: Sequence[int],
+    batch: int,
+    strides: Sequence[Sequence[int]],
+    blocks: Sequence[int] | None,
+) -> float:
     return plain_conv_unet_memory_gb(
-        patch, batch, strides, _conv_features(strides), given.input_channels, given.out_channels
+        patch, batch, strides, _conv_features(strides), given.input_channels, given.out_channels, blocks
     )
 
 
-def _grow_batch(
-    given: PlanningInput, patch: tuple[int, int, int], least: int, memory_gb: Callable[[int], float]
-) -> int:
+def grow_batch(given: PlanningInput, patch: tuple[int, int, int], least: int, memory_gb: Callable[[int], float]) -> int:
     """Largest batch within the budget, the dataset share and the cap; never below ``least``."""
     by_share = int(DATASET_SHARE * given.dataset_voxels / float(np.prod(patch)))
     most = MAX_BATCH_SIZE[3 if given.slice_axis is None else 2]
@@ -245,7 +272,8 @@ def _grow_batch(
     return batch
 
 
-def _x(values: tuple[int, int, int]) -> str:
+def x_joined(values: tuple[int, int, int]) -> str:
+    """``96x96x64``."""
     return "x".join(str(v) for v in values)
 
 

@@ -7,77 +7,26 @@ its users meet the decisions they know; patch and feature size follow the memory
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
 from ukbob_seg.dataset.spec import DatasetSpec
-from ukbob_seg.errors import ConfigError
 from ukbob_seg.preprocessing.fingerprint import Fingerprint
 from ukbob_seg.preprocessing.network_plans import NETWORK_PLANNERS, SLICE_NETWORK_PLANNERS, PlanningInput
 from ukbob_seg.preprocessing.nnunet_preset import NnunetRequest, nnunet_configurations
 from ukbob_seg.preprocessing.nnunet_rules import Cases, target_spacing
 from ukbob_seg.preprocessing.normalization import ChannelNormalization, scheme_for_channel
+from ukbob_seg.preprocessing.plan_options import PlanOptions, planning_input
 from ukbob_seg.preprocessing.plans import ConfigurationPlan, Plans
+from ukbob_seg.preprocessing.requested_networks import with_networks
 
 ANISOTROPY_THRESHOLD = 3.0
 LOWRES_COVERAGE = 0.25  # a low-resolution configuration is added when the patch covers less of the median case
 LOWRES_STEP = 1.03
 CROP_MASK_THRESHOLD = 0.75
 PAPER_CT_WINDOW_HU = (-175.0, 250.0)
-PRESETS = ("default", "ukbob", "nnunet")
-DEFAULT_MEMORY_GB = 8.0
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """What the user may ask of the planner.
-
-    Attributes:
-        memory_gb: budget for one training step, GiB; None is 8, and with preset ``nnunet`` what each of nnU-Net's
-            planners aims at.
-        preset: ``default``; ``ukbob`` for the paper's exact recipe (isotropic, 96^3, feature size 48, batch 8,
-            intensities scaled to [0, 1]); ``nnunet`` for the decisions of nnU-Net's own planners.
-        spacing_mm: target spacing (z, y, x) instead of the rule's.
-        patch_size: patch (z, y, x) instead of the rule's, for every network.
-        batch_size: batch size instead of the rule's, for every network.
-        feature_size: Swin-UNETR feature size instead of the rule's.
-        anti_alias: blur images along axes that shrink before they are resampled.
-        coarse_order: interpolation of images across a coarse axis, 0 (nearest voxels) or 1 (linear).
-    """
-
-    memory_gb: float | None = None
-    preset: str = "default"
-    spacing_mm: tuple[float, float, float] | None = None
-    patch_size: tuple[int, int, int] | None = None
-    batch_size: int | None = None
-    feature_size: int | None = None
-    anti_alias: bool = False
-    coarse_order: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("spacing_mm", "patch_size"):  # lists are as good
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.preset not in PRESETS:
-            raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
-        if not 0.5 <= self.budget_gb <= 10_000:
-            raise ConfigError(f"--memory-gb must be at least 0.5, got {self.memory_gb}")
-        if self.spacing_mm is not None and not all(0 < mm < float("inf") for mm in self.spacing_mm):
-            raise ConfigError(f"--spacing must be positive (z y x, mm), got {self.spacing_mm}")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ConfigError(f"--batch-size must be at least 1, got {self.batch_size}")
-        if self.feature_size is not None and (self.feature_size < 12 or self.feature_size % 12):
-            raise ConfigError(f"--feature-size must be a multiple of 12, got {self.feature_size}")
-        for flag, value in (("--patch-size", self.patch_size), ("--feature-size", self.feature_size)):
-            if self.preset == "nnunet" and value is not None:
-                raise ConfigError(f"{flag} cannot be combined with --preset nnunet; change the size in plans.json")
-
-    @property
-    def budget_gb(self) -> float:
-        """Budget of a training step where no planner brings its own."""
-        return DEFAULT_MEMORY_GB if self.memory_gb is None else self.memory_gb
 
 
 def plan(fingerprint: Fingerprint, spec: DatasetSpec, options: PlanOptions | None = None) -> Plans:
@@ -104,7 +53,7 @@ def plan(fingerprint: Fingerprint, spec: DatasetSpec, options: PlanOptions | Non
         for name, entry in configurations.items()
     }
     axes = {case.left_right_axis for case in fingerprint.cases}
-    return Plans(
+    plans = Plans(
         dataset=spec.name,
         preset=options.preset,
         memory_gb=options.budget_gb,
@@ -114,6 +63,7 @@ def plan(fingerprint: Fingerprint, spec: DatasetSpec, options: PlanOptions | Non
         reasons=tuple(reasons),
         fingerprint=fingerprint.inputs,
     )
+    return with_networks(plans, fingerprint, spec, options)
 
 
 def _describe_cases(fingerprint: Fingerprint, spec: DatasetSpec) -> str:
@@ -194,14 +144,6 @@ def _target_spacing(fingerprint: Fingerprint, options: PlanOptions, reasons: lis
     return spacing
 
 
-def resampled_shape(
-    shape: tuple[int, int, int], spacing_mm: tuple[float, float, float], target_mm: tuple[float, float, float]
-) -> tuple[int, int, int]:
-    """Voxels (z, y, x) that cover the same extent at another spacing."""
-    z, y, x = (max(1, round(n * s / t)) for n, s, t in zip(shape, spacing_mm, target_mm, strict=True))
-    return z, y, x
-
-
 def _configurations(
     fingerprint: Fingerprint,
     spec: DatasetSpec,
@@ -210,7 +152,7 @@ def _configurations(
     reasons: list[str],
 ) -> dict[str, ConfigurationPlan]:
     """Full resolution, slices, and for large cases a low resolution with the cascade that follows it."""
-    given = _planning_input(fingerprint, spec, options, spacing)
+    given = planning_input(fingerprint, spec, options, spacing)
     full = _plan_configuration(given, reasons, "3d_fullres")
     found = {"3d_fullres": full}
     low_spacing = None if options.patch_size else _lowres_spacing(full)
@@ -219,7 +161,7 @@ def _configurations(
             f"3d_lowres: the patch of 3d_fullres covers less than {LOWRES_COVERAGE:.0%} of the median case, so a "
             "coarser configuration is offered as well."
         )
-        low = _planning_input(fingerprint, spec, options, low_spacing)
+        low = planning_input(fingerprint, spec, options, low_spacing)
         found["3d_lowres"] = _plan_configuration(low, reasons, "3d_lowres")
         second = replace(given, previous_labels=len(spec.labels.values))
         found["3d_cascade_fullres"] = replace(
@@ -231,7 +173,7 @@ def _configurations(
         reasons.append("2d: left out, because --patch-size asks for 3D patches.")
     else:
         axis = int(np.argmax(spacing))
-        sliced = _planning_input(fingerprint, spec, options, spacing, axis)
+        sliced = planning_input(fingerprint, spec, options, spacing, axis)
         found["2d"] = _plan_configuration(sliced, reasons, "2d")
     return found
 
@@ -249,37 +191,7 @@ def _nnunet_request(
         memory_gb=options.memory_gb,
         batch_size=options.batch_size,
         previous_labels=len(spec.labels.values),
-        describe=partial(_planning_input, fingerprint, spec, options),
-    )
-
-
-def _planning_input(
-    fingerprint: Fingerprint,
-    spec: DatasetSpec,
-    options: PlanOptions,
-    spacing: tuple[float, float, float],
-    slice_axis: int | None = None,
-) -> PlanningInput:
-    """What the network planners need at one spacing; along ``slice_axis`` every case keeps its own."""
-    shapes = np.array([resampled_shape(case.cropped_shape, case.spacing_mm, spacing) for case in fingerprint.cases])
-    if slice_axis is not None:
-        shapes[:, slice_axis] = [case.cropped_shape[slice_axis] for case in fingerprint.cases]
-        own = float(np.median([case.spacing_mm[slice_axis] for case in fingerprint.cases]))
-        first, second, third = (own if axis == slice_axis else mm for axis, mm in enumerate(spacing))
-        spacing = (first, second, third)
-    z, y, x = (int(v) for v in np.median(shapes, axis=0))
-    return PlanningInput(
-        median_shape=(z, y, x),
-        spacing_mm=spacing,
-        dataset_voxels=float(np.prod(shapes, axis=1, dtype=float).sum()),
-        in_channels=len(spec.channel_names),
-        out_channels=spec.labels.num_outputs,
-        memory_gb=options.budget_gb,
-        paper_recipe=options.preset == "ukbob",
-        patch_size=options.patch_size,
-        batch_size=options.batch_size,
-        feature_size=options.feature_size,
-        slice_axis=slice_axis,
+        describe=partial(planning_input, fingerprint, spec, options),
     )
 
 

@@ -20,7 +20,8 @@ from ukbob_seg.preprocessing.fingerprint import label_content
 from ukbob_seg.preprocessing.fingerprint_cases import LoadedCases, file_stamps
 from ukbob_seg.preprocessing.locations import class_locations
 from ukbob_seg.preprocessing.normalization import normalize
-from ukbob_seg.preprocessing.planner import ANISOTROPY_THRESHOLD, resampled_shape
+from ukbob_seg.preprocessing.plan_options import resampled_shape
+from ukbob_seg.preprocessing.planner import ANISOTROPY_THRESHOLD
 from ukbob_seg.preprocessing.plans import ConfigurationPlan, Plans
 from ukbob_seg.preprocessing.records import case_files, case_key, is_current, is_intact, write_record
 from ukbob_seg.preprocessing.storage import save_array

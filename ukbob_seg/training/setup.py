@@ -23,6 +23,7 @@ from ukbob_seg.preprocessing.fingerprint import Fingerprint
 from ukbob_seg.preprocessing.plans import ConfigurationPlan, NetworkPlan, Plans
 from ukbob_seg.preprocessing.preprocessor import arrays_folder, preprocessing_recipe
 from ukbob_seg.preprocessing.records import load_record
+from ukbob_seg.preprocessing.requested_networks import load_plans
 from ukbob_seg.training.augmentation import AugmentationSetup, Transform, make_transforms
 from ukbob_seg.training.cascade import previous_stage_maps
 from ukbob_seg.training.checkpoint import ModelDescription
@@ -136,7 +137,7 @@ def prepare(
         DatasetError: not preprocessed, or unusable splits.
     """
     folder = find_dataset(roots.preprocessed, dataset)
-    plans = Plans.load(folder / "plans.json")
+    plans = load_plans(folder, configuration, network)
     spec = DatasetSpec.from_json(DatasetSpec.load(folder).content, folder.name)
     plan = plans.configuration(configuration)
     network_plan = plan.network(network)
