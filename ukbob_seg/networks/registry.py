@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from inspect import signature
 from math import prod
@@ -12,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ukbob_seg.errors import ConfigError
+from ukbob_seg.networks.diffusion import DiffusionNetwork, MedSegDiffV1, MedSegDiffV2, stage_divisor
 from ukbob_seg.networks.swin_unetr import SwinUNETR
 from ukbob_seg.networks.wrappers import CascadeNetwork, SliceNetwork, unwrapped
 
@@ -177,6 +179,13 @@ def _construct(factory: Callable[..., nn.Module], name: str, given: Mapping[str,
     return factory(**given)
 
 
+def _diffusion(kind: type[DiffusionNetwork], name: str, description: str) -> NetworkEntry:
+    def build(in_channels: int, out_channels: int, arguments: Mapping[str, Any]) -> nn.Module:
+        return _construct(kind, name, {"in_channels": in_channels, "out_channels": out_channels, **arguments})
+
+    return NetworkEntry(build, description, partial(stage_divisor, kind))
+
+
 def _import_class(path: str) -> Callable[..., nn.Module]:
     module, _, name = path.partition(":")
     try:
@@ -207,6 +216,10 @@ NETWORKS: dict[str, NetworkEntry] = {
         "nnU-Net's residual-encoder U-Net",
         _conv_divisor,
         _DYNAMIC_PACKAGE,
+    ),
+    "medsegdiff_v1": _diffusion(MedSegDiffV1, "medsegdiff_v1", "MedSegDiff, which segments by denoising"),
+    "medsegdiff_v2": _diffusion(
+        MedSegDiffV2, "medsegdiff_v2", "MedSegDiff-V2, with a condition model and a transformer"
     ),
 }
 # The same network under the names of the sizes that --preset nnunet plans (nnU-Net's ResEnc presets).

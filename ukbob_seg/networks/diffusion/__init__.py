@@ -2,6 +2,14 @@
 
 from ukbob_seg.networks.diffusion.medsegdiff_v1 import MedSegDiffV1
 from ukbob_seg.networks.diffusion.medsegdiff_v2 import MedSegDiffV2
-from ukbob_seg.networks.diffusion.network import DiffusionNetwork, NoisePrediction, Sampling
+from ukbob_seg.networks.diffusion.network import DiffusionNetwork, NoisePrediction, Sampling, set_head, stage_divisor
 
-__all__ = ["DiffusionNetwork", "MedSegDiffV1", "MedSegDiffV2", "NoisePrediction", "Sampling"]
+__all__ = [
+    "DiffusionNetwork",
+    "MedSegDiffV1",
+    "MedSegDiffV2",
+    "NoisePrediction",
+    "Sampling",
+    "set_head",
+    "stage_divisor",
+]

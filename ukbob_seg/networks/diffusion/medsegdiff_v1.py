@@ -134,6 +134,8 @@ class MedSegDiffV1(DiffusionNetwork):
         ConfigError: arguments out of range.
     """
 
+    features = FEATURES
+
     def __init__(
         self,
         in_channels: int,

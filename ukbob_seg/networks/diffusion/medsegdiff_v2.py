@@ -125,6 +125,8 @@ class MedSegDiffV2(DiffusionNetwork):
         ConfigError: arguments out of range.
     """
 
+    features = FEATURES
+
     def __init__(
         self,
         in_channels: int,

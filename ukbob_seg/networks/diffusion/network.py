@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ukbob_seg.errors import ConfigError
 from ukbob_seg.networks.diffusion.sampler import sample
 from ukbob_seg.networks.diffusion.schedule import REFERENCE_STEPS, NoiseSchedule
+from ukbob_seg.networks.wrappers import unwrapped
 
 LEAST_PROBABILITY = 1e-4  # so that logits are finite
 MOST_SEED = 2**62
@@ -30,6 +32,19 @@ class NoisePrediction(NamedTuple):
     noise: Tensor
     step: Tensor
     condition: Tensor | None
+
+
+def set_head(network: nn.Module, head: str) -> None:
+    """Tell a network that makes its logits from probabilities what they mean, ``softmax`` or ``sigmoid``."""
+    inner = unwrapped(network)
+    if isinstance(inner, DiffusionNetwork):
+        inner.head = head
+
+
+def stage_divisor(kind: type[DiffusionNetwork], arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    """What a patch (z, y, x) must be divisible by: every stage but the first halves it."""
+    edge = 2 ** (len(arguments.get("features_per_stage", kind.features)) - 1)
+    return edge, edge, edge
 
 
 @dataclass(frozen=True)
@@ -91,8 +106,11 @@ class DiffusionNetwork(nn.Module):
         cross_entropy_weight: in that loss, of the cross-entropy against Dice (beta of v2).
 
     Attributes:
-        head: what the logits mean, ``softmax`` or ``sigmoid``; see ``registry.set_head``.
+        head: what the logits mean, ``softmax`` or ``sigmoid``; see ``set_head``.
+        features: channels per stage where none are given.
     """
+
+    features: tuple[int, ...] = ()
 
     def __init__(
         self,
