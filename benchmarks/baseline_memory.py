@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ukbob_seg.networks.diffusion import DiffusionNetwork, NoisePrediction
 from ukbob_seg.networks.registry import NETWORKS, build_network
 from ukbob_seg.preprocessing.baseline_plans import BASELINES
 
@@ -59,8 +60,12 @@ def count_kept(network: nn.Module, edge: int, device: str) -> tuple[float, float
             kept[storage._cdata] = storage
         return tensor
 
+    # A diffusion network learns to denoise a map of its outputs, and keeps nothing of its drawing.
+    clean = (image.new_zeros(1, network.outputs, edge, edge, edge),) if isinstance(network, DiffusionNetwork) else ()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = network(image)
+        outputs = network(image, *clean)
+    if isinstance(outputs, NoisePrediction):
+        outputs = [outputs.predicted] if outputs.condition is None else [outputs.predicted, outputs.condition]
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
     return sum(storage.nbytes() for storage in kept.values()) / 4, float(sum(output.numel() for output in outputs))
 

@@ -10,6 +10,7 @@ UNET = {
     "features_per_stage": [8, 16, 24], "strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]], "kernel_sizes": [[3, 3, 3]] * 3,
     "n_conv_per_stage": [1, 1, 1], "n_conv_per_stage_decoder": [1, 1], "deep_supervision": True, "norm": "instance",
 }  # fmt: skip
+# fmt: off
 SMALL: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "swin_unetr": ({"feature_size": 12}, (32, 64, 32)),
     "plain_conv_unet": (UNET, (32, 32, 32)),
@@ -21,12 +22,59 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "vnet": ({}, (32, 32, 32)),
     "segresnet": ({"init_filters": 8, "blocks_down": [1, 2, 2], "blocks_up": [1, 1]}, (32, 32, 32)),
     "attention_unet": ({"channels": [8, 16, 24], "strides": [2, 2]}, (32, 32, 32)),
+    "resunet_pp": ({"widths": [8, 8, 16, 16, 24], "rates": [2, 3]}, (32, 32, 32)),
+    "transunet": (
+        {
+            **{key: UNET[key] for key in ("features_per_stage", "strides", "kernel_sizes", "n_conv_per_stage")},
+            "n_conv_per_stage_decoder": 1, "vit_layers": 2, "vit_dim": 48, "vit_heads": 4, "vit_hidden_dim": 96,
+            "patch_size": [32, 32, 32],
+        },
+        (32, 32, 32),
+    ),
+    "transbts": (
+        {
+            "base_channels": 8, "embedding_dim": 48, "heads": 4, "layers": 2, "hidden_dim": 96,
+            "patch_size": [32, 32, 32],
+        },
+        (32, 32, 32),
+    ),
+    "nnformer": (
+        {
+            "embedding_dim": 24, "num_heads": [1, 2, 4, 8], "embedding_strides": [2, 2, 2], "depths": [1, 1, 1, 1],
+            "strides": [[2, 2, 2], [2, 2, 2], [1, 1, 1]], "global_extent": [4, 4, 4], "deep_supervision": True,
+        },
+        (32, 32, 32),
+    ),
+    "medformer": (
+        {
+            "base_channels": 8, "channels": [16, 16, 24, 24, 24, 16, 16, 8], "heads": [1, 2, 2, 2, 2, 2, 1, 1],
+            "conv_blocks": [1, 1, 0, 0, 0, 1, 1, 1], "attention_blocks": [0, 1, 1, 1, 1, 1, 0, 0],
+            "map_size": [2, 2, 2], "fusion_dim": 24, "fusion_heads": 2, "fusion_layers": 1,
+        },
+        (32, 32, 32),
+    ),
+    "ux_net": (
+        {"feature_sizes": [12, 12, 24, 24], "hidden_size": 48, "depths": [1, 1, 1, 1], "layer_scale": 0.1},
+        (32, 32, 32),
+    ),
+    "medsegdiff_v1": (
+        {"features_per_stage": [8, 16, 24], "blocks_per_stage": 1, "sampling_steps": 2, "image_size": [32, 32, 32]},
+        (32, 32, 32),
+    ),
+    "medsegdiff_v2": (
+        {
+            "features_per_stage": [8, 16, 24], "blocks_per_stage": 1, "sampling_steps": 2, "former_blocks": 1,
+            "filter_blocks": 2, "filter_width": 4,
+        },
+        (32, 32, 32),
+    ),
     "unetr": (
         {"patch_size": [32, 48, 32], "feature_size": 8, "hidden_size": 48, "mlp_dim": 96, "num_heads": 4},
         (32, 48, 32),
     ),
     "swin_unetr_v2": ({"feature_size": 12}, (32, 64, 32)),
 }
+# fmt: on
 
 
 def small_plan(name: str, batch: int = 1) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class CompiledNetwork(nn.Module):
         super().__init__()
         self.network = network
         self._rehearsed = False
-        self._call: Callable[[Tensor], Any] | None = None
+        self._call: Callable[..., Any] | None = None
         try:
             self._call = torch.compile(network.forward, backend=backend or BACKEND, dynamic=False)
         except Exception as error:  # old Pythons, builds without it, unknown backends: each raises something else
@@ -41,33 +41,33 @@ class CompiledNetwork(nn.Module):
         """Whether compiling failed, so that calls run the network as it is."""
         return self._call is None
 
-    def forward(self, image: Tensor) -> Any:
+    def forward(self, *inputs: Tensor) -> Any:
         """What the network returns."""
         if self._call is None:
-            return self.network(image)
+            return self.network(*inputs)
         try:
             if torch.is_grad_enabled() and not self._rehearsed:
-                self._rehearse(image)
-            return self._call(image)
+                self._rehearse(*inputs)
+            return self._call(*inputs)
         except UkbobError:
             raise
         except Exception as error:  # compilers raise anything
             if is_out_of_memory(error):  # the network as it is needs no less
                 raise
-            outputs = self.network(image)  # raises its own error where the input is at fault
+            outputs = self.network(*inputs)  # raises its own error where the input is at fault
             self._give_up(error)
             return outputs
 
-    def _rehearse(self, image: Tensor) -> None:
+    def _rehearse(self, *inputs: Tensor) -> None:
         """One step without consequences: the backward pass is compiled in its first call, which must not be training's.
 
         Random state and buffers, such as the statistics of BatchNorm, are as before; no parameter gets a gradient.
         """
         assert self._call is not None
         buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
-        with torch.random.fork_rng(devices=[image.device] if image.device.type == "cuda" else []):
-            outputs = self._call(image.detach())
-        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        with torch.random.fork_rng(devices=[inputs[0].device] if inputs[0].is_cuda else []):
+            outputs = self._call(*(each.detach() for each in inputs))
+        outputs = [outputs] if isinstance(outputs, Tensor) else [each for each in outputs if each is not None]
         wanted = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         total = sum(output.float().sum() for output in outputs)
         if wanted and isinstance(total, Tensor) and total.requires_grad:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from ukbob_seg.errors import ConfigError
 from ukbob_seg.networks.construction import construct, import_class
+from ukbob_seg.networks.diffusion import DiffusionNetwork, MedSegDiffV1, MedSegDiffV2, stage_divisor
 from ukbob_seg.networks.monai_networks import EXTRA, halvings_divisor, monai_builder
 from ukbob_seg.networks.nnunet_networks import PACKAGE, nnunet_builder, strides_divisor
 from ukbob_seg.networks.swin_unetr import SwinUNETR
@@ -140,6 +142,13 @@ def _monai(name: str, description: str, divisor: Divisor | None = None, patch_ar
     return NetworkEntry(monai_builder(name), description, divisor or halvings_divisor(name), EXTRA, patch_argument)
 
 
+def _diffusion(kind: type[DiffusionNetwork], name: str, description: str, patch_argument: str = "") -> NetworkEntry:
+    def build(in_channels: int, out_channels: int, arguments: Mapping[str, Any]) -> nn.Module:
+        return construct(kind, name, {"in_channels": in_channels, "out_channels": out_channels, **arguments})
+
+    return NetworkEntry(build, description, partial(stage_divisor, kind), patch_argument=patch_argument)
+
+
 NETWORKS: dict[str, NetworkEntry] = {
     "swin_unetr": NetworkEntry(_swin_unetr, "Swin-UNETR, the paper's network (Swin-BOB)", _swin_divisor),
     "plain_conv_unet": NetworkEntry(
@@ -155,8 +164,16 @@ NETWORKS: dict[str, NetworkEntry] = {
     "vnet": _monai("vnet", "V-Net (Milletari et al. 2016), MONAI's", _cube(16)),
     "segresnet": _monai("segresnet", "SegResNet (Myronenko 2018), MONAI's"),
     "attention_unet": _monai("attention_unet", "Attention U-Net (Oktay et al. 2018), MONAI's"),
+    "resunet_pp": _own("baselines.resunet_pp:ResUNetPlusPlus", "ResUNet++ (Jha et al. 2019), in 3D"),
     "unetr": _monai("unetr", "UNETR (Hatamizadeh et al. 2022), MONAI's", _cube(16), "patch_size"),
+    "transunet": _own("baselines.transunet:TransUNet", "3D TransUNet (Chen et al. 2023)", "patch_size"),
+    "transbts": _own("baselines.transbts:TransBTS", "TransBTS (Wang et al. 2021)", "patch_size"),
+    "nnformer": _own("baselines.nnformer:NNFormer", "nnFormer (Zhou et al. 2023)"),
+    "medformer": _own("baselines.medformer:MedFormer", "MedFormer (Gao et al. 2022)"),
+    "ux_net": _own("baselines.ux_net:UXNet", "3D UX-Net (Lee et al. 2023)"),
     "swin_unetr_v2": _monai("swin_unetr_v2", "Swin-UNETR-V2 (He et al. 2023), MONAI's", _cube(32)),
+    "medsegdiff_v1": _diffusion(MedSegDiffV1, "medsegdiff_v1", "MedSegDiff (Wu et al. 2023): denoising", "image_size"),
+    "medsegdiff_v2": _diffusion(MedSegDiffV2, "medsegdiff_v2", "MedSegDiff-V2 (Wu et al. 2024): with a transformer"),
 }
 # The same network under the names of the sizes that --preset nnunet plans (nnU-Net's ResEnc presets).
 NETWORKS |= {f"resenc_unet_{size}": NETWORKS["residual_encoder_unet"] for size in ("m", "l", "xl")}

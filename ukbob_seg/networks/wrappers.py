@@ -51,11 +51,14 @@ class CascadeNetwork(nn.Module):
         self.channels = channels
         self.register_buffer("indices", torch.arange(1, labels + 1).view(1, -1, 1, 1, 1), persistent=False)
 
-    def forward(self, image: Tensor) -> Outputs:
-        """(B, channels + 1, z, y, x), the last channel label indices, -> outputs of the network."""
+    def forward(self, image: Tensor, *more: Tensor) -> Outputs:
+        """(B, channels + 1, z, y, x), the last channel label indices, -> outputs of the network.
+
+        What else a network takes while it learns (``DiffusionNetwork``) is passed on.
+        """
         indices: Tensor = self.indices  # type: ignore[assignment]
         labels = torch.eq(image[:, self.channels :], indices).to(image.dtype)
-        outputs: Outputs = self.network(torch.cat([image[:, : self.channels], labels], dim=1))
+        outputs: Outputs = self.network(torch.cat([image[:, : self.channels], labels], dim=1), *more)
         return outputs
 
 

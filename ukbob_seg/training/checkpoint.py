@@ -13,6 +13,7 @@ from torch import nn
 from ukbob_seg.dataset.spec import DatasetSpec
 from ukbob_seg.errors import CheckpointError, ConfigError
 from ukbob_seg.files import atomic_path
+from ukbob_seg.networks.diffusion import set_head
 from ukbob_seg.networks.registry import build_network, set_deep_supervision
 from ukbob_seg.preprocessing.intensity_field import UsualField
 from ukbob_seg.preprocessing.plans import Plans
@@ -60,7 +61,9 @@ class ModelDescription:
     def build(self) -> nn.Module:
         """A network with fresh weights."""
         spec = self.spec()
-        return build_network(self.network, len(spec.channel_names), spec.labels.num_outputs, self.arguments)
+        network = build_network(self.network, len(spec.channel_names), spec.labels.num_outputs, self.arguments)
+        set_head(network, self.head)
+        return network
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ukbob_seg.errors import ConfigError, UkbobError
+from ukbob_seg.networks.diffusion import NoisePrediction
 
 if TYPE_CHECKING:
     from ukbob_seg.training.augmentation import Batch, Transform
@@ -156,9 +157,9 @@ class _DetachUnused(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, image: Tensor) -> Any:
-        outputs = self.network(image)
-        if isinstance(outputs, Tensor) or len(outputs) == 1:
+    def forward(self, *inputs: Tensor) -> Any:
+        outputs = self.network(*inputs)
+        if isinstance(outputs, Tensor | NoisePrediction) or len(outputs) == 1:
             return outputs
         return [*outputs[:-1], outputs[-1].detach()]
 

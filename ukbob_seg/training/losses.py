@@ -28,10 +28,32 @@ class SoftmaxDiceLoss:
 
     Args:
         ignore_index: label of voxels that count for nothing.
+        entropy_weight: of the cross-entropy, against Dice.
     """
 
-    def __init__(self, ignore_index: int) -> None:
-        self.ignore_index = ignore_index
+    def __init__(self, ignore_index: int, entropy_weight: float = 1.0) -> None:
+        self.ignore_index, self.entropy_weight = ignore_index, entropy_weight
+
+    def truth(self, labels: Tensor, outputs: int, merged: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What each output should say, and where that is known.
+
+        Args:
+            labels: as for the loss.
+            outputs: K.
+            merged: as for the loss: where a voxel is background or one of these, neither is known.
+
+        Returns:
+            (B, K, z, y, x) bool, background where a voxel is ignored; and (B, 1 or K, z, y, x) bool.
+        """
+        valid = labels != self.ignore_index
+        target = torch.where(valid, labels, torch.zeros_like(labels)).long()
+        known = valid.unsqueeze(1)
+        if merged is not None:
+            target = torch.where(_is_merged(target, merged), torch.zeros_like(target), target)
+            open_outputs = merged | _first_of_any(merged)  # (B, K)
+            known = known & ~((target == 0).unsqueeze(1) & open_outputs.view(*open_outputs.shape, 1, 1, 1))
+        classes = torch.arange(outputs, device=labels.device).view(1, -1, 1, 1, 1)
+        return target.unsqueeze(1) == classes, known
 
     def __call__(self, logits: Tensor, labels: Tensor, merged: Tensor | None = None) -> Tensor:
         """Loss of one resolution.
@@ -65,7 +87,7 @@ class SoftmaxDiceLoss:
             entropy, count, intersection, predicted, present, _elements(logits, merged)
         )
         dice = (2 * intersection + SMOOTH) / (predicted + present + SMOOTH)
-        return entropy / count.clamp(min=1) + 1 - _mean_dice(dice, elements, skip=1)
+        return self.entropy_weight * entropy / count.clamp(min=1) + 1 - _mean_dice(dice, elements, skip=1)
 
 
 class SigmoidDiceLoss:
@@ -75,10 +97,31 @@ class SigmoidDiceLoss:
         table: (R, K + 1) bool; whether label index k belongs to output r.
         ignore_index: label of voxels that count for nothing.
         skip_background: leave output 0 out of the Dice mean (when it stands for background).
+        entropy_weight: of the cross-entropy, against Dice.
     """
 
-    def __init__(self, table: Tensor, ignore_index: int, skip_background: bool = False) -> None:
+    def __init__(
+        self, table: Tensor, ignore_index: int, skip_background: bool = False, entropy_weight: float = 1.0
+    ) -> None:
         self.table, self.ignore_index, self.skip_background = table, ignore_index, skip_background
+        self.entropy_weight = entropy_weight
+
+    def truth(self, labels: Tensor, outputs: int, merged: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As of ``SoftmaxDiceLoss``; with ``merged``, outputs that those labels belong to are unknown in the element,
+        and with an output of background that one is, where a voxel is background or one of them.
+        """
+        valid = labels != self.ignore_index
+        indices = torch.where(valid, labels, torch.zeros_like(labels)).long()
+        known = valid.unsqueeze(1)
+        if merged is not None:
+            left_out = (merged.float() @ self.table.to(labels.device).float().T) > 0  # (B, R)
+            known = known & ~left_out.view(*left_out.shape, 1, 1, 1)
+            if self.skip_background:
+                indices = torch.where(_is_merged(indices, merged), torch.zeros_like(indices), indices)
+                first = torch.arange(outputs, device=labels.device).view(1, -1, 1, 1, 1) == 0
+                any_merged = merged.any(dim=1).view(-1, 1, 1, 1, 1)
+                known = known & ~(first & any_merged & (indices == 0).unsqueeze(1))
+        return self.table.to(labels.device)[:, indices].transpose(0, 1), known
 
     def __call__(self, logits: Tensor, labels: Tensor, merged: Tensor | None = None) -> Tensor:
         """Loss of one resolution.
@@ -116,7 +159,8 @@ class SigmoidDiceLoss:
             _elements(logits, left_out),
         )
         dice = (2 * intersection + SMOOTH) / (predicted + present + SMOOTH)
-        return entropy / count.clamp(min=1) + 1 - _mean_dice(dice, elements, skip=int(self.skip_background))
+        dice_loss = 1 - _mean_dice(dice, elements, skip=int(self.skip_background))
+        return self.entropy_weight * entropy / count.clamp(min=1) + dice_loss
 
 
 def merge_with_background(logits: Tensor, merged: Tensor) -> Tensor:
@@ -164,6 +208,12 @@ def unite_with_background(logits: Tensor, merged: Tensor) -> Tensor:
             total = torch.where(tiny, 1.0, total)  # underflows there, and its logarithm has no gradient
             result[element, 0] = torch.where(tiny, outputs.logsumexp(dim=0), total + torch.log(-torch.expm1(-total)))
     return result
+
+
+def _first_of_any(merged: Tensor) -> Tensor:
+    """(B, K) bool: channel 0 of the elements where anything is merged."""
+    first = torch.arange(merged.shape[1], device=merged.device) == 0
+    return merged.any(dim=1, keepdim=True) & first
 
 
 def _is_merged(labels: Tensor, merged: Tensor) -> Tensor:

@@ -18,7 +18,9 @@ from ukbob_seg.dataset.spec import DatasetSpec
 from ukbob_seg.errors import ConfigError, DatasetError
 from ukbob_seg.files import read_json
 from ukbob_seg.filtering.policies import LabelTrust, case_lookup, flagged_indices
+from ukbob_seg.networks.diffusion import DiffusionNetwork
 from ukbob_seg.networks.registry import check_patch
+from ukbob_seg.networks.wrappers import unwrapped
 from ukbob_seg.preprocessing.fingerprint import Fingerprint
 from ukbob_seg.preprocessing.plans import ConfigurationPlan, NetworkPlan, Plans
 from ukbob_seg.preprocessing.preprocessor import arrays_folder, preprocessing_recipe
@@ -32,6 +34,7 @@ from ukbob_seg.training.distributed import is_first
 from ukbob_seg.training.flags import FlagCodes, with_flag_codes
 from ukbob_seg.training.left_right import label_swap, safe_mirror_axes
 from ukbob_seg.training.losses import SigmoidDiceLoss, SoftmaxDiceLoss, with_deep_supervision
+from ukbob_seg.training.noise_loss import NoiseLoss
 from ukbob_seg.training.sampling import TrainingCase
 from ukbob_seg.training.splits import Split, choose_split, load_groups, load_or_make_splits, take_subset
 from ukbob_seg.training.usual_fields import usual_fields
@@ -280,18 +283,22 @@ def _with_codes(
     ), codes
 
 
-def make_loss(setup: TrainingSetup) -> Callable[[Tensor | Sequence[Tensor], Tensor], Tensor]:
-    """The loss that fits the head, the labels and what flags do."""
-    scheme = setup.spec.labels
-    loss: Callable[..., Tensor]
+def make_loss(setup: TrainingSetup, network: nn.Module) -> Callable[..., Tensor]:
+    """The loss that fits the network, the head, the labels and what flags do."""
+    scheme, inner = setup.spec.labels, unwrapped(network)
+    weight = inner.cross_entropy_weight if isinstance(inner, DiffusionNetwork) else 1.0
+    own: SoftmaxDiceLoss | SigmoidDiceLoss
     if setup.description.head == "softmax":
-        loss = SoftmaxDiceLoss(scheme.ignore_index)
+        own = SoftmaxDiceLoss(scheme.ignore_index, weight)
     elif scheme.has_regions:
-        loss = SigmoidDiceLoss(torch.from_numpy(scheme.region_table), scheme.ignore_index)
+        table = torch.from_numpy(scheme.region_table)
+        own = SigmoidDiceLoss(table, scheme.ignore_index, entropy_weight=weight)
     else:
         table = torch.eye(scheme.num_outputs, dtype=torch.bool)
-        loss = SigmoidDiceLoss(table, scheme.ignore_index, skip_background=True)
-    loss = with_deep_supervision(loss)
+        own = SigmoidDiceLoss(table, scheme.ignore_index, skip_background=True, entropy_weight=weight)
+    if isinstance(inner, DiffusionNetwork):
+        return NoiseLoss(own, inner, setup.flag_codes)
+    loss = with_deep_supervision(own)
     return loss if setup.flag_codes is None else with_flag_codes(loss, setup.flag_codes)
 
 

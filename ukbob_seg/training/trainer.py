@@ -35,6 +35,7 @@ from ukbob_seg.training.distributed import (
 )
 from ukbob_seg.training.ema import averaged
 from ukbob_seg.training.finetune import PretrainedOptions, read_weights
+from ukbob_seg.training.noise_loss import NoiseLoss
 from ukbob_seg.training.prefetch import to_device
 from ukbob_seg.training.progress import scalar_log
 from ukbob_seg.training.sampling import PatchDataset, PatchSettings, make_loader
@@ -80,7 +81,7 @@ class Run:
         network: the state's network, compiled where that was asked for.
         model: what to take gradients through: the network; with several processes it averages them.
         transforms: augmentation of this process's part of a batch.
-        loss: of the outputs and the labels.
+        loss: of the outputs and the labels; a diffusion network's also makes the map that noise is added to.
         stop: whether a signal asked for the end.
         read_size: voxels (z, y, x) to read for a patch, None for the patch alone.
     """
@@ -191,7 +192,7 @@ def _make_run(
     model = spread(network, options.device, all_used=all_used(setup.description))
     if state.is_finished(config):
         log.info("%s fold %s is trained already: nothing is left to do", setup.spec.name, setup.description.fold)
-        return Run(config, setup, options, network, model, transforms, make_loss(setup), stop, size)
+        return Run(config, setup, options, network, model, transforms, make_loss(setup, state.network), stop, size)
     log.info(
         "%s fold %s: %d training and %d validation cases, %s, patch %s, batch %d%s, epochs %d..%d on %s",
         setup.spec.name, setup.description.fold, len(setup.train), len(setup.val), setup.description.network,
@@ -199,7 +200,7 @@ def _make_run(
         f" x {config.accumulate}" if config.accumulate > 1 else "", state.epoch, config.epochs - 1,
         options.device if world_size() == 1 else f"{world_size()} processes",
     )  # fmt: skip
-    return Run(config, setup, options, network, model, transforms, make_loss(setup), stop, size)
+    return Run(config, setup, options, network, model, transforms, make_loss(setup, state.network), stop, size)
 
 
 def all_used(description: ModelDescription) -> bool:
@@ -279,7 +280,8 @@ def _train_step(run: Run, state: TrainState, batches: Iterator[tuple[int, Batch]
         batch = augment(batch, run.transforms, torch.Generator().manual_seed(seed))
         with exchange(run.model, now=part + 1 == config.accumulate):
             with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=run.options.device.startswith("cuda")):
-                outputs = run.model(batch.network_input())
+                clean = (run.loss.clean(batch.labels),) if isinstance(run.loss, NoiseLoss) else ()
+                outputs = run.model(batch.network_input(), *clean)
             value = run.loss(outputs, batch.labels) / config.accumulate
             value.backward()
         total = total + value.detach()
