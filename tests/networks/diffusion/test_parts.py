@@ -69,8 +69,10 @@ def test_a_parser_for_another_size_keeps_its_frequencies():
 
 
 def test_dynamic_encoding_is_the_papers_product():
-    encoding = _randomised(DynamicConditionalEncoding(3, SHAPE))
+    encoding = DynamicConditionalEncoding(3, SHAPE)
     image, noisy = torch.randn(2, 2, 3, *SHAPE, generator=_generator(3))
+    assert torch.equal(encoding(image, noisy), image)  # at first
+    _randomised(encoding)
 
     def norm(x, layer):
         whole = F.layer_norm(x, x.shape[1:])

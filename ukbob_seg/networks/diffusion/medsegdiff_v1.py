@@ -32,6 +32,8 @@ class DynamicConditionalEncoding(nn.Module):
     """Tells the image's features where the current segmentation is: (LN(m_I) LN(m_x)) m_I, element by element (Eq. 2).
 
     The segmentation's features m_x pass an FF-Parser before, which can take out the noise that the current step adds.
+    [open] Both norms begin with weights of 0 and biases of 1, so that the image passes unchanged at first: a product of
+    three, with noise in it, would hide the image and grow from stage to stage.
 
     Args:
         channels: of both.
@@ -43,6 +45,9 @@ class DynamicConditionalEncoding(nn.Module):
         self.parser = FFParser(channels, size)
         # One group: LayerNorm over channels and space, with a weight for each channel.
         self.norm_image, self.norm_noisy = nn.GroupNorm(1, channels), nn.GroupNorm(1, channels)
+        for norm in (self.norm_image, self.norm_noisy):
+            nn.init.zeros_(norm.weight)
+            nn.init.ones_(norm.bias)
 
     def forward(self, image: Tensor, noisy: Tensor) -> Tensor:
         """m_I and m_x (B, C, z, y, x) -> (B, C, z, y, x)."""
