@@ -122,11 +122,12 @@ def main() -> None:
     """Parse, count, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=list(BASELINES), help="registry names (default: all)")
-    parser.add_argument("--arguments", type=json.loads, default={}, help="JSON, instead of the published ones")
+    parser.add_argument("--arguments", type=json.loads, default={}, help="JSON, beside the published ones")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     for name in options.networks:
-        print(line(name, options.arguments), flush=True)
+        published = BASELINES[name].arguments if name in BASELINES else {}
+        print(line(name, {**published, **options.arguments}), flush=True)
 
 
 if __name__ == "__main__":

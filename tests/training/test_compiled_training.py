@@ -5,16 +5,18 @@ import json
 
 import pytest
 import torch
+from small_networks import SMALL
 
 from ukbob_seg.networks import compiled
 from ukbob_seg.networks.compiled import CompiledNetwork, maybe_compiled
+from ukbob_seg.networks.registry import build_network
 from ukbob_seg.networks.swin_unetr import SwinUNETR
 from ukbob_seg.training import distributed
 from ukbob_seg.training.checkpoint import load_network, read_checkpoint
 from ukbob_seg.training.config import TrainingConfig
 from ukbob_seg.training.losses import SoftmaxDiceLoss, with_deep_supervision
 from ukbob_seg.training.setup import prepare
-from ukbob_seg.training.trainer import RunOptions, all_used, train
+from ukbob_seg.training.trainer import ALL_USED, RunOptions, all_used, train
 
 CONFIG = TrainingConfig(
     epochs=2, iterations_per_epoch=2, learning_rate=1e-3, schedule="constant", validation_every=2, validation_cases=1
@@ -79,6 +81,14 @@ def test_which_networks_use_all_parameters(roots):
     for name, expected in (("swin_unetr", True), ("plain_conv_unet", False), ("tests_tiny:Tiny", False)):
         description = prepare(7, "0", roots, CONFIG, "3d_fullres", name, True).description
         assert all_used(description) is expected
+
+
+@pytest.mark.parametrize("name", ALL_USED)
+def test_all_their_parameters_have_a_gradient(name):
+    arguments, patch = SMALL[name]
+    network = build_network(name, 1, 3, {**arguments, "deep_supervision": False}).train()
+    network(torch.randn(2, 1, *patch)).square().mean().backward()
+    assert not [key for key, parameter in network.named_parameters() if parameter.grad is None]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")

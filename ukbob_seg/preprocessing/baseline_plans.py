@@ -6,9 +6,10 @@ Swin-UNETR's, so that all networks see as much.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,7 @@ class Baseline:
         weights_per_output: parameters per output.
         patch_argument: argument that is the patch; empty where the network takes any.
         channels: numbers of input channels that it takes; empty for any.
+        arguments: of the published form, where the class has other defaults.
     """
 
     divisor: int | Triple
@@ -47,6 +49,7 @@ class Baseline:
     weights_per_output: float = 0.0
     patch_argument: str = ""
     channels: tuple[int, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def multiple(self) -> Triple:
@@ -54,6 +57,7 @@ class Baseline:
         return (self.divisor,) * 3 if isinstance(self.divisor, int) else self.divisor
 
 
+DEEP = {"deep_supervision": True}
 BASELINES: dict[str, Baseline] = {
     "unet": Baseline(16, weights=4.8e6, kept=35, kept_per_output=3.0, weights_per_output=1165),
     "vnet": Baseline(
@@ -65,11 +69,21 @@ BASELINES: dict[str, Baseline] = {
     "unetr": Baseline(16, weights=92.7e6, kept=293, kept_square=8.6, patch_argument="patch_size"),
     "transunet": Baseline(32, weights=116.8e6, kept=433, patch_argument="patch_size"),
     "transbts": Baseline(8, weights=31.2e6, kept=449, kept_square=366.2, patch_argument="patch_size"),
-    "nnformer": Baseline((16, 32, 32), weights=149.5e6, kept=468, kept_square=26.1, weights_per_output=6145),
-    "medformer": Baseline(16, weights=39.5e6, kept=1287),
+    "nnformer": Baseline(
+        (16, 32, 32),
+        weights=149.6e6,
+        kept=468,
+        kept_square=26.1,
+        outputs=1.14,
+        weights_per_output=43011,
+        arguments=DEEP,
+    ),
+    "medformer": Baseline(16, weights=39.5e6, kept=1290, outputs=1.02, arguments=DEEP),
     "ux_net": Baseline(16, weights=53.0e6, kept=619),
     "swin_unetr_v2": Baseline(32, weights=72.8e6, kept=1606),
-    "medsegdiff_v1": Baseline(8, weights=35.4e6, kept=2408, kept_per_output=1.0, weights_per_output=1729),
+    "medsegdiff_v1": Baseline(
+        8, weights=32.1e6, kept=2362, kept_per_output=1.0, weights_per_output=1729, patch_argument="image_size"
+    ),
     "medsegdiff_v2": Baseline(
         16, weights=73.4e6, kept=2375, kept_per_output=1.0, kept_square=201.7, outputs=2.0, weights_per_output=1762
     ),
@@ -120,7 +134,7 @@ def plan_baseline(name: str, given: PlanningInput) -> tuple[NetworkPlan, str]:
     why = " (the paper's recipe)" if given.paper_recipe and given.patch_size is None else ""
     reason = f"patch {x_joined(patch)}, batch {batch}, as published, about {needed:.1f} GB{over}{why}."
     sized = {counted.patch_argument: list(patch)} if counted.patch_argument else {}
-    return NetworkPlan(patch, batch, {**sized, **given.stage_arguments}, round(needed, 2)), reason
+    return NetworkPlan(patch, batch, {**counted.arguments, **sized, **given.stage_arguments}, round(needed, 2)), reason
 
 
 def _choose(

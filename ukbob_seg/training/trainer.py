@@ -67,7 +67,8 @@ log = logging.getLogger(__name__)
 
 GPU_WORKERS = 4  # processes that read patches, where there are as many processors
 MAX_BAD_STEPS = 20  # in a row, before training gives up
-ALL_USED = ("swin_unetr",)  # networks whose every parameter has a gradient in every step, without coarse outputs
+# Networks whose every parameter has a gradient in every step, without coarse outputs.
+ALL_USED = ("swin_unetr", "resunet_pp", "transunet", "transbts", "nnformer", "medformer", "ux_net")
 
 
 @dataclass(frozen=True)
