@@ -4,8 +4,8 @@
     python benchmarks/networks.py unet unetr --threads 2
     python benchmarks/networks.py --device cuda --steps 20
 
-A step is the trainer's: forward, Dice and cross-entropy, backward, clipping, AdamW, on noise; bfloat16 on CUDA. Times are
-medians after the first step. Memory is the peak resident size of the whole process on a CPU, with what Python and
+A step is the trainer's: forward, Dice and cross-entropy, backward, clipping, AdamW, on noise; bfloat16 on CUDA. Times
+are medians after the first step. Memory is the peak resident size of the whole process on a CPU, with what Python and
 PyTorch take; on CUDA the most that was allocated. Networks are as planned for that patch, with 1 channel and 3 outputs.
 """
 

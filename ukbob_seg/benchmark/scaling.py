@@ -263,7 +263,7 @@ def check(study: ScalingStudy, options: RunOptions) -> None:
     if options.pretrained is not None and not options.pretrained.is_file():
         raise CheckpointError(f"pretrained weights {options.pretrained} do not exist, or are no file")
     ensure_writable(study.output)
-    _check_settings(study.output / SETTINGS, settings(study, options))
+    check_settings(study.output / SETTINGS, settings(study, options))
 
 
 def _check_sizes(subsets: Mapping[float, Sequence[str]]) -> None:
@@ -322,8 +322,14 @@ def _plans(study: ScalingStudy, stage: Stage) -> Plans:
     return load_plans(find_dataset(study.roots.preprocessed, stage.dataset), study.configuration, study.network)
 
 
-def _check_settings(path: Path, now: dict[str, Any]) -> None:
+def check_settings(path: Path, now: dict[str, Any], may_grow: Sequence[str] = MAY_GROW, folder: str = "") -> None:
     """Write the settings, with all fractions and seeds so far.
+
+    Args:
+        path: file of the settings.
+        now: of this call.
+        may_grow: entries, lists, of which a study may get more.
+        folder: of the study, for the message; by default that of the file.
 
     Raises:
         ConfigError: other settings than those of the runs in the folder.
@@ -332,13 +338,13 @@ def _check_settings(path: Path, now: dict[str, Any]) -> None:
         before = read_json(path, "settings of the study")
         if not isinstance(before, dict):
             raise DatasetError(f"settings of the study {path} are no object; delete the folder {path.parent}")
-        changed = differences({**before, **{key: now[key] for key in MAY_GROW}}, now)
+        changed = differences({**before, **{key: now[key] for key in may_grow}}, now)
         if changed:
             raise ConfigError(
-                f"{path.parent} holds a study with other settings ({listing(changed, 4)}); give those again, or "
-                "another folder with -o"
+                f"{folder or path.parent} holds a study with other settings ({listing(changed, 4)}); give those again, "
+                "or another folder with -o"
             )
-        now = {**now, **{key: sorted({*before.get(key, []), *now[key]}) for key in MAY_GROW}}
+        now = {**now, **{key: sorted({*before.get(key, []), *now[key]}) for key in may_grow}}
         if now == before:
             return
     write_json(path, now)

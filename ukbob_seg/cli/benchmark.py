@@ -16,6 +16,7 @@ SUBCOMMANDS = {
         "a trained model on shifted images, with and without adaptation",
     ),
     "table": ("ukbob_seg.cli.benchmark_table", "your scores beside the paper's figures"),
+    "networks": ("ukbob_seg.cli.benchmark_networks", "several networks under one budget, as in the paper's tables"),
     "scaling": ("ukbob_seg.cli.benchmark_scaling", "Dice against the number of training cases"),
     "embeddings": ("ukbob_seg.cli.benchmark_embeddings", "t-SNE of a model's features, averaged over each class"),
 }
