@@ -93,7 +93,7 @@ def test_the_first_version_draws_the_map_of_a_scan_that_it_learned(hippocampus):
 def test_the_second_version_takes_noise_off_a_map_that_it_learned(hippocampus):
     """In so few steps it does not yet draw one from nothing; but it knows which voxels of a noisy map are which.
 
-    At this step 62% of them have the sign of the truth. The condition model segments the scan by itself.
+    At this step 56% of them have the sign of the truth. The condition model segments the scan by itself.
     """
     roots, image, labels, geometry = hippocampus
     folder, rows = _train(roots, "medsegdiff_v2", 35)

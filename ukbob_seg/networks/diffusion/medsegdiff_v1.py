@@ -29,7 +29,7 @@ IMAGE_SIZE = (96, 96, 96)
 
 
 class DynamicConditionalEncoding(nn.Module):
-    """Tells the image's features where the current segmentation is: (LN(m_I) LN(m_x)) m_I, element by element (Eq. 2).
+    """Tells the image's features where the current segmentation is: (LN(m_I) LN(m_x)) m_I, element by element.
 
     The segmentation's features m_x pass an FF-Parser before, which can take out the noise that the current step adds.
     [open] Both norms begin with weights of 0 and biases of 1, so that the image passes unchanged at first: a product of
