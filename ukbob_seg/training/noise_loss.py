@@ -26,7 +26,7 @@ class SegmentationLoss(Protocol):
 class NoiseLoss:
     """Mean squared error of the noise, plus the condition model's Dice and cross-entropy at some steps.
 
-    L = |e - e_theta|^2 + [t = 0 mod alpha] (L_Dice + beta L_CE) (Wu et al., AAAI 2024, Eq. 8); the first term alone for
+    L = |e - e_theta|^2 + [t = 0 mod alpha] (L_Dice + beta L_CE) (Wu et al., AAAI 2024); the first term alone for
     networks without a condition model. Voxels that are ignored, and outputs that flags leave open, count in neither.
     All processes share one batch, as in every other loss.
 

@@ -53,15 +53,18 @@ class _Known(Denoiser):
     def forward(self, noisy, time, condition):
         schedule = self.schedule_of[0].schedule
         step = (time * schedule.steps / 1000).round().long()
-        return schedule.noise(noisy, step, self.clean.expand_as(noisy))
+        scale = self.schedule_of[0].sampling.label_scale
+        return schedule.noise(noisy, step, scale * self.clean.expand_as(noisy))
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.2])
 @pytest.mark.parametrize("head", ["softmax", "sigmoid"])
-def test_logits_are_those_of_the_probabilities_that_the_denoiser_sees(head):
+def test_logits_are_those_of_the_probabilities_that_the_denoiser_sees(head, scale):
     probability = torch.tensor([0.7, 0.2, 0.1]).view(1, 3, 1, 1, 1).expand(1, 3, 2, 2, 2).clone()
     probability[..., 1] = torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1)
     itself = []
-    network = DiffusionNetwork(_Known(probability, itself), 3, Sampling(steps=20, sampling_steps=5, samples=2))
+    sampling = Sampling(steps=20, sampling_steps=5, samples=2, label_scale=scale)
+    network = DiffusionNetwork(_Known(probability, itself), 3, sampling)
     itself.append(network)
     set_head(network, head)
     logits = network(torch.zeros(2, 1, 2, 2, 2))
@@ -144,6 +147,18 @@ def test_a_fresh_network_predicts_no_noise(name):
 
 
 @BOTH
+def test_noise_is_added_to_maps_of_the_labels_scale(name):
+    clean, seen = torch.where(_image(2, 3) > 0, 1.0, -1.0), []
+    for scale in (1.0, 0.25):
+        network = _build(name, label_scale=scale)
+        network.denoiser.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+        torch.manual_seed(1)
+        found = network(_image(2), clean)
+    bar = network.schedule.alpha_bar(found.step, clean)
+    assert torch.allclose(seen[0] - seen[1], 0.75 * bar.sqrt() * clean, atol=1e-5)
+
+
+@BOTH
 def test_training_noise_comes_from_the_global_generator(name):
     network, clean = _build(name), torch.ones(2, 3, 8, 8, 8)
     torch.manual_seed(1)
@@ -175,7 +190,7 @@ def test_adaptation_lowers_the_entropy_and_is_undone(name):
     network, image = _build(name), _image(shape=(8, 8, 12))[0]
     before = {key: value.clone() for key, value in network.state_dict().items()}
     windows = WindowSettings((8, 8, 8))
-    limits = EttaConfig(certain_background=1.0, least_foreground=0.0, most_drift=10.0)
+    limits = EttaConfig(learning_rate=1e-3, certain_background=1.0, least_foreground=0.0, most_drift=10.0)
     with adapted(network, image, windows, OutputMeaning("softmax"), limits) as record:
         inside = predict_logits(network, image, windows)
     assert record.steps > 0
@@ -270,6 +285,7 @@ def test_patches_must_be_divisible():
         ("medsegdiff_v2", {"samples": 0}, "samples must be"),
         ("medsegdiff_v2", {"seed": 1.5}, "seed must be"),
         ("medsegdiff_v2", {"eta": 2.0}, r"eta must lie in \[0, 1\]"),
+        ("medsegdiff_v1", {"label_scale": 0.0}, r"label_scale must lie in \(0, 1\]"),
     ],
 )
 def test_wrong_arguments_are_explained(name, arguments, message):

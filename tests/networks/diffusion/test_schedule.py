@@ -107,6 +107,9 @@ def test_a_perfect_denoiser_recovers_the_map(count, eta):
 
     found = sample(perfect, schedule, draw(), count, eta, draw)
     assert torch.allclose(found, truth, atol=1e-3)
+    truth = truth / 4
+    assert torch.allclose(sample(perfect, schedule, draw(), count, eta, draw, 0.25), truth, atol=1e-3)
+    visited = visited[:count]
     assert visited == chosen_steps(50, count)
 
 

@@ -10,7 +10,7 @@ KERNEL_SIZE = 5
 
 
 class UncertainSpatialAttention(nn.Module):
-    """U-SA (Wu et al., AAAI 2024, Eq. 3 and 4).
+    """U-SA (Wu et al., AAAI 2024, the anchor condition).
 
     f_anc = max(f_c * k_Gauss, f_c) and f' = sigmoid(k_1x1 * f_anc) f_d + f_d, with a Gaussian kernel of learned mean
     and variance: what a rough segmentation found may lie beside where it found it.

@@ -29,7 +29,7 @@ IMAGE_SIZE = (96, 96, 96)
 
 
 class DynamicConditionalEncoding(nn.Module):
-    """Tells the image's features where the current segmentation is: (LN(m_I) LN(m_x)) m_I, element by element (Eq. 2).
+    """Tells the image's features where the current segmentation is: (LN(m_I) LN(m_x)) m_I, element by element.
 
     The segmentation's features m_x pass an FF-Parser before, which can take out the noise that the current step adds.
     [open] Both norms begin with weights of 0 and biases of 1, so that the image passes unchanged at first: a product of
@@ -134,6 +134,7 @@ class MedSegDiffV1(DiffusionNetwork):
         samples: drawn and averaged for each window.
         eta: 0 for DDIM, 1 for ancestral sampling.
         seed: of the noise in prediction.
+        label_scale: of the maps that noise is added to; see ``Sampling``.
 
     Raises:
         ConfigError: arguments out of range.
@@ -154,6 +155,7 @@ class MedSegDiffV1(DiffusionNetwork):
         samples: int = 1,
         eta: float = 0.0,
         seed: int = 0,
+        label_scale: float = 1.0,
     ) -> None:
         features = checked_features(NAME, features_per_stage, least=3)
         blocks = checked_blocks(NAME, blocks_per_stage, len(features))
@@ -162,6 +164,6 @@ class MedSegDiffV1(DiffusionNetwork):
             raise ConfigError(
                 f"network {NAME!r}: image_size must be three multiples of {divisor} (z, y, x), got {image_size!r}"
             )
-        sampling = Sampling(steps, sampling_steps, samples, eta, seed)
+        sampling = Sampling(steps, sampling_steps, samples, eta, seed, label_scale)
         denoiser = MedSegDiffV1Denoiser(in_channels, out_channels, features, blocks, image_size, dropout)
         super().__init__(denoiser, out_channels, sampling)

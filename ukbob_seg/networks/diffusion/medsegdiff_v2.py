@@ -120,6 +120,7 @@ class MedSegDiffV2(DiffusionNetwork):
         samples: drawn and averaged for each window.
         eta: 0 for DDIM, 1 for ancestral sampling.
         seed: of the noise in prediction.
+        label_scale: of the maps that noise is added to; see ``Sampling``.
 
     Raises:
         ConfigError: arguments out of range.
@@ -144,6 +145,7 @@ class MedSegDiffV2(DiffusionNetwork):
         samples: int = 1,
         eta: float = 0.0,
         seed: int = 0,
+        label_scale: float = 1.0,
     ) -> None:
         features = checked_features(NAME, features_per_stage, least=2)
         blocks = checked_blocks(NAME, blocks_per_stage, len(features))
@@ -152,6 +154,6 @@ class MedSegDiffV2(DiffusionNetwork):
             raise ConfigError(
                 f"network {NAME!r}: former_blocks, filter_blocks and filter_width must be positive, got {former}"
             )
-        sampling = Sampling(steps, sampling_steps, samples, eta, seed)
+        sampling = Sampling(steps, sampling_steps, samples, eta, seed, label_scale)
         denoiser = MedSegDiffV2Denoiser(in_channels, out_channels, features, blocks, former, dropout)
         super().__init__(denoiser, out_channels, sampling, condition_interval, cross_entropy_weight)

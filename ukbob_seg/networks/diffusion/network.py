@@ -57,6 +57,9 @@ class Sampling:
         samples: drawn for each window; their probabilities are averaged.
         eta: 0 for DDIM, 1 for ancestral sampling.
         seed: of the noise.
+        label_scale: b, in (0, 1]: noise is added to maps of b and -b. Neighbours in a map say the same, so that much of
+            it shows through the noise; the smaller b, the sooner only the image says what it was (Chen, On the
+            importance of noise scheduling for diffusion models, 2023).
     """
 
     steps: int = REFERENCE_STEPS
@@ -64,6 +67,7 @@ class Sampling:
     samples: int = 1
     eta: float = 0.0
     seed: int = 0
+    label_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name, most in (("sampling_steps", self.steps), ("samples", None), ("seed", MOST_SEED)):
@@ -74,6 +78,8 @@ class Sampling:
                 raise ConfigError(f"{name} must be a whole number of at least {least}{upper}, got {value!r}")
         if not 0 <= self.eta <= 1:
             raise ConfigError(f"eta must lie in [0, 1], got {self.eta}")
+        if not 0 < self.label_scale <= 1:
+            raise ConfigError(f"label_scale must lie in (0, 1], got {self.label_scale}")
 
 
 class Denoiser(nn.Module):
@@ -147,7 +153,8 @@ class DiffusionNetwork(nn.Module):
         step = torch.randint(self.schedule.steps, (len(clean),), device=clean.device)
         noise = torch.randn_like(clean)
         condition, logits = self.denoiser.condition(image)
-        predicted = self._denoise(self.schedule.noisy(clean, step, noise), step, condition)
+        noisy = self.schedule.noisy(clean * self.sampling.label_scale, step, noise)
+        predicted = self._denoise(noisy, step, condition)
         return NoisePrediction(predicted, noise, step, logits)
 
     @torch.compiler.disable
@@ -171,10 +178,11 @@ class DiffusionNetwork(nn.Module):
         def draw() -> Tensor:  # on the CPU, so that all devices get the same
             return torch.randn(shape, generator=generator).to(image.device).expand(len(image), -1, -1, -1, -1)
 
-        return sample(
+        clean = sample(
             lambda noisy, step: self._denoise(noisy, step, condition),
-            self.schedule, draw(), self.sampling.sampling_steps, self.sampling.eta, draw,
+            self.schedule, draw(), self.sampling.sampling_steps, self.sampling.eta, draw, self.sampling.label_scale,
         )  # fmt: skip
+        return clean / self.sampling.label_scale
 
     def _denoise(self, noisy: Tensor, step: Tensor, condition: Any) -> Tensor:
         time = step * (REFERENCE_STEPS / self.schedule.steps)

@@ -60,8 +60,9 @@ def sample(
     count: int,
     eta: float = 0.0,
     draw: Callable[[], Tensor] | None = None,
+    bound: float = 1.0,
 ) -> Tensor:
-    """Denoise from pure noise to a clean map in [-1, 1].
+    """Denoise from pure noise to a clean map.
 
     Only the last step has gradients: a chain of many would need the memory of as many networks.
 
@@ -72,17 +73,18 @@ def sample(
         count: steps to denoise in.
         eta: 0 for DDIM, 1 for ancestral sampling.
         draw: gives further standard normal tensors like ``start``; needed where eta > 0.
+        bound: largest value of a clean map; the least is its negative.
 
     Returns:
-        (B, ...) the last estimate of x_0, clipped to [-1, 1]. Estimates on the way are clipped too, as the labels
-        never leave that range.
+        (B, ...) the last estimate of x_0, clipped to the bounds. Estimates on the way are clipped too, as no clean map
+        leaves them.
     """
     steps, noisy = chosen_steps(schedule.steps, count), start
     with torch.no_grad():
         for number, before in itertools.pairwise(steps):
             step, target = (torch.full((len(start),), k, device=start.device) for k in (number, before))
-            clean = schedule.clean(noisy, step, denoise(noisy, step)).clamp(-1, 1)
+            clean = schedule.clean(noisy, step, denoise(noisy, step)).clamp(-bound, bound)
             fresh = draw() if eta > 0 and draw is not None else None
             noisy = backward_step(schedule, noisy, step, target, clean, eta, fresh)
     step = torch.full((len(start),), steps[-1], device=start.device)
-    return schedule.clean(noisy, step, denoise(noisy, step)).clamp(-1, 1)
+    return schedule.clean(noisy, step, denoise(noisy, step)).clamp(-bound, bound)

@@ -23,7 +23,7 @@ def full_precision(x: Tensor) -> AbstractContextManager[Any]:
 
 
 class FFParser(nn.Module):
-    """Feature Frequency Parser: weighs the frequencies of a map by a learned table (Wu et al., MIDL 2023, Eq. 3 to 5).
+    """Feature Frequency Parser: weighs the frequencies of a map by a learned table (Wu et al., MIDL 2023).
 
     m' = F^-1[A * F[m]], with the 3D Fourier transform F over space and a complex weight A for each channel and
     frequency, of which the half that a real map needs is held. A begins as 1: nothing is filtered.
@@ -97,7 +97,7 @@ class NeuralBandPassFilter(nn.Module):
     Args:
         time: channels of the time's embedding.
         width: of the blocks.
-        blocks: of them; the paper's figure has six.
+        blocks: of them.
     """
 
     def __init__(self, time: int, width: int, blocks: int) -> None:
@@ -120,7 +120,7 @@ class NeuralBandPassFilter(nn.Module):
 
 
 class SpectrumAttention(nn.Module):
-    """Cross-attention whose affinity is weighed in the Fourier domain, and an MLP (v2, Eq. 5 and 6).
+    """Cross-attention whose affinity is weighed in the Fourier domain, and an MLP (v2, the SS-Former).
 
     M = F(q W_q) F(k W_k)^T over the frequencies of query and key, M' = NBP(M), and the result F^-1(M') (k W_v): the
     inverse transform runs over the query's and over the key's positions. With a filter that passes everything this is
