@@ -18,10 +18,10 @@ from ukbob_seg.errors import ConfigError, DatasetError, listing
 from ukbob_seg.parallel import choose_workers, map_cases
 
 _NAME = re.compile(r"(?P<entities>(?:[a-zA-Z]+-[a-zA-Z0-9+]+_)+)(?P<suffix>[a-zA-Z0-9]+)\.nii(?:\.gz)?")
-# Pictures of tissue, as scanners make them. Quantitative maps, and series of many echoes or directions, are to be named.
+# Pictures of tissue as scanners make them. Quantitative maps and series of many echoes have to be asked for.
 INTENSITIES = frozenset({
     "T1w", "T2w", "PDw", "T2starw", "FLAIR", "inplaneT1", "inplaneT2", "PDT2", "UNIT1", "angio",
-    "T2star", "FLASH", "PD", "T1rho", "CT", "ct",
+    "T2star", "FLASH", "PD", "CT", "ct",
 })  # fmt: skip
 _NO_IMAGE = re.compile(r".*mask|.*dseg|.*probseg|roi", re.IGNORECASE)
 
@@ -31,7 +31,7 @@ class BidsOptions:
     """What to take.
 
     Attributes:
-        suffixes: modalities that become channels, in this order; None for those of ``INTENSITIES`` that every session has.
+        suffixes: modalities that become channels, in this order; None for all of ``INTENSITIES`` that all have.
         derivatives: pipeline whose segmentations to take; None where only one has any.
         entities: ``acq-highres``, ``run-1``, ...: of several files, the one that says so.
     """
@@ -173,8 +173,7 @@ def _common_suffixes(images: Sequence[_File]) -> tuple[str, ...]:
     if not common:
         there = _suffixes(images)
         raise ConfigError(
-            f"no modality is in every session that is taken by itself ({listing(sorted(INTENSITIES), most=4)}); choose with "
-            f"--suffixes: {listing(there)}"
+            f"no picture such as T1w, T2w or FLAIR is in every session; choose with --suffixes: {listing(there)}"
         )
     return tuple(sorted(common))
 

@@ -47,6 +47,8 @@ def numbers_of(dataset: Dataset, tag: str, name: str, count: int) -> tuple[float
     """
     value = value_of(dataset, tag, name)
     if value is None:
+        if tag in dataset:
+            raise DatasetError(f"{name}: {tag} is empty and must be {_how_many(count)}; download it again")
         raise DatasetError(f"{name} has no {tag}; export the scan again, with its geometry")
     several = [value] if isinstance(value, (str, bytes, int, float)) or not hasattr(value, "__len__") else list(value)
     try:
