@@ -7,7 +7,9 @@ from io import BytesIO
 import numpy as np
 import pytest
 
-pydicom = pytest.importorskip("pydicom", reason="pip install 'ukbob_seg[dicom]'")
+pytest.importorskip("pydicom", reason="pip install 'ukbob_seg[dicom]'")
+
+import pydicom
 
 from ukbob_seg.cli.convert import main
 from ukbob_seg.conversion.dicom_pixels import pixels_of
@@ -17,7 +19,7 @@ from ukbob_seg.dataset.image_io import Geometry
 from ukbob_seg.demo.dixon_archives import ArchivePlan, write_archive, write_series
 from ukbob_seg.errors import DatasetError
 
-GRID = Geometry((12, 10, 12), (8.0, 3.0, 2.5), (-15.0, -14.0, 4.0))
+GRID = Geometry((8, 6, 6), (8.0, 3.0, 2.5), (-15.0, -14.0, 4.0))
 ONE = ArchivePlan(stations=1, localiser=False)
 
 
