@@ -15,7 +15,7 @@ from ukbob_seg.errors import ConfigError, DatasetError, listing
 from ukbob_seg.files import ensure_writable, write_json
 from ukbob_seg.inference.case_predictor import CasePredictor, case_stem
 from ukbob_seg.inference.dicom_cases import find_dicom_jobs, refuse_without_dicom
-from ukbob_seg.inference.earlier import ARGUMENTS, PredictionJob, differences, mark_stale, what_matters
+from ukbob_seg.inference.earlier import ARGUMENTS, HASHES, PredictionJob, differences, mark_stale, what_matters
 from ukbob_seg.parallel import Cluster, Part
 
 CASES_AT_ONCE = 2  # one in the networks, one that is read or written
@@ -121,6 +121,7 @@ def predict(
     record = {**(arguments or {}), "checkpoints": predictor.origin(), "settings": what_matters(predictor.settings)}
     mine = Cluster(part=part).share(jobs)
     if folder == Path(output):
+        record[HASHES] = predictor.checkpoint_hashes()
         changed = differences(folder, record, jobs)
         if changed and resume:
             raise ConfigError(f"--resume: {changed}; predict as before, or without --resume, or into another folder")
