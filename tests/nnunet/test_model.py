@@ -248,7 +248,7 @@ def test_the_channel_of_a_roi_model_is_resampled_as_a_label_map(tmp_path):
     image[1] = (image[0] > low) * 3 + (image[0] > high) * 8
     with Predictor.from_model_folder(folder) as predictor:
         assert predictor.model.roi == "278"
-        array, properties = predictor._prepare(image, GEOMETRY, None)
+        array, _ = predictor._prepare(image, GEOMETRY, None)
     assert array.shape[1:] != image.shape[1:]
     assert set(np.unique(array[1])) == {0, 3, 11}
     with Predictor.from_model_folder(write_model(Tiny(**two), tmp_path / "plain")) as predictor:

@@ -81,9 +81,7 @@ class CasePredictor(ABC):
             CheckpointError: one was removed meanwhile.
         """
         try:
-            return {
-                name: file_sha256(path) for name, path in zip(self.origin(), self.checkpoint_files(), strict=True)
-            }
+            return {name: file_sha256(path) for name, path in zip(self.origin(), self.checkpoint_files(), strict=True)}
         except OSError as error:
             raise CheckpointError(f"{error.filename} cannot be read again: {error.strerror}") from error
 

@@ -1,4 +1,4 @@
-"""Model archives (zip) from elsewhere: checked as a whole before anything is written, and unpacked once, as far as needed.
+"""Model archives (zip) from elsewhere: checked as a whole before anything is written, unpacked once and only as needed.
 
 An archive is refused for what no export of a model has: names that lead out of its folder, links, encryption, one name
 twice, and sizes or compression that only fill a disk ("bombs").

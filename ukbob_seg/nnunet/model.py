@@ -212,9 +212,7 @@ def _translate(
         plans=own.to_json(),
         dataset=dataset,
     )
-    return NnunetModel(
-        description, rules, files, folds, kind, order, previous, None if roi is None else str(roi)
-    )
+    return NnunetModel(description, rules, files, folds, kind, order, previous, None if roi is None else str(roi))
 
 
 def _plans(
