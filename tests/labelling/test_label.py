@@ -18,7 +18,8 @@ from ukbob_seg.errors import ConfigError
 from ukbob_seg.inference.predictor import Predictor
 from ukbob_seg.labelling import label as module
 from ukbob_seg.labelling.fusion import fuse
-from ukbob_seg.labelling.label import LabelOptions, label_cohort
+from ukbob_seg.labelling.label import label_cohort
+from ukbob_seg.labelling.options import LabelOptions
 from ukbob_seg.labelling.outputs import label_names
 from ukbob_seg.parallel import Cluster, Part
 
