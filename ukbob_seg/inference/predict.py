@@ -118,22 +118,26 @@ def predict(
                 f"the label map would replace the image {job.output}; give another name or folder with -o"
             )
     ensure_writable(folder)
-    record = {**(arguments or {}), "checkpoints": predictor.origin(), "settings": what_matters(predictor.settings)}
     mine = Cluster(part=part).share(jobs)
     if folder == Path(output):
-        record[HASHES] = predictor.checkpoint_hashes()
+        made = {"checkpoints": predictor.origin(), HASHES: predictor.checkpoint_hashes()}
+        record = {**(arguments or {}), **made, "settings": what_matters(predictor.settings)}
         changed = differences(folder, record, jobs)
         if changed and resume:
             raise ConfigError(f"--resume: {changed}; predict as before, or without --resume, or into another folder")
         if not resume:
             mark_stale(jobs if changed else mine)
-        write_json(folder / "dataset.json", predictor.spec.content)
-        write_json(folder / "plans.json", predictor.plans.to_json())
-        write_json(folder / ARGUMENTS, record)
+        contents = {"dataset.json": predictor.spec.content, "plans.json": predictor.plans.to_json(), ARGUMENTS: record}
+        _write_all(folder, contents)
     todo = [job for job in mine if not (resume and job.is_finished())]
     with tqdm(total=len(todo), desc="predicting", unit="case", disable=quiet) as bar:
         _predict_jobs(predictor, todo, bar)
     return [job.output for job in mine]
+
+
+def _write_all(folder: Path, contents: dict[str, Any]) -> None:
+    for name, content in contents.items():
+        write_json(folder / name, content)
 
 
 class _AbandonedError(Exception):
