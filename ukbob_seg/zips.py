@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 _DRIVE = re.compile(r"[A-Za-z]:")
 _ENCRYPTED = 0x1
+MANIFEST, MODEL_FORMAT = "manifest.json", "ukbob_seg model"  # of archives that ukbob_export_model wrote
 
 
 def leads_out(name: str) -> bool:

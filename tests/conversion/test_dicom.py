@@ -158,7 +158,9 @@ def test_contrasts_by_type_and_by_description(tmp_path, image):
     silent = replace(one, image_type=("ORIGINAL", "PRIMARY", "M"))
     assert contrast_of(silent) == "water"
     for description, contrast in (
-        ("Dixon_BH_17s_in", "inphase"), ("Dixon_noBH_opp", "outphase"), ("mDIXON-F", "fat"), ("t1_vibe water", "water"),
+        ("Dixon_BH_17s_in", "inphase"), ("Dixon_noBH_opp", "outphase"),
+        ("Dixon_noBH_F", "fat"), ("Dixon_noBH_W", "water"), ("Dixon_noBH_in", "inphase"), ("Dixon_BH_17s_F", "fat"),
+        ("mDIXON-F", "fat"), ("t1_vibe water", "water"),
         ("t1_vibe_in_phase", "inphase"), ("mDIXON out", "outphase"), ("localizer_within", None), ("pdff", None),
     ):  # fmt: skip
         assert contrast_of(replace(silent, description=description)) == contrast

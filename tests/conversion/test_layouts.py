@@ -280,6 +280,23 @@ class TestBids:
         _convert("bids", source, target, "--suffixes", "FLAIR", code=2)
         assert "no image is FLAIR; there are T1w" in capsys.readouterr().err
 
+    def test_masks_and_maps_are_no_channels(self, tmp_path, target, rng, capsys):
+        suffixes = ("T2w", "defacemask", "T1map", "T1w", "mask")
+        source = _bids(tmp_path / "study", rng, ["sub-01", "sub-02"], suffixes, ["sub-01"])
+        _convert("bids", source, target)
+        assert "channels: T1w, T2w (others with --suffixes; there are also T1map)" in capsys.readouterr().out
+        assert _json(target / "dataset.json")["channel_names"] == {"0": "T1w", "1": "T2w"}
+        other = tmp_path / "raw" / "Dataset005_B"
+        _convert("bids", source, other, "--suffixes", "T1map", "T1w")
+        assert _json(other / "dataset.json")["channel_names"] == {"0": "T1map", "1": "T1w"}
+        _convert("bids", source, tmp_path / "raw" / "Dataset006_C", "--suffixes", "T1w", "defacemask", code=2)
+        assert "defacemask is no image that could be a channel" in capsys.readouterr().err
+
+    def test_maps_alone_have_to_be_asked_for(self, tmp_path, target, rng, capsys):
+        source = _bids(tmp_path / "study", rng, ["sub-01"], ("T1map", "MESE"), ["sub-01"])
+        _convert("bids", source, target, code=2)
+        assert "choose with --suffixes: MESE, T1map" in capsys.readouterr().err
+
     def test_contradictions_and_gaps_are_named(self, tmp_path, target, rng, capsys):
         source = _bids(tmp_path / "study", rng, ["sub-01"], ("T1w",), ["sub-01"], names={2: "a", 5: "b"})
         table = source / "derivatives" / "manual" / "sub-01" / "anat" / "sub-01_dseg.tsv"

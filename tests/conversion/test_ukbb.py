@@ -13,9 +13,10 @@ import pytest
 pytest.importorskip("pydicom", reason="pip install 'ukbob_seg[dicom]'")
 
 from ukbob_seg.cli.convert import main
+from ukbob_seg.conversion.archives import find_archives, subject_of
 from ukbob_seg.conversion.dixon import CONTRASTS
 from ukbob_seg.conversion.stitching import resample
-from ukbob_seg.conversion.ukbb import CohortOptions, convert_cohort, find_archives, subject_of
+from ukbob_seg.conversion.ukbb import CohortOptions, convert_cohort
 from ukbob_seg.conversion.ukbb_case import StitchOptions, stitch_archive
 from ukbob_seg.dataset.image_io import Geometry, read_geometry, read_image
 from ukbob_seg.demo.cohort import CohortConfig, make_case
@@ -275,6 +276,94 @@ def test_unpacked_folders_are_archives_too(tmp_path):
     found = convert_cohort(tmp_path / "folders", tmp_path / "Dataset020_X")
     image, _ = read_image([found.folder / "imagesTr" / f"subject1_{k:04d}.nii.gz" for k in range(4)])
     assert np.array_equal(image, np.rint(case_of(0, SMALL).image))
+
+
+def _dicom(folder, *names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(bytes(128) + b"DICM")
+
+
+def test_archives_are_found_at_any_depth(tmp_path, caplog):
+    """UK Biobank's platform sorts bulk files into folders by the first digits of the participant's number."""
+    for path in ("10/1000016_20201_2_0.zip", "10/1000017_20201_3_0.ZIP", "11/deep/1100002_20201_2_0.zip",
+                 "10/1000016_20209_2_0.zip", "10/.hidden/1000019_20201_2_0.zip", "2_20201_2_0.zip"):  # fmt: skip
+        (tmp_path / "Bulk" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "Bulk" / path).touch()
+    (tmp_path / "Bulk" / "notes").mkdir()
+    (tmp_path / "Bulk" / "notes" / "read.me").touch()
+    _dicom(tmp_path / "Bulk" / "12" / "1200001_20201_2_0", "a.dcm")
+    _dicom(tmp_path / "Bulk" / "volunteer" / "study" / "fat", "a.dcm")
+    _dicom(tmp_path / "Bulk" / "volunteer" / "study" / "water", "b.dcm")
+    (tmp_path / "Bulk" / "12" / "back").symlink_to(tmp_path / "Bulk")
+    with caplog.at_level("WARNING"):
+        found = find_archives(tmp_path / "Bulk")
+    assert {name: str(path.relative_to(tmp_path / "Bulk")) for name, path in found.items()} == {
+        "1000016_20201_2_0": "10/1000016_20201_2_0.zip",
+        "1000017_20201_3_0": "10/1000017_20201_3_0.ZIP",
+        "1100002_20201_2_0": "11/deep/1100002_20201_2_0.zip",
+        "1200001_20201_2_0": "12/1200001_20201_2_0",
+        "2_20201_2_0": "2_20201_2_0.zip",
+        "volunteer": "volunteer",
+    }
+    assert "1 archives of other fields are passed over, such as 1000016_20209_2_0.zip" in caplog.text
+    assert "folders without DICOM files are passed over" in caplog.text
+    assert list(find_archives(tmp_path / "Bulk" / "volunteer" / "study" / "fat")) == ["fat"]
+    (tmp_path / "Bulk" / "11" / "1000016_20201_2_0.zip").touch()
+    with pytest.raises(
+        DatasetError, match=r"two archives of the case 1000016_20201_2_0: 10/1000016_20201_2_0\.zip and 11"
+    ):
+        find_archives(tmp_path / "Bulk")
+
+
+TINY = Geometry((14, 6, 6), (8.0, 3.0, 2.5), (-15.0, -14.0, 4.0))
+ENDS = frozenset((2, name, 0) for name in CONTRASTS)
+
+
+def _tiny(path, plan):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = np.rint(np.random.default_rng(1).uniform(1, 900, (4, *TINY.shape)))
+    write_archive(path, image, TINY, dataclasses.replace(plan, stations=2, localiser=False))
+
+
+def test_stations_shorter_than_in_most_archives_are_said(tmp_path, capsys):
+    for k in range(4):
+        plan = ArchivePlan(lost_slices=ENDS if k == 3 else frozenset())
+        _tiny(tmp_path / "Bulk" / f"{k}0" / f"{k}_20201_2_0.zip", plan)
+    folder = tmp_path / "Dataset020_X"
+    command = ["ukbb", "-i", str(tmp_path / "Bulk"), "--stations", "2", "--workers", "1", "-o"]
+    assert main([*command, str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "other numbers of slices than most archives have" in said
+    assert "3_20201_2_0 (station 2)" in said
+    stations = pd.read_csv(folder / "stations.csv")
+    odd = stations[stations.slices != stations.usual_slices]
+    assert [(row.case, row.station, row.usual_slices - row.slices) for row in odd.itertuples()] == [
+        ("3_20201_2_0", 2, 1)
+    ]
+    cases = pd.read_parquet(folder / "conversion.parquet").set_index("case")
+    assert list(cases.unusual_stations) == ["", "", "", "2"]
+    _tiny(tmp_path / "Bulk" / "30" / "3_20201_2_0.zip", ArchivePlan(lost_slices=ENDS, listed=True))
+    assert main([*command, str(folder), "--skip-incomplete"]) == 0
+    assert "files that its manifest lists are not there" in (folder / "incomplete.csv").read_text()
+    assert main([*command, str(tmp_path / "Dataset021_X"), "--ignore-manifest"]) == 0
+    assert "4 complete" in capsys.readouterr().out
+
+
+def test_what_is_usual_takes_three_alike():
+    from ukbob_seg.conversion.usual import add_usual_slices, unusual_stations
+
+    def table(*rows):
+        return add_usual_slices(
+            pd.DataFrame(rows, columns=["case", "station", "slices", "slice_spacing_mm"]).astype({"case": str})
+        )
+
+    assert add_usual_slices(pd.DataFrame([])).empty
+    two = table(("a", 1, 44, 3.0), ("b", 1, 43, 3.0))
+    assert two.usual_slices.isna().all()
+    found = table(("a", 1, 44, 3.0), ("b", 1, 43, 3.0), ("c", 1, 44, 3.0), ("d", 1, 44, None), ("e", 1, 60, 2.2))
+    assert found.usual_slices.fillna(0).tolist() == [44, 44, 44, 0, 0]  # incomplete, or of another protocol
+    assert unusual_stations(found) == {"b": [1]}
 
 
 def test_names_and_folders_that_cannot_be(tmp_path, capsys):

@@ -210,6 +210,29 @@ def test_irregular_series_name_the_case(tmp_path):
     assert (job.name, job.output.name, job.segmentation.name) == ("ann", "ann.nii.gz", "ann_seg.dcm")
 
 
+def test_damaged_tags_name_the_case(tmp_path, capsys):
+    _series(tmp_path / "in" / "ann")
+    path = sorted((tmp_path / "in" / "ann").iterdir())[3]
+    dataset = pydicom.dcmread(path)
+    dataset.RescaleSlope = None
+    dataset.save_as(path)
+    model = model_folder(tmp_path)
+    command = ["-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "-m", str(model), "--device", "cpu"]
+    assert main(command) == 2
+    assert f"{path.name}: RescaleSlope is empty" in capsys.readouterr().err
+    dataset.RescaleSlope = SLOPE
+    dataset.save_as(path)
+    for each in (tmp_path / "in" / "ann").iterdir():  # no volume suffers, but nothing can refer to these
+        dataset = pydicom.dcmread(each)
+        del dataset.SOPClassUID
+        dataset.save_as(each)
+    assert main([*command, "--dicom-seg"]) == 2
+    said = capsys.readouterr().err
+    assert "no DICOM Segmentation can refer to series 4 (" in said
+    assert "predict without --dicom-seg" in said
+    assert (tmp_path / "out" / "ann.nii.gz").is_file()
+
+
 def test_missing_packages_are_named(tmp_path, monkeypatch):
     import sys
 

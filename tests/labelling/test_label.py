@@ -3,44 +3,28 @@
 import csv
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
-from nnunet_models import Tiny, scan, write_model
+from cohorts import CHANNELS, GEOMETRY, make_cohort
+from cohorts import label as run
+from nnunet_models import Tiny, write_model
 
 from ukbob_seg.benchmark.totalvibe import TOTALVIBE_LABELS
 from ukbob_seg.cli.filter import main as filter_main
-from ukbob_seg.cli.label import main
 from ukbob_seg.dataset.image_io import Geometry, read_image, read_labels, write_image
 from ukbob_seg.dataset.spec import DatasetSpec, require_cases
 from ukbob_seg.errors import ConfigError
 from ukbob_seg.inference.predictor import Predictor
 from ukbob_seg.labelling import label as module
 from ukbob_seg.labelling.fusion import fuse
-from ukbob_seg.labelling.label import LabelOptions, label_cohort
+from ukbob_seg.labelling.label import label_cohort
+from ukbob_seg.labelling.options import LabelOptions
 from ukbob_seg.labelling.outputs import label_names
 from ukbob_seg.parallel import Cluster, Part
 
 pytest.importorskip("dynamic_network_architectures", reason="pip install --no-deps dynamic-network-architectures")
-GEOMETRY = Geometry((17, 23, 19), (1.0, 1.3, 0.9), (3.0, -5.0, 7.0))
-CHANNELS = ("fat", "water", "inphase", "outphase")
 VIBE = {"background": 0, **{str(value): value for value in TOTALVIBE_LABELS.values()}}
-
-
-def make_cohort(folder: Path, cases: int = 3, channels: int = 4, described: bool = True) -> Path:
-    for case in range(cases):
-        image = scan(channels=channels, seed=case)
-        for channel in range(channels):
-            write_image(image[channel], GEOMETRY, folder / "imagesTr" / f"s{case}_{channel:04d}.nii.gz")
-    if described:
-        names = {str(k): name for k, name in enumerate(CHANNELS[:channels])}
-        (folder / "dataset.json").write_text(json.dumps({"channel_names": names}))
-    return folder
-
-
-def run(*arguments: object) -> int:
-    return main(["--device", "cpu", *map(str, arguments)])
 
 
 def test_a_dataset_ready_for_the_filter(tmp_path, capsys):
@@ -146,18 +130,6 @@ def test_a_process_per_device(tmp_path):
     assert len(list((output / "labelsTr").iterdir())) == 3
 
 
-def test_on_a_dask_cluster(tmp_path):
-    distributed = pytest.importorskip("distributed", reason="pip install 'ukbob_seg[dask]'")
-    model, cohort = write_model(Tiny(), tmp_path / "results"), make_cohort(tmp_path / "cohort", cases=2, channels=1)
-    output = tmp_path / "Dataset001_X"
-    with distributed.LocalCluster(
-        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0"
-    ) as cluster:
-        options = LabelOptions(model, quiet=True, cluster=Cluster(cluster.scheduler_address))
-        label_cohort(cohort, output, options)
-    assert len(list((output / "labelsTr").iterdir())) == 2
-
-
 def test_copies_on_request_and_names_of_channels(tmp_path):
     model = write_model(Tiny(schemes=("ZScoreNormalization",) * 2, masked=(False, True)), tmp_path / "results")
     cohort = make_cohort(tmp_path / "cohort", cases=1, channels=2, described=False)
@@ -200,23 +172,26 @@ def test_incomplete_cohorts(tmp_path, capsys):
 
 def test_several_channels_are_labelled_and_merged(tmp_path):
     """TotalVibeSegmentator's values under its names, though the model numbers its labels."""
-    tiny = Tiny(labels=VIBE, extra={"orientation": ["L", "P", "S"]})
-    model = write_model(tiny, tmp_path / "results")
+    model = write_model(Tiny(labels=VIBE, extra={"orientation": ["R", "A", "S"]}), tmp_path / "results")
+    plain = write_model(Tiny(labels=VIBE), tmp_path / "plain")
     cohort, output = make_cohort(tmp_path / "cohort", cases=1), tmp_path / "Dataset001_X"
     command = ["--model", model, "--input", cohort, "--output", output]
     assert run(*command, "--fuse", "water", "inphase") == 0
     content = json.loads((output / "dataset.json").read_text())
     assert content["labels"] == {"background": 0, **TOTALVIBE_LABELS}
     assert content["channel_names"] == {str(k): name for k, name in enumerate(CHANNELS)}
-    maps = {}
-    with Predictor.from_model_folder(model) as predictor:
+    maps, unturned = {}, {}
+    with Predictor.from_model_folder(plain) as predictor:  # the scans are LPS: x and y run the other way in RAS
         for number, name in ((1, "water"), (2, "inphase")):
             image, geometry = read_image([cohort / "imagesTr" / f"s0_{number:04d}.nii.gz"])
-            maps[name] = predictor.predict_array(image, geometry).labels
+            turned = np.ascontiguousarray(image[:, :, ::-1, ::-1])
+            maps[name] = predictor.predict_array(turned, geometry).labels[:, ::-1, ::-1]
+            unturned[name] = predictor.predict_array(image, geometry).labels
     expected = fuse(maps, TOTALVIBE_LABELS, float(np.prod(GEOMETRY.spacing_mm)))
     labels, _ = read_labels(output / "labelsTr" / "s0.nii.gz")
     assert np.array_equal(labels, expected)
     assert not np.array_equal(labels, maps["water"])
+    assert not np.array_equal(labels, fuse(unturned, TOTALVIBE_LABELS, float(np.prod(GEOMETRY.spacing_mm))))
     assert json.loads((output / "labelling.json").read_text())["channels"] == ["water", "inphase"]
 
 

@@ -2,8 +2,11 @@
 
 import os
 import pickle
+import shutil
 import stat
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +15,16 @@ import torch
 from nnunet_models import Tiny, write_model
 
 from ukbob_seg.errors import CheckpointError
+from ukbob_seg.inference.predictor import Predictor
 from ukbob_seg.nnunet import archive
-from ukbob_seg.nnunet.archive import ArchiveLimits, check_archive, split_archive_path, unpack
+from ukbob_seg.nnunet.archive import (
+    ArchiveLimits,
+    check_archive,
+    share_unpacked,
+    split_archive_path,
+    unpack,
+    unpacked_folders,
+)
 from ukbob_seg.nnunet.folders import find_model, is_nnunet_model
 from ukbob_seg.nnunet.weights import read_nnunet_checkpoint
 
@@ -46,6 +57,7 @@ def temporary(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setattr(archive.tempfile, "tempdir", str(folder))
     monkeypatch.setattr(archive, "_UNPACKED", {})
+    monkeypatch.setattr(archive, "_SHARED", {})
     yield folder
     for each in archive._UNPACKED.values():
         each.cleanup()
@@ -154,6 +166,88 @@ def test_of_a_cascade_the_second_stage_is_meant(tmp_path):
     files = find_model(zipped(tmp_path / "results", tmp_path / "two.zip", tmp_path / "results"))
     assert files.folder.name == folder.name
     assert files.folder.with_name("nnUNetTrainer__nnUNetPlans__3d_lowres").is_dir()
+
+
+def unpacked_checkpoints(temporary: Path) -> list[str]:
+    return sorted(f"{path.parents[1].name.rpartition('__')[2]}/{path.parent.name}/{path.name}"
+                  for path in temporary.rglob("*.pth"))  # fmt: skip
+
+
+def test_only_the_checkpoints_that_are_loaded_are_unpacked(tmp_path, temporary):
+    """Of two models with two folds and two kinds of checkpoints one file, not eight."""
+    folder = write_model(Tiny(folds=("0", "1")), tmp_path / "results")
+    for fold in ("0", "1"):
+        final = folder / f"fold_{fold}" / "checkpoint_final.pth"
+        shutil.copy(final, final.with_name("checkpoint_best.pth"))
+    shutil.copytree(folder, folder.with_name("nnUNetTrainer__nnUNetPlans__other"))
+    path = zipped(tmp_path / "results", tmp_path / "large.zip", tmp_path / "results")
+    inner = path / "Dataset005_Tiny" / folder.name
+    files = find_model(inner)
+    assert files.folds("best") == files.folds("final") == ["0", "1"]
+    assert unpacked_checkpoints(temporary) == []
+    with Predictor.from_model_folder(inner, folds=["1"]):
+        assert unpacked_checkpoints(temporary) == ["3d_fullres/fold_1/checkpoint_final.pth"]
+    with Predictor.from_model_folder(inner, folds=["0"], checkpoint="best"):
+        assert unpacked_checkpoints(temporary) == [
+            "3d_fullres/fold_0/checkpoint_best.pth", "3d_fullres/fold_1/checkpoint_final.pth",
+        ]  # fmt: skip
+    assert len(list(temporary.glob("ukbob_*"))) == 1
+
+
+def test_of_a_cascade_both_stages_are_unpacked(tmp_path, temporary):
+    write_model(Tiny(configuration="3d_lowres", folds=("0", "1")), tmp_path / "results")
+    write_model(Tiny(configuration="3d_cascade_fullres", previous="3d_lowres"), tmp_path / "results")
+    path = zipped(tmp_path / "results", tmp_path / "two.zip", tmp_path / "results")
+    with Predictor.from_model_folder(path, previous_folds=["1"]) as predictor:
+        assert predictor.origin()[1].endswith("nnUNetTrainer__nnUNetPlans__3d_lowres/fold_1/checkpoint_final.pth")
+        assert [path.parent.name for path in predictor.checkpoint_files()] == ["fold_0", "fold_1"]
+    assert unpacked_checkpoints(temporary) == [
+        "3d_cascade_fullres/fold_0/checkpoint_final.pth", "3d_lowres/fold_1/checkpoint_final.pth",
+    ]  # fmt: skip
+
+
+def test_processes_share_what_the_first_unpacked(tmp_path, temporary, monkeypatch):
+    folder = write_model(Tiny(), tmp_path / "results")
+    path = zipped(folder, tmp_path / "export.zip", tmp_path / "results")
+    files = find_model(path)
+    files.checkpoint("0", "final")
+    folders = unpacked_folders()
+    mine = archive._UNPACKED
+    monkeypatch.setattr(archive, "_UNPACKED", {})  # as in another process
+    share_unpacked(folders)
+    assert find_model(path) == files
+    assert len(list(temporary.glob("ukbob_*"))) == 1
+    for each in mine.values():
+        each.cleanup()
+    other = find_model(path)  # that process has ended, or is on another machine
+    assert other.folder != files.folder
+    assert other.checkpoint("0", "final").is_file()
+
+
+def test_an_archive_of_ours_is_sent_to_the_import(tmp_path, temporary):
+    path = tmp_path / "ours.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("manifest.json", '{"format": "ukbob_seg model", "format_version": 1, "members": {}}')
+        file.writestr("plans.json", "{}")
+    for given in (path, path / "inner"):
+        with pytest.raises(CheckpointError, match=r"make a model folder of it with ukbob_import_model \S+ours\.zip"):
+            find_model(given)
+    assert list(temporary.glob("ukbob_*")) == []
+
+
+def test_threads_do_not_take_the_allowed_kinds_from_each_other(tmp_path, monkeypatch):
+    """The list is PyTorch's, one per process: the first thread to end would empty it for the second."""
+    path = write_model(Tiny(), tmp_path) / "fold_0" / "checkpoint_final.pth"
+    real, waits = torch.load, [0.0, 0.3]
+
+    def slow(*arguments, **options):
+        time.sleep(waits.pop(0))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(torch, "load", slow)
+    with ThreadPoolExecutor(2) as pool:
+        read = list(pool.map(read_nnunet_checkpoint, [path, path]))
+    assert [content.configuration for content in read] == ["3d_fullres"] * 2
 
 
 def test_paths_into_archives(tmp_path):

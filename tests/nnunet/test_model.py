@@ -1,12 +1,15 @@
 """Reading model folders: folds, checkpoints, what is refused, and how models of nnU-Net behave in the commands."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from nnunet_models import Tiny, scan, write_model
+from portable_models import make_model, roots_of
 
+from ukbob_seg.cli.export_model import main as export_main
 from ukbob_seg.cli.predict import main as predict_main
 from ukbob_seg.dataset.image_io import Geometry, read_labels, write_image
 from ukbob_seg.errors import CheckpointError, ConfigError
@@ -15,6 +18,7 @@ from ukbob_seg.inference.predictor import PredictionSettings, Predictor
 from ukbob_seg.nnunet.architecture import AxisOrder
 from ukbob_seg.nnunet.model import NnunetModel, resolve_configuration
 from ukbob_seg.nnunet.resampling import ResamplingRule
+from ukbob_seg.preprocessing.storage import open_array
 
 pytest.importorskip("dynamic_network_architectures", reason="pip install --no-deps dynamic-network-architectures")
 GEOMETRY = Geometry((17, 23, 19), (1.0, 1.3, 0.9), (3.0, -5.0, 7.0))
@@ -157,23 +161,108 @@ def test_the_command_writes_the_labels_of_the_api(tmp_path):
 
 
 def test_models_of_both_kinds_are_averaged(tmp_path):
-    """Two models of nnU-Net here; an ensemble asks no more of its members than planes of probabilities."""
-    first = write_model(Tiny(), tmp_path / "a")
-    second = write_model(Tiny(seed=9, spacing=(1.0, 1.0, 1.0)), tmp_path / "b")
-    image = scan()
-    with load_predictor([first, second]) as predictor:
+    """One of ours and one of nnU-Net, of other spacings: the decision is that of the mean of both probabilities."""
+    tiny = Tiny()
+    theirs = write_model(tiny, tmp_path / "theirs")
+    dataset = {name: value for name, value in tiny.dataset().items() if name != "numTraining"}
+    ours = make_model(roots_of(tmp_path), dataset, folds=("0",))
+    image, probabilities, labels = scan(), [], []
+    for number, folder in enumerate((theirs, ours)):
+        with load_predictor([folder]) as predictor:
+            path = tmp_path / f"{number}.b2nd"
+            labels.append(predictor.predict_array(image, GEOMETRY, path).labels)
+            probabilities.append(open_array(path)[:].astype(np.float32))
+    with load_predictor([theirs, ours]) as predictor:
+        assert [Path(path).suffix for path in predictor.origin()] == [".pth", ".pt"]
         both = predictor.predict_array(image, GEOMETRY).labels
-    with load_predictor([first]) as predictor:
-        alone = predictor.predict_array(image, GEOMETRY).labels
-    assert both.shape == alone.shape
-    assert not np.array_equal(both, alone)
+    mean = np.sort(sum(probabilities) / 2, axis=0)
+    clear = mean[-1] - mean[-2] > 2e-3  # they were stored in half precision
+    assert clear.mean() > 0.9
+    assert np.array_equal(both[clear], sum(probabilities).argmax(axis=0)[clear])
+    for alone in labels:
+        assert not np.array_equal(both, alone)
+
+
+def test_resuming_with_another_model_of_the_same_name_is_refused(tmp_path, capsys):
+    """A model that was trained again lies where the first did."""
+    folder = write_model(Tiny(), tmp_path / "results")
+    write_image(scan()[0], GEOMETRY, tmp_path / "images" / "a_0000.nii.gz")
+    outputs = tmp_path / "out"
+    command = ["-i", str(tmp_path / "images"), "-o", str(outputs), "-m", str(folder), "--device", "cpu"]
+    assert predict_main(command) == 0
+    record = json.loads((outputs / "predict_args.json").read_text())
+    write_model(Tiny(seed=9), tmp_path / "results")
+    before = (outputs / "a.nii.gz").stat().st_mtime_ns
+    assert predict_main([*command, "--resume"]) == 2
+    assert "has other checkpoint_sha256 than this run" in capsys.readouterr().err
+    assert (outputs / "a.nii.gz").stat().st_mtime_ns == before
+    del record["checkpoint_sha256"]  # of an earlier version, which cannot tell
+    (outputs / "predict_args.json").write_text(json.dumps(record))
+    assert predict_main([*command, "--resume"]) == 0
+
+
+def test_a_folder_one_level_too_high(tmp_path, capsys):
+    folder = write_model(Tiny(), tmp_path / "results")
+    write_image(scan()[0], GEOMETRY, tmp_path / "images" / "a_0000.nii.gz")
+    for given in (folder.parent, tmp_path / "results"):
+        command = ["-i", str(tmp_path / "images"), "-o", str(tmp_path / "out"), "-m", str(given), "--device", "cpu"]
+        assert predict_main(command) == 2
+        assert f"{given} is no model folder, but the folder of models: give {folder}" in capsys.readouterr().err
+    assert export_main(["-m", str(folder.parent), "-o", str(tmp_path / "x.zip")]) == 2
+    assert f"give {folder}" in capsys.readouterr().err
+    assert export_main(["-m", str(folder), "-o", str(tmp_path / "x.zip")]) == 2
+    assert "a model of nnU-Net v2" in (said := capsys.readouterr().err)
+    assert "nnUNetv2_export_model_to_zip" in said
+    assert not (tmp_path / "x.zip").exists()
+
+
+def test_averages_over_nothing_are_refused(tmp_path, capsys):
+    """nnU-Net's models are averaged over flips alone; ours over changes of intensity, too."""
+    theirs = write_model(Tiny(), tmp_path / "results")
+    command = ["-i", str(tmp_path), "-o", str(tmp_path / "out"), "-m", str(theirs), "--device", "cpu"]
+    assert predict_main([*command, "--tta", "--no-mirror"]) == 2
+    assert "--tta --no-mirror has no effect on a model of nnU-Net" in capsys.readouterr().err
+    dataset = {name: value for name, value in Tiny().dataset().items() if name != "numTraining"}
+    ours = make_model(roots_of(tmp_path), dataset, folds=("0",))
+    with load_predictor([theirs, ours], settings=PredictionSettings(tta=True, mirror=False)) as predictor:
+        assert len(predictor.origin()) == 2
+
+
+def test_the_orientation_of_the_inference_configuration_comes_before_the_datasets(tmp_path):
+    folder = write_model(Tiny(extra={"orientation": ["L", "P", "S"]}), tmp_path)
+    assert NnunetModel.load(folder).rules.orientation == "LPS"
+    (folder / "inference_config.json").write_text(json.dumps({"model_expected_orientation": ["R", "A", "S"]}))
+    model = NnunetModel.load(folder)
+    assert (model.rules.orientation, model.rules.most_intensity) == ("RAS", 10_000.0)
+    (folder / "inference_config.json").write_text(json.dumps({"model_expected_orientation": ["R", "A", "A"]}))
+    with pytest.raises(CheckpointError, match="orientation"):
+        NnunetModel.load(folder)
+
+
+def test_the_channel_of_a_roi_model_is_resampled_as_a_label_map(tmp_path):
+    """Values between two labels are of neither."""
+    two = {"schemes": ("ZScoreNormalization", "NoNormalization"), "masked": (False, False)}
+    folder = write_model(Tiny(**two, extra={"roi": 278}), tmp_path)
+    image = scan(channels=2)
+    low, high = np.quantile(image[0], (0.5, 0.8))
+    image[1] = (image[0] > low) * 3 + (image[0] > high) * 8
+    with Predictor.from_model_folder(folder) as predictor:
+        assert predictor.model.roi == "278"
+        array, _ = predictor._prepare(image, GEOMETRY, None)
+    assert array.shape[1:] != image.shape[1:]
+    assert set(np.unique(array[1])) == {0, 3, 11}
+    with Predictor.from_model_folder(write_model(Tiny(**two), tmp_path / "plain")) as predictor:
+        plain, _ = predictor._prepare(image, GEOMETRY, None)
+    assert np.array_equal(plain[0], array[0])
+    assert len(np.unique(plain[1])) > 3
+    with pytest.raises(CheckpointError, match=r"names a ROI model \(278\) but no channel"):
+        NnunetModel.load(write_model(Tiny(extra={"roi": 278}), tmp_path / "one"))
 
 
 @pytest.mark.parametrize("how", ["dataset.json", "NibabelIOWithReorient"])
 def test_images_are_turned_as_the_model_wants_and_labels_are_turned_back(how, tmp_path):
     """The same scan, stored along other axes, has the same labels in the same places."""
     from ukbob_seg.dataset.orientation import turn_to
-    from ukbob_seg.preprocessing.storage import open_array
 
     turned = {"extra": {"orientation": ["R", "A", "S"]}} if how == "dataset.json" else {"reader": how}
     folder = write_model(Tiny(**turned), tmp_path)

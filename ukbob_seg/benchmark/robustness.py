@@ -254,7 +254,7 @@ class RecordKeys:
         after = model.folders[0] / POSTPROCESSING
         is_applied = options.base.postprocessing and len(model.folders) == 1 and after.is_file()
         try:
-            checkpoints = {path: file_sha256(Path(path)) for path in predictor.origin()}
+            checkpoints = predictor.checkpoint_hashes()
             removed = file_sha256(after) if is_applied else None
         except OSError as error:
             raise UkbobError(f"{error.filename} cannot be read again: {error.strerror}") from error

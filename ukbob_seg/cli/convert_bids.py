@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to take")
     group.add_argument(
         "--suffixes", nargs="+", metavar="NAME",
-        help="modalities that become channels, in this order: T1w T2w FLAIR (default: those that every session has)",
+        help="modalities that become channels, in this order: T1w T2w FLAIR (default: pictures that every session has)",
     )  # fmt: skip
     group.add_argument("--derivatives", metavar="NAME", help="folder in derivatives with the segmentations")
     group.add_argument(

@@ -48,6 +48,8 @@ def convert_layout(arguments: argparse.Namespace, layout: Layout) -> None:
     """Carry it out, say what is where."""
     from ukbob_seg.conversion.run import OVERLAPS, run_conversion
 
+    if layout.note:
+        print(layout.note)
     done = run_conversion(layout, arguments.input, arguments.output, arguments.link, arguments.workers)
     kept = done.training + done.test - done.converted
     print(

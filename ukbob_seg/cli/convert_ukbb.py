@@ -26,7 +26,8 @@ EXAMPLE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Folders, how to stitch, which archives."""
     add_folders(
-        parser, "folder of archives such as 1234567_20201_2_0.zip (or of folders of DICOM files), or one archive"
+        parser,
+        "folder of archives such as 1234567_20201_2_0.zip (or of folders of DICOM files), at any depth, or one archive",
     )
     group = parser.add_argument_group("how archives are stitched")
     group.add_argument(
@@ -45,6 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--skip-incomplete", action="store_true",
         help="leave out archives with missing or damaged files instead of stopping at the end; see incomplete.csv",
     )  # fmt: skip
+    cases.add_argument(
+        "--ignore-manifest", action="store_true",
+        help="do not compare an archive's files with the list in it (default: one that lacks some is incomplete)",
+    )  # fmt: skip
     cases.add_argument("--test", action="store_true", help="write to imagesTs, for prediction (default: imagesTr)")
     add_workers(parser)
     add_cluster(parser, "when all parts are done, run once without it")
@@ -60,7 +65,12 @@ def run(arguments: argparse.Namespace) -> None:
     part = None if arguments.part is None else Part.parse(arguments.part)
     spacing = None if arguments.spacing is None else tuple(arguments.spacing)
     options = CohortOptions(
-        StitchOptions(None if arguments.stations == 0 else arguments.stations, spacing, arguments.repair_swaps),
+        StitchOptions(
+            None if arguments.stations == 0 else arguments.stations,
+            spacing,
+            arguments.repair_swaps,
+            not arguments.ignore_manifest,
+        ),
         arguments.test,
         arguments.skip_incomplete,
         arguments.workers,
@@ -78,6 +88,9 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{done.swapped} station{'s' if done.swapped > 1 else ''} with water and fat exchanged, {what}")
     if done.doubtful:
         print(f"{done.doubtful} stations where that is hard to tell: swap_confidence below 0.2 in stations.csv")
+    if done.unusual:
+        named = listing([f"{case} (station {', '.join(map(str, numbers))})" for case, numbers in done.unusual], most=3)
+        print(f"other numbers of slices than most archives have, usual_slices in stations.csv: {named}")
     if part is not None:
         print("when all parts are done, run the same command once without --part")
     else:

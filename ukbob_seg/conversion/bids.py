@@ -18,6 +18,12 @@ from ukbob_seg.errors import ConfigError, DatasetError, listing
 from ukbob_seg.parallel import choose_workers, map_cases
 
 _NAME = re.compile(r"(?P<entities>(?:[a-zA-Z]+-[a-zA-Z0-9+]+_)+)(?P<suffix>[a-zA-Z0-9]+)\.nii(?:\.gz)?")
+# Pictures of tissue as scanners make them. Quantitative maps and series of many echoes have to be asked for.
+INTENSITIES = frozenset({
+    "T1w", "T2w", "PDw", "T2starw", "FLAIR", "inplaneT1", "inplaneT2", "PDT2", "UNIT1", "angio",
+    "T2star", "FLASH", "PD", "CT", "ct",
+})  # fmt: skip
+_NO_IMAGE = re.compile(r".*mask|.*dseg|.*probseg|roi", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class BidsOptions:
     """What to take.
 
     Attributes:
-        suffixes: modalities that become channels, in this order; None for those that every session has.
+        suffixes: modalities that become channels, in this order; None for all of ``INTENSITIES`` that all have.
         derivatives: pipeline whose segmentations to take; None where only one has any.
         entities: ``acq-highres``, ``run-1``, ...: of several files, the one that says so.
     """
@@ -35,6 +41,9 @@ class BidsOptions:
     entities: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        masks = [each for each in self.suffixes or () if _NO_IMAGE.fullmatch(each)]
+        if masks:
+            raise ConfigError(f"--suffixes: {listing(masks)} is no image that could be a channel")
         wrong = [each for each in self.entities if re.fullmatch(r"[a-zA-Z]+-[a-zA-Z0-9+]+", each) is None]
         if wrong:
             raise ConfigError(f"--entities must look like run-1 or acq-highres, got {listing(wrong)}")
@@ -100,7 +109,14 @@ def find_bids(source: Path, folder: Path, options: BidsOptions, workers: int | N
             "derivatives": options.derivatives,
             "entities": list(options.entities),
         },
+        note=_note(suffixes, images),
     )
+
+
+def _note(suffixes: Sequence[str], images: Sequence[_File]) -> str:
+    others = [each for each in _suffixes(images) if each not in suffixes]
+    also = f"; there are also {listing(others)}" if others else ""
+    return f"channels: {', '.join(suffixes)} (others with --suffixes{also})"
 
 
 def _parse(path: Path) -> _File | None:
@@ -113,7 +129,8 @@ def _parse(path: Path) -> _File | None:
 
 def _images(source: Path) -> list[_File]:
     paths = [*source.glob("sub-*/anat/*.nii*"), *source.glob("sub-*/ses-*/anat/*.nii*")]
-    found = [parsed for path in sorted(paths) if (parsed := _parse(path)) is not None]
+    named = [parsed for path in sorted(paths) if (parsed := _parse(path)) is not None]
+    found = [each for each in named if _NO_IMAGE.fullmatch(each.suffix) is None]
     if not found:
         raise DatasetError(f"no images in {source}: expected files like sub-01/anat/sub-01_T1w.nii.gz")
     return found
@@ -140,6 +157,10 @@ def _segmentations(source: Path, options: BidsOptions) -> tuple[Path, list[_File
     return source / "derivatives" / name, files
 
 
+def _suffixes(images: Sequence[_File]) -> list[str]:
+    return sorted({each.suffix for each in images})
+
+
 def _there(found: Mapping[str, object]) -> str:
     return f"there are {listing(sorted(found))}" if found else "no pipeline has any"
 
@@ -148,10 +169,12 @@ def _common_suffixes(images: Sequence[_File]) -> tuple[str, ...]:
     sessions: dict[str, set[str]] = {}
     for each in images:
         sessions.setdefault(each.session, set()).add(each.suffix)
-    common = set.intersection(*sessions.values())
+    common = set.intersection(*sessions.values()) & INTENSITIES
     if not common:
-        there = sorted({suffix for found in sessions.values() for suffix in found})
-        raise ConfigError(f"no modality is in every session; choose with --suffixes: {listing(there)}")
+        there = _suffixes(images)
+        raise ConfigError(
+            f"no picture such as T1w, T2w or FLAIR is in every session; choose with --suffixes: {listing(there)}"
+        )
     return tuple(sorted(common))
 
 
@@ -168,7 +191,7 @@ def _choose(
     """The images of every session that has all modalities, and what could not be decided."""
     unknown = [suffix for suffix in suffixes if suffix not in {each.suffix for each in images}]
     if unknown:
-        there = sorted({each.suffix for each in images})
+        there = _suffixes(images)
         raise ConfigError(f"--suffixes: no image is {listing(unknown)}; there are {listing(there)}")
     chosen: dict[str, tuple[Path, ...]] = {}
     problems = []

@@ -5,12 +5,15 @@ from __future__ import annotations
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ukbob_seg.conversion.dicom_tags import first_line
+from ukbob_seg.conversion.manifest import is_manifest
 from ukbob_seg.errors import ConfigError, DatasetError
 from ukbob_seg.zips import is_encrypted, is_special, leads_out
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 PREFIX_BYTES = 132  # 128 bytes of anything, then DICM
+_LOOK_AT = 20  # files of a folder, to tell whether it holds DICOM
 _UNREADABLE: tuple[Any, ...] = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError)
 
 
@@ -100,6 +104,8 @@ def check_archive(path: Path, limits: ArchiveLimits = LIMITS) -> list[zipfile.Zi
 def read_files(source: Path, limits: ArchiveLimits = LIMITS) -> Iterator[tuple[str, bytes]]:
     """(name, content) of every file of an archive, after ``check_archive``, or of a folder and the folders in it.
 
+    In a folder only DICOM files and manifests are read as a whole, of others the first 132 bytes.
+
     Raises:
         DatasetError: the archive is refused, or a file cannot be read.
     """
@@ -107,9 +113,7 @@ def read_files(source: Path, limits: ArchiveLimits = LIMITS) -> Iterator[tuple[s
         for path in sorted(source.rglob("*")):
             inside = path.relative_to(source)
             if path.is_file() and not any(part.startswith(".") for part in inside.parts):
-                if path.stat().st_size > limits.file_bytes:
-                    raise DatasetError(f"{path} has {path.stat().st_size} bytes; no DICOM slice is as large")
-                yield str(inside), path.read_bytes()
+                yield str(inside), _read_file(path, limits)
         return
     members = check_archive(source, limits)
     with zipfile.ZipFile(source) as archive:
@@ -120,6 +124,31 @@ def read_files(source: Path, limits: ArchiveLimits = LIMITS) -> Iterator[tuple[s
             except _UNREADABLE as error:
                 raise DatasetError(f"{source}: {info.filename} is damaged ({error}); download it again") from error
             yield info.filename, content
+
+
+def _read_file(path: Path, limits: ArchiveLimits) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(PREFIX_BYTES)
+            if not is_dicom(content) and not is_manifest(path.name):
+                return content
+            if (size := path.stat().st_size) > limits.file_bytes:
+                raise DatasetError(f"{path} has {size} bytes; no DICOM slice is as large")
+            return content + file.read()
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read ({error.strerror}); check its permissions and disk") from error
+
+
+def holds_dicom(files: Iterable[Path]) -> bool:
+    """Whether one of the first twenty of some files begins like DICOM."""
+    for path in islice((path for path in files if path.is_file()), _LOOK_AT):
+        try:
+            with path.open("rb") as file:
+                if is_dicom(file.read(PREFIX_BYTES)):
+                    return True
+        except OSError:
+            continue  # whoever reads it will say so
+    return False
 
 
 def is_dicom(content: bytes) -> bool:
@@ -145,31 +174,5 @@ def parse(content: bytes, name: str, pixels: bool = True) -> Dataset:
             dataset = pydicom.dcmread(BytesIO(content), stop_before_pixels=not pixels)
             dataset.get("SOPInstanceUID")
     except Exception as error:  # pydicom raises whatever the damage leads to
-        raise DatasetError(f"{name} is damaged or truncated ({error}); download it again") from error
+        raise DatasetError(f"{name} is damaged or truncated ({first_line(error)}); download it again") from error
     return dataset
-
-
-def pixels_of(dataset: Dataset, name: str) -> Any:
-    """The stored values (Y, X) of a slice, rescaled where the slice says so (then float32).
-
-    Raises:
-        DatasetError: damaged, truncated, more than one frame, or colours.
-    """
-    import numpy as np
-
-    if int(dataset.get("NumberOfFrames") or 1) > 1:
-        raise DatasetError(f"{name} has several frames in one file, which is not supported; export single slices")
-    if int(dataset.get("SamplesPerPixel", 1)) != 1:
-        raise DatasetError(f"{name} is in colour; give the scan, not a screenshot")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            values = np.asarray(dataset.pixel_array)
-    except Exception as error:
-        raise DatasetError(
-            f"{name} is damaged or truncated ({str(error).splitlines()[0]}); download it again"
-        ) from error
-    slope, intercept = float(dataset.get("RescaleSlope", 1)), float(dataset.get("RescaleIntercept", 0))
-    if (slope, intercept) == (1.0, 0.0):
-        return values
-    return (values * slope + intercept).astype(np.float32)

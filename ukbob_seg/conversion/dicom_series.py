@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ukbob_seg.conversion.dicom_files import is_dicom, parse, pixels_of, read_files
+from ukbob_seg.conversion.dicom_files import is_dicom, parse, read_files
+from ukbob_seg.conversion.dicom_pixels import pixels_of
+from ukbob_seg.conversion.dicom_slice import Origin, Slice, read_slice
+from ukbob_seg.conversion.dicom_tags import text_of
+from ukbob_seg.conversion.manifest import is_manifest, listed_files, missing_files
 from ukbob_seg.dataset.image_io import Geometry
 from ukbob_seg.errors import DatasetError, listing
 
@@ -23,38 +26,6 @@ _DIRECTION_TOLERANCE = 1e-3
 _IMAGE_CLASSES = {
     f"1.2.840.10008.5.1.4.1.1.{number}" for number in ("2", "2.1", "4", "4.1", "20", "128")
 }  # CT, MR, PET
-
-
-@dataclass(frozen=True)
-class Slice:
-    """One image of a series.
-
-    Attributes:
-        name: of its file.
-        dataset: as read.
-        position_mm: of the first pixel, LPS.
-        rows_mm, columns_mm: unit vectors along a row and along a column, LPS.
-        spacing_mm: between rows and between columns (y, x).
-        shape: rows and columns.
-    """
-
-    name: str
-    dataset: Dataset
-    position_mm: np.ndarray
-    rows_mm: np.ndarray
-    columns_mm: np.ndarray
-    spacing_mm: tuple[float, float]
-    shape: tuple[int, int]
-
-    @cached_property
-    def normal(self) -> np.ndarray:
-        """Unit vector of the direction in which slices follow each other."""
-        return np.cross(self.rows_mm, self.columns_mm)
-
-    @cached_property
-    def height_mm(self) -> float:
-        """Position along the normal."""
-        return float(self.position_mm @ self.normal)
 
 
 @dataclass(frozen=True)
@@ -85,6 +56,16 @@ class Series:
         return self.slices[0].height_mm, self.slices[-1].height_mm
 
     @property
+    def origin(self) -> Origin:
+        """Which scan it is of, by its first slice."""
+        return self.slices[0].origin
+
+    @property
+    def acquired_s(self) -> float | None:
+        """The earliest AcquisitionTime of its slices; None where there is none."""
+        return min((each.origin.acquired_s for each in self.slices if each.origin.acquired_s is not None), default=None)
+
+    @property
     def geometry(self) -> Geometry:
         """The grid of the slices, which must have no problems."""
         first = self.slices[0]
@@ -96,6 +77,10 @@ class Series:
             tuple(float(value) for value in direction.ravel()),
         )
 
+    def same_pixels(self, other: Series) -> bool:
+        """Whether another series has the same stored pixels, slice by slice."""
+        return len(self.slices) == len(other.slices) and all(map(_same_pixels, self.slices, other.slices))
+
     def voxels(self) -> np.ndarray:
         """(Z, Y, X) in the order of the slices: stored integers, or float32 where any slice is rescaled.
 
@@ -105,80 +90,73 @@ class Series:
         return np.stack([pixels_of(each.dataset, each.name) for each in self.slices])
 
 
-def read_series(source: Path) -> tuple[list[Series], list[str]]:
+def read_series(source: Path, manifest: bool = False) -> tuple[list[Series], list[str]]:
     """Every series of images of an archive or a folder, by number.
 
     Files that are no DICOM and DICOM objects that are no images are passed over.
 
+    Args:
+        source: the archive, or the folder.
+        manifest: that files which a manifest lists are not there is a problem.
+
     Returns:
-        (series, problems of files that belong to none).
+        (series, problems of files, and of the whole: several people or studies, missing files).
 
     Raises:
         DatasetError: the source is refused (see ``check_archive``) or damaged as a whole.
     """
     slices: dict[str, list[Slice]] = {}
     problems = []
+    names: list[str] = []
+    listed: set[str] = set()
     for name, content in read_files(source):
+        names.append(name)
+        if is_manifest(name):
+            listed |= listed_files(content)
         if not is_dicom(content):
             continue
         try:
             dataset = parse(content, name)
-            if "Rows" in dataset or _is_image(dataset):
-                found = _slice(dataset, name)
-                slices.setdefault(str(dataset.SeriesInstanceUID), []).append(found)
+            if "Rows" in dataset or _is_image(dataset, name):
+                found = read_slice(dataset, name)
+                slices.setdefault(found.origin.series, []).append(found)
         except DatasetError as error:
             problems.append(str(error))
+    if manifest:
+        problems += missing_files(listed, names)
+    problems += _strangers([each.origin for members in slices.values() for each in members])
     series = [_series(uid, members) for uid, members in slices.items()]
     return sorted(series, key=lambda each: (each.number, each.uid)), problems
 
 
-def _is_image(dataset: Dataset) -> bool:
+def _strangers(origins: Sequence[Origin]) -> list[str]:
+    """Several people, or several studies of one."""
+    for what, found in (
+        ("people (PatientID)", {each.patient for each in origins}),
+        ("studies (StudyInstanceUID)", {each.study for each in origins}),
+    ):
+        found.discard("")
+        if len(found) > 1:
+            named = listing(sorted(found), most=3)
+            return [f"images of {len(found)} {what} are in one place: {named}; give each its own archive or folder"]
+    return []
+
+
+def _is_image(dataset: Dataset, name: str) -> bool:
     """Whether an object that has no rows should have some: it is truncated, where a report is not."""
-    kind = dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID", "")
-    return str(kind) in _IMAGE_CLASSES
-
-
-def _slice(dataset: Dataset, name: str) -> Slice:
-    """Geometry of one file, checked.
-
-    Raises:
-        DatasetError: no pixel data, or no position, orientation or spacing.
-    """
-    if "PixelData" not in dataset or "Columns" not in dataset:
-        raise DatasetError(f"{name} has no pixel data: it is truncated; download it again")
-    for tag in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SeriesInstanceUID"):
-        if not dataset.get(tag):
-            raise DatasetError(f"{name} has no {tag}; export the scan again, with its geometry")
-    orientation = np.asarray(dataset.ImageOrientationPatient, dtype=float)
-    rows, columns = orientation[:3], orientation[3:]
-    lengths = np.linalg.norm(rows), np.linalg.norm(columns)
-    if not np.allclose([*lengths, 1 + rows @ columns], 1, atol=_DIRECTION_TOLERANCE):
-        raise DatasetError(
-            f"{name}: ImageOrientationPatient {orientation.tolist()} is no pair of orthogonal directions"
-        )
-    rows = rows / lengths[0]
-    columns = columns - (columns @ rows) * rows  # decimal strings are rounded
-    spacing = [float(value) for value in dataset.PixelSpacing]
-    if min(spacing) <= 0:
-        raise DatasetError(f"{name}: PixelSpacing {spacing} must be positive")
-    return Slice(
-        name,
-        dataset,
-        np.asarray(dataset.ImagePositionPatient, dtype=float),
-        rows,
-        columns / np.linalg.norm(columns),
-        (spacing[0], spacing[1]),
-        (int(dataset.Rows), int(dataset.Columns)),
-    )
+    kind = text_of(dataset, "SOPClassUID", name) or text_of(dataset.file_meta, "MediaStorageSOPClassUID", name)
+    return kind in _IMAGE_CLASSES
 
 
 def _series(uid: str, slices: Sequence[Slice]) -> Series:
-    first = slices[0].dataset
+    origin = slices[0].origin
     problems: list[str] = []
     for what in ("shape", "spacing_mm"):
         found = {getattr(each, what) for each in slices}
         if len(found) > 1:
             problems.append(f"slices differ in {what}: {listing([str(each) for each in sorted(found)])}")
+    if len({each.origin.frame for each in slices}) > 1:
+        problems.append("slices differ in FrameOfReferenceUID")
     turned = [each for each in slices if not _parallel(each, slices[0])]
     if turned:
         problems.append(f"slices differ in orientation ({turned[0].name} and {slices[0].name})")
@@ -186,10 +164,7 @@ def _series(uid: str, slices: Sequence[Slice]) -> Series:
     else:
         ordered, duplicates, again = _ordered(slices)
         problems += again + _irregular(ordered)
-    image_type = tuple(str(value) for value in first.get("ImageType", ()))
-    number = int(first.get("SeriesNumber") or 0)
-    description = str(first.get("SeriesDescription", "")).strip()
-    return Series(uid, description, image_type, number, ordered, duplicates, tuple(problems))
+    return Series(uid, origin.description, origin.image_type, origin.number, ordered, duplicates, tuple(problems))
 
 
 def _parallel(one: Slice, other: Slice) -> bool:
@@ -202,9 +177,9 @@ def _ordered(slices: Sequence[Slice]) -> tuple[tuple[Slice, ...], int, list[str]
     """(slices by position, slices left out because they are there twice, problems)."""
     ordered: list[Slice] = []
     duplicates, problems = 0, []
-    for each in sorted(slices, key=lambda one: (one.height_mm, str(one.dataset.get("SOPInstanceUID", "")), one.name)):
+    for each in sorted(slices, key=lambda one: (one.height_mm, one.origin.instance, one.name)):
         if ordered and abs(each.height_mm - ordered[-1].height_mm) < 0.01:
-            if each.dataset.PixelData == ordered[-1].dataset.PixelData:
+            if _same_pixels(each, ordered[-1]):
                 duplicates += 1
             else:
                 problems.append(f"two different slices at {each.height_mm:.1f} mm ({ordered[-1].name} and {each.name})")
@@ -213,12 +188,15 @@ def _ordered(slices: Sequence[Slice]) -> tuple[tuple[Slice, ...], int, list[str]
     return tuple(ordered), duplicates, problems
 
 
+def _same_pixels(one: Slice, other: Slice) -> bool:
+    return bool(one.dataset.PixelData == other.dataset.PixelData)
+
+
 def _slice_spacing(slices: Sequence[Slice]) -> float:
     """Distance of slices by their positions; of a single one what its tags say (which may be wrong, or without gap)."""
     if len(slices) > 1:
         return float(np.median(np.diff([each.height_mm for each in slices])))
-    dataset = slices[0].dataset
-    return float(dataset.get("SpacingBetweenSlices") or dataset.get("SliceThickness") or 1)
+    return slices[0].thickness_mm
 
 
 def _irregular(slices: Sequence[Slice]) -> list[str]:

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from ukbob_seg.conversion.acquisitions import choose_acquisition
 from ukbob_seg.conversion.dicom_series import Series
 from ukbob_seg.dataset.image_io import Geometry
 from ukbob_seg.errors import DatasetError
@@ -40,7 +41,7 @@ class Station:
         number: from 1, at the head.
         series: by contrast; those that are there.
         extent_mm: height of the lowest and the highest slice.
-        repeated: series left out because their contrast is there again.
+        repeated: series left out because the station was scanned, or sent, more than once.
         problems: why the station cannot be used; empty when it can.
     """
 
@@ -97,6 +98,7 @@ def find_stations(series: Sequence[Series], expected: int | None) -> tuple[list[
     """Group the series of one subject by table position, from head to knee.
 
     Files' names, series numbers and times play no part: a station is a set of series whose slices lie at one height.
+    Times matter only where a station was scanned more than once (see ``choose_acquisition``).
 
     Args:
         series: of the archive.
@@ -158,30 +160,9 @@ def _shared(one: Series, other: Series) -> float:
 
 
 def _station(number: int, group: Sequence[tuple[str, Series]]) -> Station:
-    chosen: dict[str, Series] = {}
-    for contrast in CONTRASTS:
-        candidates = [each for name, each in group if name == contrast]
-        if candidates:
-            # A scan that was repeated: the complete one; of several, the last.
-            chosen[contrast] = max(candidates, key=lambda each: (not each.problems, len(each.slices), each.number))
-    missing = [name for name in CONTRASTS if name not in chosen]
-    problems = [f"{', '.join(missing)} missing"] if missing else []
-    for name, each in chosen.items():
-        problems += [f"{name}: {problem}" for problem in each.problems]
-    most = max(len(each.slices) for each in chosen.values())
-    problems += [
-        f"{name}: {len(each.slices)} slices, {most} in another contrast"
-        for name, each in chosen.items()
-        if len(each.slices) < most and not each.problems
-    ]
-    if not problems:
-        grid = chosen["inphase"].geometry
-        for name, each in chosen.items():
-            difference = grid.difference(each.geometry, ("inphase", name))
-            if difference is not None:
-                problems.append(difference)
+    chosen, problems = choose_acquisition(group, CONTRASTS)
     ends = [height for each in chosen.values() for height in _heights(each)]
-    return Station(number, chosen, (min(ends), max(ends)), len(group) - len(chosen), tuple(problems))
+    return Station(number, chosen, (min(ends), max(ends)), len(group) - len(chosen), problems)
 
 
 def _grid_problems(stations: Sequence[Station]) -> list[str]:

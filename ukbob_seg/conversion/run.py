@@ -57,6 +57,7 @@ class Layout:
         cases: all of them.
         options: that led to this; another conversion into the same folder must have the same.
         extra: further entries of dataset.json.
+        note: what was chosen, for the user.
     """
 
     format: str
@@ -67,6 +68,7 @@ class Layout:
     cases: tuple[ConvertedCase, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from ukbob_seg.conversion.archives import find_archives, subject_of
 from ukbob_seg.conversion.dicom_files import load_pydicom
 from ukbob_seg.conversion.dixon import CONTRASTS
 from ukbob_seg.conversion.swaps import DOUBTFUL
-from ukbob_seg.conversion.target import check_names, claim, describe, write_groups
+from ukbob_seg.conversion.target import claim, describe, write_groups
 from ukbob_seg.conversion.ukbb_case import StitchedCase, StitchOptions, stitch_archive
+from ukbob_seg.conversion.usual import add_usual_slices, unusual_stations
 from ukbob_seg.dataset.image_io import write_image
 from ukbob_seg.dataset.spec import summarise_problems
 from ukbob_seg.errors import DatasetError
@@ -26,13 +26,9 @@ from ukbob_seg.parallel import HERE, Cluster, choose_workers, map_cases
 if TYPE_CHECKING:
     import pandas as pd
 
-log = logging.getLogger(__name__)
-
-FIELD = "20201"
 ENDING = ".nii.gz"
 _MANY = 1000  # cases whose records take long enough to read for a bar
-METHOD = 1  # of records; a record of another way to stitch is done again
-_NAME = re.compile(r"(?P<subject>\d+)_(?P<field>\d+)_(?P<instance>\d+)_(?P<array>\d+)")
+METHOD = 2  # of records; a record of another way to stitch is done again
 _MEMORY_GB = 2.0  # one archive of the real matrix, 224 x 174 x 370 x 4 voxels when stitched, takes 1.5 at its peak
 
 
@@ -67,6 +63,7 @@ class CohortConversion:
         incomplete: (archive, problem), one for each archive that was left out.
         swapped: stations found exchanged.
         doubtful: stations whose decision has little support.
+        unusual: (case, its stations that have another number of slices than most archives); empty for a part.
     """
 
     folder: Path
@@ -76,6 +73,7 @@ class CohortConversion:
     incomplete: tuple[tuple[str, str], ...]
     swapped: int
     doubtful: int
+    unusual: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,34 +118,6 @@ class _Job:
         return record if record["problems"] or all(path.is_file() for path in self.files()) else None
 
 
-def find_archives(source: Path) -> dict[str, Path]:
-    """Archives by the name of their case: zip files of field 20201 (or of any other form of name), or folders of DICOM
-    files. Archives of other fields are passed over.
-
-    Raises:
-        DatasetError: none is there, or two have one name.
-    """
-    if source.is_file():
-        found = [source]
-    elif source.is_dir():
-        found = [path for path in sorted(source.iterdir()) if path.name[0] != "." and _is_archive(path)]
-    else:
-        raise DatasetError(f"{source} does not exist; give a folder of archives such as 1234567_{FIELD}_2_0.zip")
-    named = [(path.stem if path.is_file() else path.name, path) for path in found]
-    other = [path for name, path in named if (match := _NAME.fullmatch(name)) and match["field"] != FIELD]
-    if other:
-        log.warning("%d archives of other fields are passed over, such as %s", len(other), other[0].name)
-    named = [(name, path) for name, path in named if path not in other]
-    if not named:
-        raise DatasetError(f"no archives in {source}: expected files like 1234567_{FIELD}_2_0.zip")
-    check_names([name for name, _ in named], source)
-    return dict(named)
-
-
-def _is_archive(path: Path) -> bool:
-    return path.is_dir() or path.suffix.lower() == ".zip"
-
-
 def convert_cohort(source: Path, folder: Path, options: CohortOptions | None = None) -> CohortConversion:
     """Stitch every archive of a folder into ``folder/imagesTr/CASE_0000.nii.gz`` to ``_0003``, and write the tables.
 
@@ -178,8 +148,9 @@ def convert_cohort(source: Path, folder: Path, options: CohortOptions | None = N
     collected = tqdm(mine, "collecting", leave=False, disable=len(mine) < _MANY)  # without a part these are all
     records = [read_json(job.record, "record") for job in collected]
     problems = [(record["stamp"]["archive"], "; ".join(record["problems"])) for record in records if record["problems"]]
+    unusual: dict[str, list[int]] = {}
     if options.cluster.part is None:
-        _write_tables(folder, jobs, records)
+        unusual = _write_tables(folder, jobs, records)
     if problems and (not options.skip_incomplete or len(problems) == len(records)):
         said = [f"{name}: {problem}" for name, problem in problems]
         remedy = "download these again, or leave them out with --skip-incomplete; complete archives are converted"
@@ -196,6 +167,7 @@ def convert_cohort(source: Path, folder: Path, options: CohortOptions | None = N
         tuple(problems),
         sum(bool(row["swapped"]) for row in stations),
         sum(row["swap_confidence"] < DOUBTFUL for row in stations),
+        tuple((case, tuple(numbers)) for case, numbers in unusual.items()),
     )
 
 
@@ -226,23 +198,21 @@ def _record(stitched: StitchedCase) -> dict[str, Any]:
     }
 
 
-def subject_of(name: str) -> str:
-    """The participant of an archive's name; two visits are one subject."""
-    match = _NAME.fullmatch(name)
-    return match["subject"] if match is not None else name
-
-
-def _write_tables(folder: Path, jobs: Sequence[_Job], records: Sequence[dict[str, Any]]) -> None:
+def _write_tables(folder: Path, jobs: Sequence[_Job], records: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
+    """stations.csv, incomplete.csv, conversion.parquet, groups.csv; returns stations with unusual numbers of slices."""
     import pandas as pd
 
     pairs = list(zip(jobs, records, strict=True))
     stations = pd.DataFrame([{"case": job.name, **row} for job, record in pairs for row in record["stations"]])
-    cases = pd.DataFrame([_case_row(job, record) for job, record in pairs])
+    stations = add_usual_slices(stations)
+    unusual = unusual_stations(stations)
+    cases = pd.DataFrame([_case_row(job, record, unusual.get(job.name, [])) for job, record in pairs])
     _write(folder / "stations.csv", stations)
     _write(folder / "incomplete.csv", cases.loc[cases["problems"] != "", ["case", "archive", "problems"]])
     with atomic_path(folder / "conversion.parquet") as temporary:
         cases.to_parquet(temporary, index=False)
     write_groups(folder, {job.name: subject_of(job.name) for job, record in pairs if not record["problems"]})
+    return unusual
 
 
 def _write(path: Path, table: pd.DataFrame) -> None:
@@ -250,7 +220,7 @@ def _write(path: Path, table: pd.DataFrame) -> None:
         table.to_csv(temporary, index=False)
 
 
-def _case_row(job: _Job, record: dict[str, Any]) -> dict[str, Any]:
+def _case_row(job: _Job, record: dict[str, Any], unusual: Sequence[int]) -> dict[str, Any]:
     shape, spacing = record["shape"] or (np.nan,) * 3, record["spacing_mm"] or (np.nan,) * 3
     swapped = [str(row["station"]) for row in record["stations"] if row.get("swapped")]
     return {
@@ -261,6 +231,7 @@ def _case_row(job: _Job, record: dict[str, Any]) -> dict[str, Any]:
         "problems": "; ".join(record["problems"]),
         "ignored_series": "; ".join(record["ignored"]),
         "stations": len(record["stations"]),
+        "unusual_stations": " ".join(str(number) for number in unusual),
         "swapped_stations": " ".join(swapped),
         "repaired": any(row.get("repaired") for row in record["stations"]),
         **{f"voxels_{axis}": value for axis, value in zip("zyx", shape, strict=True)},

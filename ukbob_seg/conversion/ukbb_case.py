@@ -27,11 +27,13 @@ class StitchOptions:
         stations: that an archive must have; None for any number.
         spacing_mm: of the result (z, y, x); None for the finest acquired, along each axis.
         repair_swaps: exchange water and fat of stations where they were found exchanged.
+        manifest: an archive is incomplete when files are not there that its manifest lists.
     """
 
     stations: int | None = 6
     spacing_mm: tuple[float, float, float] | None = None
     repair_swaps: bool = False
+    manifest: bool = True
 
     def __post_init__(self) -> None:
         if self.stations is not None and self.stations < 1:
@@ -45,6 +47,7 @@ class StitchOptions:
             "stations": self.stations,
             "spacing_mm": None if self.spacing_mm is None else list(self.spacing_mm),
             "repair_swaps": self.repair_swaps,
+            "manifest": self.manifest,
         }
 
 
@@ -75,7 +78,7 @@ def stitch_archive(source: Path, options: StitchOptions) -> StitchedCase:
         ConfigError: pydicom is not installed.
     """
     try:
-        series, problems = read_series(source)
+        series, problems = read_series(source, options.manifest)
     except DatasetError as error:
         return StitchedCase(None, None, (), (str(error),))
     stations, found, ignored = find_stations(series, options.stations)

@@ -16,7 +16,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.fileholders import FileHolder
 from nibabel.spatialimages import HeaderDataError
 
-from ukbob_seg.errors import DatasetError
+from ukbob_seg.errors import DatasetError, UkbobError
 from ukbob_seg.files import atomic_path
 
 try:  # decompresses faster than zlib, where it is available
@@ -291,6 +291,7 @@ def write_image(array: np.ndarray, geometry: Geometry, path: Path) -> None:
 
     Raises:
         DatasetError: the array does not have the geometry's shape.
+        UkbobError: it cannot be written, as on a full disk.
     """
     if tuple(array.shape) != tuple(geometry.shape):
         raise DatasetError(f"{path}: array of shape {array.shape} does not fit a grid of {geometry.shape}")
@@ -302,9 +303,7 @@ def write_image(array: np.ndarray, geometry: Geometry, path: Path) -> None:
         try:
             sitk.WriteImage(image, str(temporary), useCompression=True)
         except RuntimeError as error:
-            raise DatasetError(
-                f"cannot write {path}: check the file ending, permissions and free disk space"
-            ) from error
+            raise UkbobError(f"cannot write {path}: check the file ending, permissions and free disk space") from error
 
 
 def write_labels(labels: np.ndarray, geometry: Geometry, path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _DESCRIPTIONS = {"fat": "F", "water": "W", "inphase": "in", "outphase": "opp"}
 _TYPES = {"fat": "FAT", "water": "WATER", "inphase": "IN_PHASE", "outphase": "OPP_PHASE"}
+_PROTOCOL = "BH_17s"
+_NOON_S = 12 * 3600.0
 _MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4"
 
 
@@ -47,6 +49,10 @@ class ArchivePlan:
         lost_slices: (station, contrast, index) slices that are not there.
         missing_stations: not there at all.
         repeated: stations scanned twice, the first time with half the signal.
+        earlier_missing, later_missing: (station, contrast) series that the first, the second of two scans lacks.
+        untimed: no tag tells when a series was acquired.
+        strangers: stations that are another person's.
+        listed: the manifest lists lost slices as well, for they got lost later.
         duplicated: slices that are in the archive twice, under another name.
         truncated: files that end too early.
         localiser: an unrelated series as well.
@@ -64,6 +70,11 @@ class ArchivePlan:
     lost_slices: frozenset[tuple[int, str, int]] = frozenset()
     missing_stations: frozenset[int] = frozenset()
     repeated: frozenset[int] = frozenset()
+    earlier_missing: frozenset[tuple[int, str]] = frozenset()
+    later_missing: frozenset[tuple[int, str]] = frozenset()
+    untimed: bool = False
+    strangers: frozenset[int] = frozenset()
+    listed: bool = False
     duplicated: int = 0
     truncated: int = 0
     localiser: bool = field(default=True)
@@ -84,16 +95,23 @@ def write_archive(path: Path, image: np.ndarray, geometry: Geometry, plan: Archi
     """
     generator = np.random.default_rng(seed)
     subject = path.stem.split("_")[0]
-    datasets = list(_datasets(image, geometry, plan, subject, seed, generator))
-    files = [_encode(dataset) for dataset in datasets]
+    files = [_encode(dataset) for dataset in _datasets(image, geometry, plan, subject, seed, generator)]
     for k in generator.choice(len(files), plan.truncated, replace=False):
         files[k] = files[k][: int(len(files[k]) * 0.7)]
     files += [files[k] for k in generator.choice(len(files), plan.duplicated, replace=False)]
     generator.shuffle(files)
     with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("manifest.cvs", "filename,patientid,studyid,seriesid\n")
-        for number, content in enumerate(files):
-            archive.writestr(f"1.3.12.2.1107.5.2.18.{subject}.{number:05d}.dcm", content)
+        names = [f"1.3.12.2.1107.5.2.18.{subject}.{number:05d}.dcm" for number in range(len(files))]
+        lost = [f"1.3.12.2.1107.5.2.18.{subject}.{90000 + k}.dcm" for k in range(len(plan.lost_slices))]
+        archive.writestr("manifest.cvs", _manifest([*names, *lost] if plan.listed else names, subject))
+        for name, content in zip(names, files, strict=True):
+            archive.writestr(name, content)
+
+
+def _manifest(names: Sequence[str], subject: str) -> str:
+    """As published scripts have to read it: misnamed, and with dates whose comma moves all that follows."""
+    head = "filename,modality,patientid,date,series discription,aet"
+    return "\n".join([head, *(f"{name},MR,{subject},Jan 1, 2020 12:00:00 PM,Dixon,UNKNOWN" for name in names), ""])
 
 
 def station_heights(geometry: Geometry, plan: ArchivePlan) -> list[np.ndarray]:
@@ -132,15 +150,22 @@ def _datasets(
         if k + 1 in plan.swapped:
             voxels[[FAT, WATER]] = voxels[[WATER, FAT]]
         for channel, contrast in enumerate(CONTRASTS):
-            if (k + 1, contrast) in plan.missing:
+            here = (k + 1, contrast)
+            if here in plan.missing:
                 continue
             number = int(numbers[k * len(CONTRASTS) + channel])
-            series = _Series(f"Dixon_BH_17s_{_DESCRIPTIONS[contrast]}", _TYPES[contrast], number, step, plan.slope)
-            kept = [j for j in range(len(heights)) if (k + 1, contrast, j) not in plan.lost_slices]
-            yield from study.slices(series, voxels[channel], heights, kept)
-            if k + 1 in plan.repeated:
-                earlier = dataclasses.replace(series, number=number - 4 - len(numbers))
-                yield from study.slices(earlier, voxels[channel] / 2, heights, kept)
+            start_s = None if plan.untimed else 60.0 * k + 25
+            name = f"Dixon_{_PROTOCOL}_{_DESCRIPTIONS[contrast]}"
+            series = _Series(name, _TYPES[contrast], number, step, plan.slope, start_s)
+            kept = [j for j in range(len(heights)) if (*here, j) not in plan.lost_slices]
+            whose = dataclasses.replace(study, subject=f"{subject}9") if k + 1 in plan.strangers else study
+            if here not in plan.later_missing:
+                yield from whose.slices(series, voxels[channel], heights, kept)
+            if k + 1 in plan.repeated and here not in plan.earlier_missing:
+                earlier = dataclasses.replace(
+                    series, number=number - 4 - len(numbers), start_s=None if start_s is None else start_s - 25
+                )
+                yield from whose.slices(earlier, voxels[channel] / 2, heights, kept)
     if plan.localiser:
         scout = _Series("localizer", "NONE", 1, 10.0, 1.0)
         yield from study.slices(scout, np.ones((3, 16, 16)), np.arange(3) * 10.0, range(3))
@@ -166,6 +191,7 @@ class _Series:
     number: int
     step_mm: float
     slope: float
+    start_s: float | None = 0.0  # after noon; None says nothing of it
 
 
 @dataclass(frozen=True)
@@ -207,8 +233,13 @@ class _Study:
         dataset.StudyDate, dataset.StudyTime, dataset.ReferringPhysicianName = "20200101", "120000", ""
         dataset.StudyInstanceUID, dataset.SeriesInstanceUID = uid("study"), uid("series", series.number)
         dataset.FrameOfReferenceUID, dataset.PositionReferenceIndicator = uid("frame"), ""
-        dataset.SeriesDescription, dataset.ProtocolName = series.description, "Dixon_BH_17s"
+        dataset.SeriesDescription, dataset.ProtocolName = series.description, f"Dixon_{_PROTOCOL}"
         dataset.SeriesNumber, dataset.InstanceNumber, dataset.PatientPosition = series.number, instance, "HFS"
+        if series.start_s is not None:
+            dataset.AcquisitionNumber = 1
+            dataset.AcquisitionDate = dataset.SeriesDate = "20200101"
+            dataset.AcquisitionTime = _time(_NOON_S + series.start_s)
+            dataset.SeriesTime = _time(_NOON_S + series.start_s + 17 + series.number / 1000)  # when it was sent
         dataset.ImagePositionPatient = [round(float(value), 6) for value in position]
         dataset.ImageOrientationPatient = [1, 0, 0, *(round(float(value), 8) for value in columns)]
         dataset.PixelSpacing = [float(self.geometry.spacing_mm[1]), float(self.geometry.spacing_mm[2])]
@@ -222,6 +253,11 @@ class _Study:
             dataset.RescaleSlope, dataset.RescaleIntercept, dataset.RescaleType = series.slope, 0, "US"
         dataset.PixelData = stored.tobytes()
         return dataset
+
+
+def _time(seconds: float) -> str:
+    whole = int(seconds)
+    return f"{whole // 3600:02d}{whole // 60 % 60:02d}{whole % 60:02d}.{round((seconds - whole) * 1e6):06d}"
 
 
 def _encode(dataset: Dataset) -> bytes:

@@ -12,8 +12,8 @@ import numpy as np
 
 from ukbob_seg.dataset.image_io import Geometry, read_image, write_image, write_labels
 from ukbob_seg.dataset.spec import DatasetSpec
-from ukbob_seg.errors import DatasetError
-from ukbob_seg.files import write_json
+from ukbob_seg.errors import CheckpointError, DatasetError
+from ukbob_seg.files import file_sha256, write_json
 from ukbob_seg.inference.export import WrittenClasses
 from ukbob_seg.inference.settings import PredictionSettings
 from ukbob_seg.inference.statistics import case_statistics
@@ -69,6 +69,21 @@ class CasePredictor(ABC):
     @abstractmethod
     def origin(self) -> list[str]:
         """Where the networks came from, for records."""
+
+    @abstractmethod
+    def checkpoint_files(self) -> list[Path]:
+        """The files behind ``origin``, in its order; of an archive as they are unpacked for this process."""
+
+    def checkpoint_hashes(self) -> dict[str, str]:
+        """SHA-256 of the content of each checkpoint of ``origin``.
+
+        Raises:
+            CheckpointError: one was removed meanwhile.
+        """
+        try:
+            return {name: file_sha256(path) for name, path in zip(self.origin(), self.checkpoint_files(), strict=True)}
+        except OSError as error:
+            raise CheckpointError(f"{error.filename} cannot be read again: {error.strerror}") from error
 
     @abstractmethod
     def with_settings(self, settings: PredictionSettings) -> CasePredictor:

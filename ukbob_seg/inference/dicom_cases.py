@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from ukbob_seg.conversion.dicom_files import PREFIX_BYTES, is_dicom, load_pydicom
+from ukbob_seg.conversion.dicom_files import holds_dicom, load_pydicom
 from ukbob_seg.conversion.dicom_series import Series, read_series
 from ukbob_seg.conversion.dixon import CONTRASTS, contrast_of
 from ukbob_seg.dataset.image_io import write_image
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from ukbob_seg.inference.case_predictor import CasePredictor
 
 SEGMENTATION = "_seg.dcm"  # behind the name of a case
-_LOOK_AT = 20  # files of a folder, to tell whether it holds DICOM
 
 
 @dataclass(frozen=True)
@@ -86,10 +84,10 @@ def find_dicom_jobs(source: Path, output: Path, spec: DatasetSpec, dicom_seg: bo
         return []
     if any(path.name.endswith(spec.file_ending) for path in source.iterdir()):
         return []
-    folders = [source] if _holds_dicom(source.glob("*")) else []
+    folders = [source] if holds_dicom(source.glob("*")) else []
     if not folders:
         inside = sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
-        folders = [path for path in inside if _holds_dicom(path.rglob("*"))]
+        folders = [path for path in inside if holds_dicom(path.rglob("*"))]
     if folders:
         load_pydicom()
     if folders and dicom_seg:
@@ -105,15 +103,6 @@ def find_dicom_jobs(source: Path, output: Path, spec: DatasetSpec, dicom_seg: bo
         beside = label.with_name(label.name.removesuffix(spec.file_ending) + SEGMENTATION) if dicom_seg else None
         jobs.append(DicomJob(name, (), label, spec.file_ending, folder, spec.channel_names, beside))
     return jobs
-
-
-def _holds_dicom(paths: object) -> bool:
-    files = (path for path in paths if isinstance(path, Path) and path.is_file())  # type: ignore[attr-defined]
-    for path in islice(files, _LOOK_AT):
-        with path.open("rb") as file:
-            if is_dicom(file.read(PREFIX_BYTES)):
-                return True
-    return False
 
 
 def choose_series(series: Sequence[Series], channels: Sequence[str]) -> list[Series]:

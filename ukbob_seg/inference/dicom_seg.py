@@ -10,6 +10,7 @@ import numpy as np
 
 from ukbob_seg import __version__
 from ukbob_seg.conversion.dicom_series import Series
+from ukbob_seg.conversion.dicom_tags import first_line
 from ukbob_seg.errors import ConfigError, DatasetError
 from ukbob_seg.files import atomic_path
 from ukbob_seg.inference.export import WrittenClasses
@@ -79,7 +80,7 @@ def write_dicom_seg(labels: np.ndarray, written: WrittenClasses, series: Series,
         ConfigError: highdicom is not installed.
         DatasetError: another number of slices, or the series lacks what the object has to refer to.
     """
-    highdicom = load_highdicom()
+    load_highdicom()
     if labels.shape != series.geometry.shape:
         raise DatasetError(f"{path}: labels of shape {labels.shape} for a series of {series.geometry.shape}")
     sources = [each.dataset for each in series.slices]
@@ -91,25 +92,36 @@ def write_dicom_seg(labels: np.ndarray, written: WrittenClasses, series: Series,
                 setattr(dataset, tag, "")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of values in the scanner's own tags
-        segmentation = highdicom.seg.Segmentation(
-            source_images=sources,
-            pixel_array=_segments(labels, written),
-            segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-            segment_descriptions=_descriptions(written),
-            series_instance_uid=highdicom.UID(),
-            series_number=series.number + 1000,
-            sop_instance_uid=highdicom.UID(),
-            instance_number=1,
-            manufacturer=MAKER,
-            manufacturer_model_name=MAKER,
-            software_versions=__version__,
-            device_serial_number="0",
-            omit_empty_frames=bool(labels.any()),
-            content_label="SEGMENTATION",
-            series_description=f"{series.description[:50]} segmented".strip(),
-        )
+        try:
+            segmentation = _segmentation(labels, written, series)
+        except (ValueError, TypeError, AttributeError, KeyError, NotImplementedError) as error:
+            raise DatasetError(
+                f"{path}: no DICOM Segmentation can refer to series {series.number} ({first_line(error)}); the label "
+                "map is written; export the series again, or predict without --dicom-seg"
+            ) from error
         with atomic_path(path) as temporary:
             segmentation.save_as(temporary)
+
+
+def _segmentation(labels: np.ndarray, written: WrittenClasses, series: Series) -> Any:
+    highdicom = load_highdicom()
+    return highdicom.seg.Segmentation(
+        source_images=[each.dataset for each in series.slices],
+        pixel_array=_segments(labels, written),
+        segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
+        segment_descriptions=_descriptions(written),
+        series_instance_uid=highdicom.UID(),
+        series_number=series.number + 1000,
+        sop_instance_uid=highdicom.UID(),
+        instance_number=1,
+        manufacturer=MAKER,
+        manufacturer_model_name=MAKER,
+        software_versions=__version__,
+        device_serial_number="0",
+        omit_empty_frames=bool(labels.any()),
+        content_label="SEGMENTATION",
+        series_description=f"{series.description[:50]} segmented".strip(),
+    )
 
 
 def _segments(labels: np.ndarray, written: WrittenClasses) -> np.ndarray:

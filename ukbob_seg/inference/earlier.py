@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ARGUMENTS = "predict_args.json"
+HASHES = "checkpoint_sha256"  # a model that was trained again lies under the same name
 HARMLESS = ("window_batch", "compile", "overlap")  # settings that do not show in what is written
 
 
@@ -73,7 +74,7 @@ def differences(folder: Path, record: dict[str, Any], jobs: Sequence[PredictionJ
             )
         return None
     before = read_json(path, "record of the last run")
-    for name in ("checkpoints", "settings"):
+    for name in ("checkpoints", "settings", HASHES):  # the last is not in records of earlier versions
         if name in before and before[name] != record[name]:
             break
     else:

@@ -32,6 +32,7 @@ from ukbob_seg.inference.export import (
 from ukbob_seg.inference.postprocessing import POSTPROCESSING, Postprocessing
 from ukbob_seg.inference.predictor import CaseStream, Predictor
 from ukbob_seg.inference.settings import PredictionSettings
+from ukbob_seg.nnunet.folders import is_nnunet_model
 
 
 class EnsemblePrediction(Prediction):
@@ -212,6 +213,10 @@ class EnsemblePredictor(CasePredictor):
         """Checkpoints of all models."""
         return [path for member in self._members.values() for path in member.origin()]
 
+    def checkpoint_files(self) -> list[Path]:
+        """The files of ``origin``."""
+        return [path for member in self._members.values() for path in member.checkpoint_files()]
+
     def close(self) -> None:
         """Let go of all networks and their memory."""
         for member in self._members.values():
@@ -225,7 +230,16 @@ def load_predictor(
     device: str = "cpu",
     settings: PredictionSettings | None = None,
 ) -> Predictor | EnsemblePredictor:
-    """One model folder, or the average of several; arguments as ``EnsemblePredictor.from_model_folders``."""
+    """One model folder, or the average of several; arguments as ``EnsemblePredictor.from_model_folders``.
+
+    Raises:
+        ConfigError: averages over flips without flips, of models that are averaged over nothing else.
+    """
+    if settings is not None and settings.tta and not settings.mirror and all(map(is_nnunet_model, map(Path, folders))):
+        raise ConfigError(
+            "--tta --no-mirror has no effect on a model of nnU-Net, which is averaged over flips alone; leave out "
+            "--no-mirror for flips, or --tta for none"
+        )
     if len(folders) == 1:
         return Predictor.from_model_folder(folders[0], folds, checkpoint, device, settings)
     return EnsemblePredictor.from_model_folders(folders, folds, checkpoint, device, settings)

@@ -13,6 +13,7 @@ from torch import nn
 from ukbob_seg.errors import CheckpointError, ConfigError, listing
 from ukbob_seg.inference.postprocessing import POSTPROCESSING, Postprocessing
 from ukbob_seg.inference.settings import PredictionSettings
+from ukbob_seg.nnunet.folders import is_nnunet_model, models_below
 from ukbob_seg.preprocessing.intensity_field import UsualField
 from ukbob_seg.training.checkpoint import NAMES, ModelDescription, load_network
 
@@ -90,11 +91,27 @@ def choose_folds(folder: Path, folds: Sequence[str] | None, checkpoint: str) -> 
         raise ConfigError(f"fold {twice[0]} is given twice")
     lacking = [fold for fold in chosen if fold not in found]
     if lacking or not chosen:
+        _refuse_other_folder(folder)
         raise CheckpointError(
             f"{folder} has no {NAMES[checkpoint]} for fold {', '.join(lacking) or 'any'} "
             f"(trained: {', '.join(sorted(found)) or 'none'}){_other_checkpoint(folder, lacking, checkpoint)}"
         )
     return {fold: found[fold] for fold in chosen}
+
+
+def _refuse_other_folder(folder: Path) -> None:
+    """Say what a folder is that is none of our models.
+
+    Raises:
+        CheckpointError: a model of nnU-Net, or a folder of models.
+    """
+    if is_nnunet_model(folder):
+        raise CheckpointError(
+            f"{folder} is a model of nnU-Net v2, which ukbob_predict and ukbob_label take, but not this command"
+        )
+    if not any(folder.glob("fold_*")) and (below := models_below(folder)):
+        names = [str(path) for path in below]
+        raise CheckpointError(f"{folder} is no model folder, but the folder of models: give {listing(names, 5)}")
 
 
 def _other_checkpoint(folder: Path, lacking: Sequence[str], checkpoint: str) -> str:

@@ -27,6 +27,7 @@ from ukbob_seg.nnunet.resampling import nnunet_shape, resample_intensities, resa
 from ukbob_seg.preprocessing.cropping import nonzero_box, nonzero_mask
 from ukbob_seg.preprocessing.normalization import normalize
 from ukbob_seg.preprocessing.preprocessor import CaseProperties
+from ukbob_seg.preprocessing.resampling import resample_image
 from ukbob_seg.preprocessing.storage import open_array, plane_writer
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class NnunetPredictor(Predictor):
         self.model = model
         # nnU-Net flips images and label maps alike, whatever the labels are called.
         self._mirroring = dataclasses.replace(self._mirroring, output_swap=None, input_swap=None)
-        self._origin = model.origin()
+        self._origin, self._files = model.origin(), model.checkpoint_files()
 
     @classmethod
     def from_nnunet(
@@ -97,6 +98,12 @@ class NnunetPredictor(Predictor):
             )
         if settings is not None and settings.tta and not model.description.mirror_axes:
             log.warning("%s was trained without mirroring: --tta changes nothing", model.files.shown)
+        if model.roi is not None:
+            log.info(
+                "%s takes the label map of ROI model %s as its last channel: ukbob_label --roi-model predicts that, "
+                "ukbob_predict reads it from CASE_%04d",
+                model.files.shown, model.roi, len(model.description.spec().channel_names) - 1,
+            )  # fmt: skip
         after = postprocessing_of(model.files.folder, model.description, settings)
         return cls(model.networks(device), model, device, settings, previous, after)
 
@@ -167,6 +174,9 @@ class NnunetPredictor(Predictor):
         shape = nnunet_shape(cropped.shape[1:], own_mm, target_mm)
         normalized = normalize(cropped, self.plans.normalization, mask)
         array = resample_intensities(normalized, shape, rules.data, rules.data.coarse_axis(own_mm, target_mm))
+        if rules.label_channel is not None and array.shape != normalized.shape:
+            part = slice(rules.label_channel, rules.label_channel + 1)
+            array[part] = resample_image(normalized[part], shape, order=0)
         if indices is not None:
             axis = rules.segmentation.coarse_axis(own_mm, target_mm)
             labels = resample_segmentation(indices, shape, rules.segmentation, axis)

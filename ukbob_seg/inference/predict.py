@@ -15,7 +15,7 @@ from ukbob_seg.errors import ConfigError, DatasetError, listing
 from ukbob_seg.files import ensure_writable, write_json
 from ukbob_seg.inference.case_predictor import CasePredictor, case_stem
 from ukbob_seg.inference.dicom_cases import find_dicom_jobs, refuse_without_dicom
-from ukbob_seg.inference.earlier import ARGUMENTS, PredictionJob, differences, mark_stale, what_matters
+from ukbob_seg.inference.earlier import ARGUMENTS, HASHES, PredictionJob, differences, mark_stale, what_matters
 from ukbob_seg.parallel import Cluster, Part
 
 CASES_AT_ONCE = 2  # one in the networks, one that is read or written
@@ -118,21 +118,26 @@ def predict(
                 f"the label map would replace the image {job.output}; give another name or folder with -o"
             )
     ensure_writable(folder)
-    record = {**(arguments or {}), "checkpoints": predictor.origin(), "settings": what_matters(predictor.settings)}
     mine = Cluster(part=part).share(jobs)
     if folder == Path(output):
+        made = {"checkpoints": predictor.origin(), HASHES: predictor.checkpoint_hashes()}
+        record = {**(arguments or {}), **made, "settings": what_matters(predictor.settings)}
         changed = differences(folder, record, jobs)
         if changed and resume:
             raise ConfigError(f"--resume: {changed}; predict as before, or without --resume, or into another folder")
         if not resume:
             mark_stale(jobs if changed else mine)
-        write_json(folder / "dataset.json", predictor.spec.content)
-        write_json(folder / "plans.json", predictor.plans.to_json())
-        write_json(folder / ARGUMENTS, record)
+        contents = {"dataset.json": predictor.spec.content, "plans.json": predictor.plans.to_json(), ARGUMENTS: record}
+        _write_all(folder, contents)
     todo = [job for job in mine if not (resume and job.is_finished())]
     with tqdm(total=len(todo), desc="predicting", unit="case", disable=quiet) as bar:
         _predict_jobs(predictor, todo, bar)
     return [job.output for job in mine]
+
+
+def _write_all(folder: Path, contents: dict[str, Any]) -> None:
+    for name, content in contents.items():
+        write_json(folder / name, content)
 
 
 class _AbandonedError(Exception):

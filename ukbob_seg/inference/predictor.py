@@ -131,6 +131,7 @@ class Predictor(CasePredictor):
             self.weighting,
         )
         self._origin: list[str] = []
+        self._files: list[Path] = []
         self._last_sums: Accumulation | None = None
         self._previous_stage = previous_stage
         if (previous_stage is not None) != (self.configuration.previous_stage is not None):
@@ -184,7 +185,7 @@ class Predictor(CasePredictor):
             previous = cls.from_model_folder(beside, previous_folds, checkpoint, device, plain)
         after = postprocessing_of(folder, first, settings)
         predictor = cls(loaded.networks, first, device, settings, previous, after)
-        predictor._origin = loaded.origin
+        predictor._origin, predictor._files = loaded.origin, [Path(path) for path in loaded.origin]
         return predictor
 
     def with_settings(self, settings: PredictionSettings) -> Predictor:
@@ -193,7 +194,7 @@ class Predictor(CasePredictor):
         if previous is not None:
             previous = previous.with_settings(of_first_stage(settings))
         other = self._again(settings, previous)
-        other._serving, other._origin = self._serving, self._origin
+        other._serving, other._origin, other._files = self._serving, self._origin, self._files
         return other
 
     def _again(self, settings: PredictionSettings, previous: Predictor | None) -> Predictor:
@@ -203,6 +204,10 @@ class Predictor(CasePredictor):
     def origin(self) -> list[str]:
         """Checkpoints of the folds, and of the stages before; nothing for networks that were given."""
         return [*self._origin, *(self._previous_stage.origin() if self._previous_stage is not None else [])]
+
+    def checkpoint_files(self) -> list[Path]:
+        """The files of ``origin``."""
+        return [*self._files, *(self._previous_stage.checkpoint_files() if self._previous_stage is not None else [])]
 
     def predict_array(
         self,

@@ -74,6 +74,11 @@ class Cohort:
         cases = tuple(Case(name, grouped.cases[name]) for name in sorted(grouped.cases))
         return cls(folder, names, ending, cases)
 
+    def table(self, name: str) -> Path | None:
+        """A table of the raw dataset that the images are of; None where there is none."""
+        folders = [self.folder.parent] if self.folder.name.startswith("images") else [self.folder]
+        return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
     def choose(self, wanted: Sequence[str] | None, needed: int, option: str) -> tuple[int, ...]:
         """Numbers of the channels that a model of ``needed`` channels is given.
 

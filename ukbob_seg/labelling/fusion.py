@@ -123,6 +123,10 @@ class FusedPredictor(CasePredictor):
         """As of the model."""
         return self._inner.origin()
 
+    def checkpoint_files(self) -> list[Path]:
+        """As of the model."""
+        return self._inner.checkpoint_files()
+
     def with_settings(self, settings: PredictionSettings) -> FusedPredictor:
         """As of all predictors."""
         return FusedPredictor(self._inner.with_settings(settings), self.spec.channel_names, self._values)

@@ -1,4 +1,4 @@
-"""Model archives (zip) from elsewhere: checked as a whole before anything is written, and unpacked once per process.
+"""Model archives (zip) from elsewhere: checked as a whole before anything is written, unpacked once and only as needed.
 
 An archive is refused for what no export of a model has: names that lead out of its folder, links, encryption, one name
 twice, and sizes or compression that only fill a disk ("bombs").
@@ -6,18 +6,23 @@ twice, and sizes or compression that only fill a disk ("bombs").
 
 from __future__ import annotations
 
+import os
+import secrets
 import shutil
 import tempfile
+import threading
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ukbob_seg.errors import CheckpointError
 from ukbob_seg.zips import is_encrypted, is_special, leads_out, repeated_name
 
-# Unpacked archives by (path, size, time); the folders vanish with the process.
-_UNPACKED: dict[tuple[str, int, int], tempfile.TemporaryDirectory[str]] = {}
+ArchiveKey = tuple[str, int, int]  # path, size and time: a changed archive is another one
+_UNPACKED: dict[ArchiveKey, tempfile.TemporaryDirectory[str]] = {}  # the folders vanish with the process
+_SHARED: dict[ArchiveKey, Path] = {}  # folders of the process that started this one, and outlives it
+_UNPACKING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -107,30 +112,61 @@ def _entry_problem(entry: zipfile.ZipInfo, limits: ArchiveLimits) -> str | None:
 def unpack(path: Path, entries: Iterable[zipfile.ZipInfo]) -> Path:
     """Write entries of a checked archive into a temporary folder that lives as long as the process.
 
-    The same archive is unpacked once; a changed one anew.
+    An archive has one folder, in which an entry is written once; a changed archive has another.
 
     Raises:
-        CheckpointError: the archive is damaged, or the disk is full.
+        CheckpointError: the archive is damaged or gone, or the disk is full.
     """
+    with _UNPACKING:
+        try:
+            folder = _folder_of(path)
+            lacking = [(entry, target) for entry in entries if not (target := _place(folder, entry)).is_file()]
+            if lacking:
+                with zipfile.ZipFile(path) as archive:
+                    for entry, target in lacking:
+                        _write(archive, entry, target)
+        except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+            raise CheckpointError(
+                f"archive {path} cannot be unpacked ({error}); copy it again, and make room in {tempfile.gettempdir()}"
+            ) from error
+        except zipfile.zlib.error as error:  # type: ignore[attr-defined]
+            raise CheckpointError(f"archive {path} is damaged ({error}); copy it again") from error
+        return folder
+
+
+def unpacked_folders() -> dict[ArchiveKey, str]:
+    """Folders of this process's archives, for ``share_unpacked`` in processes that it starts."""
+    with _UNPACKING:
+        return {key: folder.name for key, folder in _UNPACKED.items()}
+
+
+def share_unpacked(folders: Mapping[ArchiveKey, str]) -> None:
+    """Use what another process, which outlives the work, has unpacked; folders that are not here are passed over."""
+    with _UNPACKING:
+        _SHARED.update({key: Path(folder) for key, folder in folders.items() if key not in _UNPACKED})
+
+
+def _folder_of(path: Path) -> Path:
     status = path.stat()
     key = (str(path.resolve()), status.st_size, status.st_mtime_ns)
-    if key in _UNPACKED:
-        return Path(_UNPACKED[key].name)
-    folder = tempfile.TemporaryDirectory(prefix="ukbob_model_", ignore_cleanup_errors=True)
+    if key in _SHARED and _SHARED[key].is_dir():  # on another machine, or when that process has ended, it is not there
+        return _SHARED[key]
+    if key not in _UNPACKED:
+        _UNPACKED[key] = tempfile.TemporaryDirectory(prefix="ukbob_model_", ignore_cleanup_errors=True)
+    return Path(_UNPACKED[key].name)
+
+
+def _place(folder: Path, entry: zipfile.ZipInfo) -> Path:
+    return folder.joinpath(*entry.filename.split("/"))
+
+
+def _write(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) -> None:
+    """Whole or not at all: another process may use the same folder."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{os.getpid()}-{secrets.token_hex(4)}-{target.name}")
     try:
-        with zipfile.ZipFile(path) as archive:
-            for entry in entries:
-                target = Path(folder.name, *entry.filename.split("/"))
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(entry) as source, open(target, "wb") as sink:
-                    shutil.copyfileobj(source, sink, 2**20)
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
-        folder.cleanup()
-        raise CheckpointError(
-            f"archive {path} cannot be unpacked ({error}); copy it again, and make room in {tempfile.gettempdir()}"
-        ) from error
-    except zipfile.zlib.error as error:  # type: ignore[attr-defined]
-        folder.cleanup()
-        raise CheckpointError(f"archive {path} is damaged ({error}); copy it again") from error
-    _UNPACKED[key] = folder
-    return Path(folder.name)
+        with archive.open(entry) as source, open(temporary, "wb") as sink:
+            shutil.copyfileobj(source, sink, 2**20)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from ukbob_seg.errors import CheckpointError, ConfigError, listing
 from ukbob_seg.nnunet.archive import check_archive, split_archive_path, unpack
+from ukbob_seg.zips import MANIFEST, MODEL_FORMAT
 
 NAMES = {"best": "checkpoint_best.pth", "final": "checkpoint_final.pth"}
+INFERENCE_CONFIG = "inference_config.json"  # beside plans.json, in TotalVibeSegmentator's later models
 _NEEDED = ("plans.json", "dataset.json")
+_LEVELS = 3  # below a folder that was given, models are looked for: nnUNet_results/DatasetXXX/TRAINER__PLANS__CONFIG
+
+
+@dataclass(frozen=True)
+class ArchivedModel:
+    """Where in an archive a model lies.
+
+    Attributes:
+        archive: a checked one.
+        inner: the model's folder in it, ``.`` for the top.
+        checkpoints: those of all models in the archive.
+    """
+
+    archive: Path
+    inner: str
+    checkpoints: tuple[zipfile.ZipInfo, ...] = field(compare=False)
+
+    def entry(self, fold: str, name: str) -> zipfile.ZipInfo | None:
+        """A checkpoint of a fold."""
+        wanted = _join(self.inner, f"fold_{fold}/{name}")
+        return next((entry for entry in self.checkpoints if entry.filename == wanted), None)
+
+    def folds(self, name: str) -> list[str]:
+        """Folds with a checkpoint of that name."""
+        paths = [PurePosixPath(entry.filename) for entry in self.checkpoints]
+        mine = [path.parent for path in paths if path.name == name and str(path.parent.parent) == self.inner]
+        return sorted(folder.name.removeprefix("fold_") for folder in mine)
 
 
 @dataclass(frozen=True)
@@ -18,20 +49,34 @@ class ModelFiles:
     """A model folder on disk.
 
     Attributes:
-        folder: with plans.json, dataset.json and ``fold_K``.
+        folder: with plans.json, dataset.json and ``fold_K``; of an archive what was unpacked of it.
         shown: what the user gave, for messages and records.
+        archived: where it comes from; None for a folder.
     """
 
     folder: Path
     shown: str
+    archived: ArchivedModel | None = None
 
     def folds(self, kind: str) -> list[str]:
         """Trained folds with this kind of checkpoint."""
+        if self.archived is not None:
+            return self.archived.folds(NAMES[kind])
         return [path.parent.name.removeprefix("fold_") for path in sorted(self.folder.glob(f"fold_*/{NAMES[kind]}"))]
 
     def checkpoint(self, fold: str, kind: str) -> Path:
-        """Its file."""
+        """Its file; out of an archive it is unpacked when it is first asked for."""
+        if self.archived is not None and (entry := self.archived.entry(fold, NAMES[kind])) is not None:
+            unpack(self.archived.archive, [entry])
         return self.folder / f"fold_{fold}" / NAMES[kind]
+
+    def beside(self, folder: Path) -> ModelFiles:
+        """The model in a folder beside this one."""
+        archived = self.archived
+        if archived is not None:
+            inner = str(PurePosixPath(archived.inner).with_name(folder.name))
+            archived = ArchivedModel(archived.archive, inner, archived.checkpoints)
+        return ModelFiles(folder, str(PurePosixPath(self.shown).with_name(folder.name)), archived)
 
     def shown_checkpoint(self, fold: str, kind: str) -> str:
         """Its name for records, the same in every process."""
@@ -66,8 +111,34 @@ def is_nnunet_model(folder: Path) -> bool:
     return split_archive_path(folder) is not None or any(folder.glob("fold_*/checkpoint_*.pth"))
 
 
+def models_below(folder: Path) -> list[Path]:
+    """Model folders, of nnU-Net or ours, some levels below a folder that is none; at most one level's."""
+    for level in range(1, _LEVELS):
+        found = {path.parents[1] for path in folder.glob("*/" * level + "fold_*/checkpoint_*.pt*")}
+        if found:
+            return sorted(found)
+    return []
+
+
+def refuse_our_archive(path: Path) -> None:
+    """Say what is to be done with an archive that this package exported.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(MANIFEST) as file:
+            content = json.loads(file.read(2**24))
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
+        return
+    if isinstance(content, dict) and content.get("format") == MODEL_FORMAT:
+        raise CheckpointError(
+            f"{path} is a model that ukbob_export_model wrote: make a model folder of it with ukbob_import_model {path}"
+        )
+
+
 def find_model(folder: Path) -> ModelFiles:
-    """The model that a path means; an archive is checked, and what prediction needs of it unpacked.
+    """The model that a path means; an archive is checked, and plans and descriptions of its models unpacked.
 
     Raises:
         CheckpointError: none there, several to choose from, or an archive that is refused.
@@ -80,24 +151,31 @@ def find_model(folder: Path) -> ModelFiles:
         return ModelFiles(folder, str(folder.resolve()))
     path, inner = archived
     entries = check_archive(path)
-    names = {entry.filename for entry in entries}
+    inner = _choose_inner(path, inner, [entry.filename for entry in entries])
+    checkpoints = tuple(entry for entry in entries if _is_checkpoint(entry.filename))
+    unpacked = unpack(path, [e for e in entries if PurePosixPath(e.filename).name in (*_NEEDED, INFERENCE_CONFIG)])
+    shown = str(path.resolve()) if inner == "." else f"{path.resolve()}/{inner}"
+    return ModelFiles(unpacked / inner, shown, ArchivedModel(path, inner, checkpoints))
+
+
+def _choose_inner(path: Path, inner: str, names: Sequence[str]) -> str:
+    """The folder of the model in an archive that is meant."""
     models = sorted({str(PurePosixPath(name).parent.parent) for name in names if _is_checkpoint(name)})
     whole = [model for model in models if all(_join(model, name) in names for name in _NEEDED)]
-    if inner and inner not in whole:
+    if inner and inner in whole:
+        return inner
+    if not whole:
+        refuse_our_archive(path)
+    if inner:
         raise CheckpointError(f"{path} holds no model {inner!r} of nnU-Net (found: {listing(whole) or 'none'})")
-    if not inner:
-        # A cascade's first stage is there for the second, which is what is meant.
-        last = [model for model in whole if not _is_first_stage(model, whole)]
-        if len(last) != 1:
-            what = "no whole model of nnU-Net v2 (plans.json, dataset.json, fold_K/checkpoint_final.pth)"
-            if last:
-                what = f"{len(last)} models; give one of them, such as -m {path}/{last[0]} ({listing(last)})"
-            raise CheckpointError(f"{path} holds {what}")
-        inner = last[0]
-    needed = [entry for entry in entries if _is_checkpoint(entry.filename) or entry.filename.endswith(_NEEDED)]
-    unpacked = unpack(path, needed)
-    shown = str(path.resolve()) if inner == "." else f"{path.resolve()}/{inner}"
-    return ModelFiles(unpacked / inner, shown)
+    # A cascade's first stage is there for the second, which is what is meant.
+    last = [model for model in whole if not _is_first_stage(model, whole)]
+    if len(last) != 1:
+        what = "no whole model of nnU-Net v2 (plans.json, dataset.json, fold_K/checkpoint_final.pth)"
+        if last:
+            what = f"{len(last)} models; give one of them, such as -m {path}/{last[0]} ({listing(last)})"
+        raise CheckpointError(f"{path} holds {what}")
+    return last[0]
 
 
 def find_first_stage(files: ModelFiles, configuration: str) -> ModelFiles:
@@ -117,7 +195,7 @@ def find_first_stage(files: ModelFiles, configuration: str) -> ModelFiles:
             f"{files.shown} is the second stage of a cascade and there are {what} models of its first stage "
             f"({configuration}) beside it; put {own.name} there"
         )
-    return ModelFiles(found[0], str(PurePosixPath(files.shown).with_name(found[0].name)))
+    return files.beside(found[0])
 
 
 def _is_checkpoint(name: str) -> bool:

@@ -23,7 +23,7 @@ from ukbob_seg.files import read_json
 from ukbob_seg.networks.registry import set_deep_supervision
 from ukbob_seg.networks.wrappers import unwrapped
 from ukbob_seg.nnunet.architecture import AxisOrder, network_arguments
-from ukbob_seg.nnunet.folders import ModelFiles, find_model
+from ukbob_seg.nnunet.folders import INFERENCE_CONFIG, ModelFiles, find_model
 from ukbob_seg.nnunet.resampling import ResamplingRule
 from ukbob_seg.nnunet.weights import NnunetCheckpoint, read_nnunet_checkpoint
 from ukbob_seg.preprocessing.normalization import ChannelNormalization
@@ -57,6 +57,7 @@ class InputRules:
         most_intensity: a channel whose maximum exceeds it is divided, so that the maximum becomes
             ``divided_intensity``; None for never.
         divided_intensity: see there.
+        label_channel: number of a channel that is a label map, and is resampled as such; None for none.
     """
 
     data: ResamplingRule
@@ -65,6 +66,7 @@ class InputRules:
     orientation: str | None = None
     most_intensity: float | None = None
     divided_intensity: float = 1000.0
+    label_channel: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class NnunetModel:
         checkpoint: ``best`` or ``final``.
         order: of axes.
         previous_stage: name of the configuration of a cascade's first stage, or None.
+        roi: id of the model whose label map is the last channel (TotalVibeSegmentator's first releases), or None.
     """
 
     description: ModelDescription
@@ -88,6 +91,7 @@ class NnunetModel:
     checkpoint: str
     order: AxisOrder
     previous_stage: str | None
+    roi: str | None = None
 
     @classmethod
     def load(cls, folder: Path, folds: Sequence[str] | None = None, checkpoint: str | None = None) -> NnunetModel:
@@ -112,6 +116,7 @@ class NnunetModel:
         try:
             plans = read_json(files.folder / "plans.json", "plans")
             dataset = _plain_dataset(read_json(files.folder / "dataset.json", "dataset description"))
+            dataset |= _inference_config(files.folder / INFERENCE_CONFIG)
         except DatasetError as error:
             raise CheckpointError(f"{files.shown}: {error}") from error
         first = read_nnunet_checkpoint(files.checkpoint(chosen[0], kind))
@@ -155,6 +160,10 @@ class NnunetModel:
         """Checkpoints, for records; those in an archive by the archive's name."""
         return [self.files.shown_checkpoint(fold, self.checkpoint) for fold in self.folds]
 
+    def checkpoint_files(self) -> list[Path]:
+        """The same as files; those of an archive as they are unpacked."""
+        return [self.files.checkpoint(fold, self.checkpoint) for fold in self.folds]
+
 
 def _translate(
     files: ModelFiles,
@@ -182,12 +191,16 @@ def _translate(
         arguments["previous_labels"] = len(spec.labels.values)
     own = _plans(plans, configuration, checkpoint.configuration, order, spec, network, arguments)
     turned = dataset.get("orientation")  # TotalVibeSegmentator's models say so
+    roi = dataset.get("roi")  # and its first releases this
+    if roi is not None and len(spec.channel_names) < 2:
+        raise CheckpointError(f"{files.shown}: dataset.json names a ROI model ({roi}) but no channel for its label map")
     rules = InputRules(
         data=ResamplingRule.from_plans(configuration, "data"),
         segmentation=ResamplingRule.from_plans(configuration, "seg"),
         probabilities=ResamplingRule.from_plans(configuration, "probabilities"),
         orientation=checked_orientation(turned) if turned is not None else _READERS[reader],
         most_intensity=10_000.0 if turned is not None else None,
+        label_channel=len(spec.channel_names) - 1 if roi is not None else None,
     )
     description = ModelDescription(
         network=network,
@@ -199,7 +212,7 @@ def _translate(
         plans=own.to_json(),
         dataset=dataset,
     )
-    return NnunetModel(description, rules, files, folds, kind, order, previous)
+    return NnunetModel(description, rules, files, folds, kind, order, previous, None if roi is None else str(roi))
 
 
 def _plans(
@@ -307,6 +320,15 @@ def _plain_dataset(content: Any) -> dict[str, Any]:
     if isinstance(labels, dict) and not any(isinstance(v, (list, tuple)) and len(v) > 1 for v in labels.values()):
         plain["labels"] = {name: v[0] if isinstance(v, (list, tuple)) and v else v for name, v in labels.items()}
     return plain
+
+
+def _inference_config(path: Path) -> dict[str, Any]:
+    """What TotalVibeSegmentator's program reads beside dataset.json, and prefers to it."""
+    if not path.is_file():
+        return {}
+    content = read_json(path, "inference configuration")
+    turned = content.get("model_expected_orientation") if isinstance(content, dict) else None
+    return {} if turned is None else {"orientation": turned}
 
 
 def _wrapper_prefix(network: nn.Module) -> str:

@@ -7,6 +7,7 @@ what PyTorch allows by itself; anything else that a pickle asks for is refused w
 from __future__ import annotations
 
 import re
+import threading
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from ukbob_seg.nnunet.archive import check_archive
 
 KEYS = ("network_weights", "init_args", "trainer_name")
 _PREFIXES = ("module.", "_orig_mod.")  # of networks saved as DistributedDataParallel or torch.compile see them
+# PyTorch keeps its list of allowed kinds per process: one thread would take it from under another.
+_READING = threading.Lock()
 _UNSUPPORTED = re.compile(r"(?:GLOBAL|global|type) ([\w.]+)")
 
 
@@ -76,7 +79,7 @@ def _load(path: Path) -> Any:
     if is_archive:
         check_archive(path)  # PyTorch's files are zip archives too
     try:
-        with torch.serialization.safe_globals(allowed_globals()):
+        with _READING, torch.serialization.safe_globals(allowed_globals()):
             # Mapped, the optimizer's state, two thirds of the file, is never read.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except Exception as error:  # arbitrary bytes make the unpickler raise anything

@@ -20,11 +20,9 @@ from typing import Any, Self
 from ukbob_seg import __version__
 from ukbob_seg.errors import CheckpointError, listing
 from ukbob_seg.files import json_text
-from ukbob_seg.zips import is_encrypted, is_special, repeated_name
+from ukbob_seg.zips import MANIFEST, MODEL_FORMAT, is_encrypted, is_special, repeated_name
 
-FORMAT = "ukbob_seg model"
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 MOST_MEMBERS = 2_000
 MOST_TEXT = 64 * 2**20  # bytes of a JSON or Markdown member
 MOST_GROWTH = 4  # unpacked size / size of the archive: weights, which are most of it, are stored as they are
@@ -66,7 +64,7 @@ class ArchiveWriter:
 
     def finish(self, description: Mapping[str, Any]) -> None:
         """Write the manifest, with what else it says, and close the file."""
-        head = {"format": FORMAT, "format_version": FORMAT_VERSION, "ukbob_seg": __version__}
+        head = {"format": MODEL_FORMAT, "format_version": FORMAT_VERSION, "ukbob_seg": __version__}
         members = dict(self._members)
         self.add_json(MANIFEST, {**head, **description, "members": members})
         self._zip.close()
@@ -231,7 +229,7 @@ def _read_manifest(path: Path, opened: zipfile.ZipFile, entries: list[zipfile.Zi
         manifest = _parse(opened.read(MANIFEST), f"{MANIFEST} in {path}")
     except _DAMAGED as error:
         raise CheckpointError(f"{path} is damaged: {MANIFEST} cannot be unpacked ({error}); {_AGAIN}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") != MODEL_FORMAT:
         raise CheckpointError(f"{path} holds no model of this package; give what ukbob_export_model wrote")
     version = manifest.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:

@@ -17,6 +17,7 @@ from ukbob_seg.filtering.strata import StratifiedBounds
 from ukbob_seg.inference.model_folder import check_same_model, choose_folds, first_stage_folder, folder_name
 from ukbob_seg.inference.postprocessing import Postprocessing
 from ukbob_seg.networks.wrappers import unwrapped
+from ukbob_seg.nnunet.folders import is_nnunet_model
 from ukbob_seg.portable import layout
 from ukbob_seg.portable.archive import ArchiveWriter, is_safe_name
 from ukbob_seg.portable.model_card import fold_facts, make_card, model_facts, public_dataset, readme
@@ -84,10 +85,16 @@ def export_model(
 
     Raises:
         ConfigError: the file exists, or a network has no such form.
-        CheckpointError: nothing trained there, a fold or first stage is missing, or folds of different models.
+        CheckpointError: nothing trained there, a model of nnU-Net, a fold or first stage is missing, or folds of
+            different models.
         UkbobError: the file cannot be written.
     """
     folder, options = Path(folder), options or ExportOptions()
+    if is_nnunet_model(folder):
+        raise CheckpointError(
+            f"{folder} is not a model of this package (a model of nnU-Net v2, or an archive), and only those are "
+            "exported; nnUNetv2_export_model_to_zip writes the archive of one, which ukbob_predict -m takes as it is"
+        )
     if options.onnx:
         require_onnx()
     first = next(iter(choose_folds(folder, folds, options.checkpoint).values()))
