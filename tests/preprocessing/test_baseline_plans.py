@@ -85,7 +85,7 @@ def counting():
 def test_the_table_is_what_is_counted(name, counting):
     if "baselines" in NETWORKS[name].requires:
         pytest.importorskip("monai", reason="MONAI is not installed")
-    found, table = counting.counts(name, {}), BASELINES[name]
+    found, table = counting.counts(name, BASELINES[name].arguments), BASELINES[name]
     assert table.patch_argument == NETWORKS[name].patch_argument
     assert found["weights"] == pytest.approx(table.weights, rel=0.02)
     assert found["outputs"] == pytest.approx(table.outputs, abs=0.01)
