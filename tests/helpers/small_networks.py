@@ -19,7 +19,10 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "resenc_unet_xl": (UNET, (32, 32, 32)),
     "unet": ({"channels": [8, 16, 32], "strides": [2, 2], "num_res_units": 2}, (32, 32, 32)),
     "vnet": ({}, (16, 32, 16)),
-    "segresnet": ({"init_filters": 8, "blocks_down": [1, 2, 2], "blocks_up": [1, 1]}, (32, 32, 32)),
+    "segresnet": (
+        {"init_filters": 8, "blocks_down": [1, 1, 1], "blocks_up": [1, 1], "dropout_prob": 0.0},
+        (16, 32, 32),
+    ),
     "attention_unet": ({"channels": [8, 16, 24], "strides": [2, 2]}, (32, 32, 32)),
     "unetr": (
         {"patch_size": [32, 48, 32], "feature_size": 8, "hidden_size": 48, "mlp_dim": 96, "num_heads": 4},

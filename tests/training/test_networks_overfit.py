@@ -1,6 +1,4 @@
-"""Every network of the registry learns two real cases by heart, at a small size: its layers are connected as they must."""
-
-import time
+"""Every network of the registry learns two real cases by heart, at a small size: its layers are connected rightly."""
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from ukbob_seg.training.losses import SoftmaxDiceLoss, with_deep_supervision
 CASES = ("hippocampus_003", "hippocampus_006")
 CLASSES = 3
 STEPS, EVERY = 100, 5
-FASTER: dict[str, float] = {}
+RATES = {"unet": 3e-3, "unetr": 3e-3, "vnet": 3e-3, "swin_unetr": 6e-3, "swin_unetr_v2": 6e-3}  # others 1e-2
 
 ENOUGH = 0.8
 
@@ -88,9 +86,9 @@ def test_a_network_learns_two_cases_by_heart(name, cases):
     network = build_network(name, 1, CLASSES, arguments).train()
     set_deep_supervision(network, True)
     loss = with_deep_supervision(SoftmaxDiceLoss(255))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=FASTER.get(name, 3e-3))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=RATES.get(name, 1e-2))
     image, labels = _side_by_side(cases, patch)
-    best, t0 = 0.0, time.process_time()
+    best = 0.0
     with quick_convolutions(torch.device("cpu")):
         for step in range(1, STEPS + 1):
             optimizer.zero_grad(set_to_none=True)
@@ -101,5 +99,4 @@ def test_a_network_learns_two_cases_by_heart(name, cases):
                 best = max(best, _dice(network, image, labels))
                 if best > ENOUGH:
                     break
-    print("XX", name, step, best, time.process_time() - t0)
     assert best > ENOUGH
