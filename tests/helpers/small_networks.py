@@ -20,7 +20,10 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "resenc_unet_xl": (UNET, (32, 32, 32)),
     "unet": ({"channels": [8, 16, 32], "strides": [2, 2], "num_res_units": 2}, (32, 32, 32)),
     "vnet": ({}, (16, 32, 16)),
-    "segresnet": ({"init_filters": 8, "blocks_down": [1, 2, 2], "blocks_up": [1, 1]}, (32, 32, 32)),
+    "segresnet": (
+        {"init_filters": 8, "blocks_down": [1, 1, 1], "blocks_up": [1, 1], "dropout_prob": 0.0},
+        (16, 32, 32),
+    ),
     "attention_unet": ({"channels": [8, 16, 24], "strides": [2, 2]}, (32, 32, 32)),
     "resunet_pp": ({"widths": [8, 8, 16, 16, 24], "rates": [2, 3]}, (32, 32, 32)),
     "transunet": (
