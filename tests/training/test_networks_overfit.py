@@ -17,6 +17,10 @@ CASES = ("hippocampus_003", "hippocampus_006")
 CLASSES = 3
 STEPS, EVERY = 100, 5
 ENOUGH = 0.8
+RATES = {
+    "plain_conv_unet": 1e-2, "residual_encoder_unet": 1e-2, "segresnet": 1e-2, "attention_unet": 1e-2,
+    "swin_unetr": 6e-3, "swin_unetr_v2": 6e-3,
+}  # fmt: skip
 # ResEnc of all sizes is one class.
 NAMES = [name for name in present() if not name.startswith(("resenc_", "medsegdiff_"))]
 
@@ -91,7 +95,7 @@ def test_a_network_learns_two_cases_by_heart(name, cases):
     network = build_network(name, 1, CLASSES, arguments).train()
     set_deep_supervision(network, True)
     loss = with_deep_supervision(SoftmaxDiceLoss(255))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=RATES.get(name, 3e-3))
     image, labels = _side_by_side(cases, patch)
     best = 0.0
     with quick_convolutions(torch.device("cpu")):
