@@ -17,6 +17,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def build(name: str, arguments: Mapping[str, Any], edge: int, outputs: int, devi
         return build_network(name, 1, outputs, given).to(device).train()
 
 
-def count_kept(network: nn.Module, edge: int, device: str) -> tuple[float, float]:
+def count_kept(network: nn.Module, edge: int, classes: int, device: str) -> tuple[float, float]:
     """float32 values that the backward pass needs besides weights and input, and values of all outputs."""
     image = torch.zeros(1, 1, edge, edge, edge, device=device)
     left_out = {t.untyped_storage()._cdata for t in (*network.parameters(), *network.buffers(), image)}
@@ -59,10 +60,14 @@ def count_kept(network: nn.Module, edge: int, device: str) -> tuple[float, float
             kept[storage._cdata] = storage
         return tensor
 
+    given = [image]
+    if "clean" in signature(network.forward).parameters:  # diffusion: it learns from the truth made noisy
+        given.append(torch.zeros(1, classes, edge, edge, edge, device=device))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = network(image)
+        outputs = network(*given)
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-    return sum(storage.nbytes() for storage in kept.values()) / 4, float(sum(output.numel() for output in outputs))
+    maps = [output for output in outputs if isinstance(output, torch.Tensor) and output.dim() == 5]
+    return sum(storage.nbytes() for storage in kept.values()) / 4, float(sum(output.numel() for output in maps))
 
 
 def counts(name: str, arguments: Mapping[str, Any]) -> dict[str, float]:
@@ -79,7 +84,7 @@ def _counts(name: str, arguments: Mapping[str, Any], edges: Sequence[int], devic
     for edge, outputs in [(edges[0], OUTPUTS[0]), (edges[0], OUTPUTS[1]), (edges[1], OUTPUTS[0])]:
         network = build(name, arguments, edge, outputs, device)
         weights = sum(parameter.numel() for parameter in network.parameters())
-        found[edge, outputs] = (weights, *count_kept(network, edge, device))
+        found[edge, outputs] = (weights, *count_kept(network, edge, outputs, device))
     first, wider, larger = found.values()
     quadratic = max(0.0, (larger[1] / large - first[1] / small) / (large - small))
     if quadratic * large < LEAST_SHARE * larger[1] / large:
@@ -87,7 +92,7 @@ def _counts(name: str, arguments: Mapping[str, Any], edges: Sequence[int], devic
     per_output = (wider[1] - first[1]) / (OUTPUTS[1] - OUTPUTS[0]) / small
     linear = max(first[1] / small - quadratic * small, larger[1] / large - quadratic * large)
     return {
-        "weights": (first[0] + larger[0]) / 2,
+        "weights": larger[0],
         "weights_per_output": (wider[0] - first[0]) / (OUTPUTS[1] - OUTPUTS[0]),
         "kept": linear - OUTPUTS[0] * per_output,
         "kept_per_output": per_output,

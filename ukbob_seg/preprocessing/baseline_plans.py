@@ -61,7 +61,7 @@ BASELINES: dict[str, Baseline] = {
     ),
     "segresnet": Baseline(8, weights=18.8e6, kept=501),
     "attention_unet": Baseline(16, weights=5.9e6, kept=269),
-    "unetr": Baseline(16, weights=92.7e6, kept=293, kept_square=8.6, patch_argument="patch_size"),
+    "unetr": Baseline(16, weights=92.8e6, kept=293, kept_square=8.6, patch_argument="patch_size"),
     "swin_unetr_v2": Baseline(32, weights=72.8e6, kept=1606),
 }
 
