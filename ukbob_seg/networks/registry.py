@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -136,6 +136,18 @@ def _own(path: str, description: str, patch_argument: str = "", requires: str = 
     return NetworkEntry(build, description, divisor, requires, patch_argument)
 
 
+def _diffusion(path: str, description: str, patch_argument: str = "") -> NetworkEntry:
+    """A class like those of ``_own``, whose divisor follows from its stages."""
+
+    def divisor(arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+        z, y, x = import_module("ukbob_seg.networks.diffusion").stage_divisor(
+            import_class(f"ukbob_seg.networks.{path}"), arguments
+        )
+        return z, y, x
+
+    return replace(_own(path, description, patch_argument), divisor=divisor)
+
+
 def _monai(name: str, description: str, divisor: Divisor | None = None, patch_argument: str = "") -> NetworkEntry:
     return NetworkEntry(monai_builder(name), description, divisor or halvings_divisor(name), EXTRA, patch_argument)
 
@@ -156,6 +168,16 @@ NETWORKS: dict[str, NetworkEntry] = {
     "segresnet": _monai("segresnet", "SegResNet (Myronenko 2018), MONAI's"),
     "attention_unet": _monai("attention_unet", "Attention U-Net (Oktay et al. 2018), MONAI's"),
     "unetr": _monai("unetr", "UNETR (Hatamizadeh et al. 2022), MONAI's", _cube(16), "patch_size"),
+    "resunet_pp": _own("baselines.resunet_pp:ResUNetPlusPlus", "ResUNet++ (Jha et al. 2019) in 3D"),
+    "transunet": _own("baselines.transunet:TransUNet", "TransUNet in 3D (Chen et al. 2024)", "patch_size"),
+    "transbts": _own("baselines.transbts:TransBTS", "TransBTS (Wang et al. 2021)", "patch_size"),
+    "nnformer": _own("baselines.nnformer:NNFormer", "nnFormer (Zhou et al. 2023)"),
+    "medformer": _own("baselines.medformer:MedFormer", "MedFormer (Gao et al. 2022)"),
+    "ux_net": _own("baselines.ux_net:UXNet", "3D UX-Net (Lee et al. 2023)"),
+    "medsegdiff_v1": _diffusion(
+        "diffusion.medsegdiff_v1:MedSegDiffV1", "MedSegDiff (Wu et al. 2023), which segments by denoising", "image_size"
+    ),
+    "medsegdiff_v2": _diffusion("diffusion.medsegdiff_v2:MedSegDiffV2", "MedSegDiff-V2 (Wu et al. 2024)"),
     "swin_unetr_v2": _monai("swin_unetr_v2", "Swin-UNETR-V2 (He et al. 2023), MONAI's", _cube(32)),
 }
 # The same network under the names of the sizes that --preset nnunet plans (nnU-Net's ResEnc presets).

@@ -62,8 +62,21 @@ BASELINES: dict[str, Baseline] = {
     "segresnet": Baseline(8, weights=18.8e6, kept=501),
     "attention_unet": Baseline(16, weights=5.9e6, kept=269),
     "unetr": Baseline(16, weights=92.8e6, kept=293, kept_square=8.6, patch_argument="patch_size"),
+    "resunet_pp": Baseline(8, weights=11.9e6, kept=815),
+    "transunet": Baseline(32, weights=116.8e6, kept=433, patch_argument="patch_size"),
+    "transbts": Baseline(8, weights=31.5e6, kept=449, kept_square=366.2, patch_argument="patch_size"),
+    "nnformer": Baseline((16, 32, 32), weights=149.5e6, kept=468, kept_square=26.1, weights_per_output=6145),
+    "medformer": Baseline(16, weights=39.5e6, kept=1287),
+    "ux_net": Baseline(16, weights=53.0e6, kept=619),
+    "medsegdiff_v1": Baseline(
+        8, weights=35.4e6, kept=2362, kept_per_output=1.0, outputs=2.0, weights_per_output=1729,
+        patch_argument="image_size",
+    ),
+    "medsegdiff_v2": Baseline(
+        16, weights=73.4e6, kept=2375, kept_per_output=1.0, kept_square=201.7, outputs=3.0, weights_per_output=1762
+    ),
     "swin_unetr_v2": Baseline(32, weights=72.8e6, kept=1606),
-}
+}  # fmt: skip
 
 
 def baseline_memory_gb(name: str, patch: Triple, batch: int, in_channels: int, out_channels: int) -> float:
