@@ -28,7 +28,7 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
         {"patch_size": [32, 48, 32], "feature_size": 8, "hidden_size": 48, "mlp_dim": 96, "num_heads": 4},
         (32, 48, 32),
     ),
-    "resunet_pp": ({"widths": [8, 8, 16, 16, 24], "rates": [1, 2]}, (32, 32, 32)),
+    "resunet_pp": ({"widths": [8, 8, 16, 16, 24], "rates": [1, 2]}, (16, 32, 32)),
     "transunet": (
         {"features_per_stage": [8, 16, 24], "strides": [1, 2, 2], "kernel_sizes": [3, 3, 3], "n_conv_per_stage": 1,
          "n_conv_per_stage_decoder": 1, "vit_layers": 1, "vit_dim": 24, "vit_heads": 2, "vit_hidden_dim": 48,

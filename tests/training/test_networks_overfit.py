@@ -81,7 +81,7 @@ def test_a_network_learns_two_cases_by_heart(name, cases):
     if "dynamic" in NETWORKS[name].requires:
         pytest.importorskip("dynamic_network_architectures", reason="nnU-Net's networks are not installed")
     arguments, patch = SMALL[name]
-    if patch[1] < 48:
+    if patch[1] < 48 and name != "vnet":  # which is always at full width
         patch = (patch[0], 2 * patch[1], patch[2])
     check_patch(name, arguments, patch)
     torch.manual_seed(0)
