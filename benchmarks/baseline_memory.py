@@ -92,7 +92,7 @@ def _counts(name: str, arguments: Mapping[str, Any], edges: Sequence[int], devic
     per_output = (wider[1] - first[1]) / (OUTPUTS[1] - OUTPUTS[0]) / small
     linear = max(first[1] / small - quadratic * small, larger[1] / large - quadratic * large)
     return {
-        "weights": (first[0] + larger[0]) / 2,
+        "weights": larger[0],
         "weights_per_output": (wider[0] - first[0]) / (OUTPUTS[1] - OUTPUTS[0]),
         "kept": linear - OUTPUTS[0] * per_output,
         "kept_per_output": per_output,

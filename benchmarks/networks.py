@@ -37,6 +37,7 @@ def measure(name: str, edge: int, device: str, steps: int, seconds: float) -> di
     """Millions of parameters, median seconds of a step, peak GiB."""
     import torch
 
+    from ukbob_seg.networks.diffusion import DiffusionNetwork
     from ukbob_seg.networks.registry import build_network
     from ukbob_seg.training.losses import SoftmaxDiceLoss, with_deep_supervision
 
@@ -45,13 +46,20 @@ def measure(name: str, edge: int, device: str, steps: int, seconds: float) -> di
     optimizer, loss = torch.optim.AdamW(network.parameters()), with_deep_supervision(SoftmaxDiceLoss(255))
     image = torch.randn(1, 1, edge, edge, edge, device=device)
     labels = torch.randint(0, 3, (1, edge, edge, edge), dtype=torch.int32, device=device)
+    clean = None
+    if isinstance(network, DiffusionNetwork):  # it learns from the truth made noisy
+        clean = 2.0 * torch.nn.functional.one_hot(labels.long(), 3).movedim(-1, 1) - 1
     on_gpu, times, began = device.startswith("cuda"), [], time.perf_counter()
     while len(times) < 2 or (len(times) <= steps and time.perf_counter() - began < seconds):
         started = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(image.device.type, torch.bfloat16, enabled=on_gpu):
-            outputs = network(image)
-        loss(outputs, labels).backward()
+            if clean is None:
+                value = loss(network(image), labels)
+            else:
+                predicted = network(image, clean)
+                value = (predicted.predicted - predicted.noise).square().mean()
+        value.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         if on_gpu:

@@ -66,9 +66,9 @@ BASELINES: dict[str, Baseline] = {
     "segresnet": Baseline(8, weights=18.8e6, kept=501),
     "attention_unet": Baseline(16, weights=5.9e6, kept=269),
     "resunet_pp": Baseline(8, weights=11.9e6, kept=815),
-    "unetr": Baseline(16, weights=92.7e6, kept=293, kept_square=8.6, patch_argument="patch_size"),
+    "unetr": Baseline(16, weights=92.8e6, kept=293, kept_square=8.6, patch_argument="patch_size"),
     "transunet": Baseline(32, weights=116.8e6, kept=433, patch_argument="patch_size"),
-    "transbts": Baseline(8, weights=31.2e6, kept=449, kept_square=366.2, patch_argument="patch_size"),
+    "transbts": Baseline(8, weights=31.5e6, kept=449, kept_square=366.2, patch_argument="patch_size"),
     "nnformer": Baseline(
         (16, 32, 32),
         weights=149.6e6,
@@ -82,7 +82,7 @@ BASELINES: dict[str, Baseline] = {
     "ux_net": Baseline(16, weights=53.0e6, kept=619),
     "swin_unetr_v2": Baseline(32, weights=72.8e6, kept=1606),
     "medsegdiff_v1": Baseline(
-        8, weights=32.1e6, kept=2362, kept_per_output=1.0, weights_per_output=1729, patch_argument="image_size"
+        8, weights=35.4e6, kept=2362, kept_per_output=1.0, weights_per_output=1729, patch_argument="image_size"
     ),
     "medsegdiff_v2": Baseline(
         16, weights=73.4e6, kept=2375, kept_per_output=1.0, kept_square=201.7, outputs=2.0, weights_per_output=1762
