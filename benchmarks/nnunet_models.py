@@ -11,9 +11,10 @@ organs for the model ``organs``: learned at 3 mm, and segmented at 1.5 mm, as on
 is planned, preprocessed and trained by nnU-Net's own classes, for a few iterations; the trainer differs from
 nnUNetTrainer in the number of iterations and the optimizer (AdamW, which finds the structures sooner). ``compare``
 prints the Dice of each class between both predictions, over all cases and the lowest of a case, how many voxels differ,
-wall times and peak memory (of all processes together, shared pages counted once).
+wall times (medians of as many runs as were made) and peak memory (of all processes together, shared pages counted
+once; a run of its own with --memory, since watching takes time).
 
-Timings are not in the documentation yet, since they need an idle machine; the agreement is, in nnunet_models.md.
+Figures of an idle machine are in documentation/nnunet_models.md.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -55,6 +57,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=32, help="features of the first stage (nnU-Net's own: 32)")
     parser.add_argument("--iterations", type=int, default=120)
     parser.add_argument("--against", choices=("theirs", "exact"), default="theirs", help="what to compare with")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory instead of time")
     parser.add_argument("--tta", action="store_true", help="mirror, as nnUNetv2_predict does by default")
     arguments = parser.parse_args()
     os.environ |= {f"nnUNet_{name}": str(arguments.work / name) for name in ("raw", "preprocessed", "results")} | {
@@ -266,19 +269,27 @@ def output(arguments: argparse.Namespace, name: str, whose: str) -> Path:
 
 
 def measure(arguments: argparse.Namespace, name: str, whose: str, command: list[str]) -> None:
-    """Run a command afresh; write its wall time and the peak memory of its processes beside the predictions."""
+    """Run a command afresh; write its wall time, or the peak memory of its processes, beside the predictions.
+
+    Watching memory takes time from what is watched, hence one or the other.
+    """
     folder = output(arguments, name, whose)
     shutil.rmtree(folder, ignore_errors=True)
+    file = folder.with_suffix(".json")
+    record = json.loads(file.read_text()) if file.is_file() else {}
     started, peak = time.monotonic(), [0]
     process = subprocess.Popen(command)
     watch = threading.Thread(target=_watch, args=(process, peak))
-    watch.start()
-    status = process.wait()
-    watch.join()
-    if status:
+    if arguments.memory:
+        watch.start()
+    if status := process.wait():
         raise SystemExit(f"{name}: {command[0]} ended with {status}")
-    record = {"wall_s": time.monotonic() - started, "peak_mb": peak[0] / 2**20}
-    folder.with_suffix(".json").write_text(json.dumps(record))
+    if arguments.memory:
+        watch.join()
+        record["peak_mb"] = peak[0] / 2**20
+    else:
+        record.setdefault("wall_s", []).append(time.monotonic() - started)
+    file.write_text(json.dumps(record))
     print(whose, name, record)
 
 
@@ -342,10 +353,11 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def _spent(file: Path) -> str:
-    if not file.is_file():
-        return "not measured"
-    record = json.loads(file.read_text())
-    return f"{record['wall_s']:.1f} s, {record['peak_mb']:.0f} MB"
+    """Median of the runs, and how many; peak memory."""
+    record = json.loads(file.read_text()) if file.is_file() else {}
+    times, peak = record.get("wall_s", []), record.get("peak_mb")
+    time_s = f"{statistics.median(times):.1f} s ({len(times)})" if times else "not timed"
+    return f"{time_s}, {'not measured' if peak is None else f'{peak:.0f} MB'}"
 
 
 if __name__ == "__main__":

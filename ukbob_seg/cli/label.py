@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ukbob_seg.allocator import reuse_freed_memory
 from ukbob_seg.cli.common import add_cluster, choose_device, command, make_parser
 from ukbob_seg.cli.models import adaptation, add_adaptation, add_windows
 from ukbob_seg.errors import ConfigError
@@ -18,6 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.no_mirror and not arguments.tta:
         print("--no-mirror: nothing is flipped without --tta in any case")
 
+    reuse_freed_memory()
     from ukbob_seg.inference.settings import PredictionSettings
     from ukbob_seg.labelling.label import label_cohort
     from ukbob_seg.labelling.options import LabelOptions

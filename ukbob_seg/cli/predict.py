@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ukbob_seg.allocator import reuse_freed_memory
 from ukbob_seg.cli.common import add_roots, choose_device, command, make_parser, roots_from
 from ukbob_seg.cli.models import (
     ONE_MODEL,
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.no_mirror and not arguments.tta:
         print("--no-mirror: nothing is flipped without --tta in any case")
 
+    reuse_freed_memory()
     from ukbob_seg.inference.ensemble_predictor import load_predictor
     from ukbob_seg.inference.predict import predict
     from ukbob_seg.inference.settings import PredictionSettings

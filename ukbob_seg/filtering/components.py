@@ -9,10 +9,13 @@ Reference: He, Chao, Suzuki: A run-based two-scan labeling algorithm, IEEE Trans
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from numba import njit
+
+if TYPE_CHECKING:
+    import pandas as pd  # a third of a second that prediction, which asks for runs only, does not wait for
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ def organ_components(runs: Runs) -> pd.DataFrame:
         One row per label, ascending: ``label`` (int64), ``components`` (int64; 26 neighbours),
         ``largest_component``: share of the organ's voxels in its largest piece.
     """
+    import pandas as pd
+
     root = connect(runs, diagonal=True)
     is_root = root == np.arange(len(root))
     size = np.bincount(root, weights=runs.voxels, minlength=len(root))[is_root].astype(np.int64)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ukbob_seg.allocator import reuse_freed_memory
 from ukbob_seg.dataset.image_io import read_geometry
 from ukbob_seg.dataset.orientation import orientation_of
 from ukbob_seg.dataset.spec import Case
@@ -174,6 +175,7 @@ def loaded(labeller: Labeller) -> CasePredictor:
     with _LOADING:
         if labeller not in _MODELS:
             close()
+            reuse_freed_memory()
             share_unpacked(dict(labeller.unpacked))
             device = device_of_worker(labeller.device) if labeller.is_elsewhere else labeller.device
             predictor = load_model(labeller.options, device)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ukbob_seg.errors import UkbobError, is_out_of_memory
+from ukbob_seg.networks.diffusion import DiffusionNetwork
+from ukbob_seg.networks.wrappers import unwrapped
 
 log = logging.getLogger(__name__)
 BACKEND = "inductor"
@@ -19,7 +21,8 @@ class CompiledNetwork(nn.Module):
     """Calls a network through ``torch.compile``; once that fails, the network itself, with one warning.
 
     The network stays what it was: its weights are shared, and its state dict, which is what checkpoints hold, has the
-    same names. Graphs are made for one shape each, in the first call, which therefore takes minutes.
+    same names. Graphs are made for one shape each, in the first call, which therefore takes minutes. Of a diffusion
+    network training is compiled, and not the drawing of segmentations.
 
     Args:
         network: on its device.
@@ -30,6 +33,7 @@ class CompiledNetwork(nn.Module):
         super().__init__()
         self.network = network
         self._rehearsed = False
+        self._draws = isinstance(unwrapped(network), DiffusionNetwork)  # with an image alone, by a loop of many calls
         self._call: Callable[..., Any] | None = None
         try:
             self._call = torch.compile(network.forward, backend=backend or BACKEND, dynamic=False)
@@ -43,7 +47,7 @@ class CompiledNetwork(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         """What the network returns."""
-        if self._call is None:
+        if self._call is None or (self._draws and len(inputs) == 1):
             return self.network(*inputs)
         try:
             if torch.is_grad_enabled() and not self._rehearsed:

@@ -12,17 +12,23 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ukbob_seg.networks.quick_layers import instance_norm, transposed_convolution
+
 MOST_ROWS = 20_480  # up to this PyTorch does not ask oneDNN
-LEAST_VOXELS = 512  # of the output; below, oneDNN is no quicker
+# Of the output; below, oneDNN is no quicker: with gradients, and without.
+LEAST_VOXELS = 512
+LEAST_WITHOUT_GRADIENTS = 64
 
 
 def quick_convolutions(device: torch.device) -> AbstractContextManager[Any]:
     """While the context is open, ``conv3d`` of one small float32 map is done by oneDNN; nothing changes on a GPU.
 
-    For networks called as they are, with or without gradients; not for calls of ``torch.compile``.
+    Without gradients the layers of ``quick_layers`` are quick as well. For networks called as they are, with or without
+    gradients; not for calls of ``torch.compile``.
     """
     wanted = torch.backends.mkldnn.is_available() and getattr(torch.backends.mkldnn, "enabled", True)
     if device.type != "cpu" or not wanted:
@@ -36,9 +42,7 @@ class _QuickConvolutions(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.conv3d:
-            return _conv3d(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return _QUICK.get(func, func)(*args, **(kwargs or {}))
 
 
 def _conv3d(
@@ -78,7 +82,7 @@ def _is_left_out(image: Tensor, weight: Tensor, stride: list[int], padding: list
         and weight.shape[1] == channels
         and kernel.numel() > 1
         and not (kernel[1] > 3 and kernel[2] > 3)
-        and voxels >= LEAST_VOXELS
+        and voxels >= (LEAST_VOXELS if torch.is_grad_enabled() else LEAST_WITHOUT_GRADIENTS)
         and min(stride) >= 1
         and not torch.is_autocast_enabled("cpu")
     )
@@ -118,3 +122,10 @@ class _Convolution(torch.autograd.Function):
                 gradient, image, weight, [len(weight)], stride, padding, dilation, False, [0, 0, 0], 1, wanted
             )
         return (of_image if of_image is not None else rest[0]), rest[1], rest[2], None, None, None
+
+
+_QUICK: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.conv3d: _conv3d,
+    torch.conv_transpose3d: transposed_convolution,
+    F.instance_norm: instance_norm,
+}

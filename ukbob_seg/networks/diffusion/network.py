@@ -157,7 +157,6 @@ class DiffusionNetwork(nn.Module):
         predicted = self._denoise(noisy, step, condition)
         return NoisePrediction(predicted, noise, step, logits)
 
-    @torch.compiler.disable
     def draw(self, image: Tensor) -> Tensor:
         """(B, C, z, y, x) -> logits (B, K, z, y, x) of the mean probability of all samples."""
         condition, _ = self.denoiser.condition(image)

@@ -1,0 +1,88 @@
+"""Layers that PyTorch computes slowly on CPUs, done quicker where no gradients are wanted: the same values.
+
+Instance norm is done by PyTorch as a batch norm of one map after the other, on one core; as a group norm of single
+channels it takes a sixth of the time (of maps in the usual layout, where that is as exact). A transposed convolution
+whose windows do not overlap, as decoders have it, is a matrix product; oneDNN's result has another layout, and copying
+that takes as long again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``torch.nn.functional.instance_norm``."""
+    if (
+        running_mean is None
+        and running_var is None
+        and use_input_stats
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and input.dtype == torch.float32
+        and input.dim() > 2
+        and input[0, :1].numel() > 1  # of a single value PyTorch refuses to take statistics
+        and input.is_contiguous()
+    ):
+        return F.group_norm(input, input.shape[1], weight, bias, eps)
+    return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+def transposed_convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """``torch.conv_transpose3d``."""
+    if (
+        groups == 1
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and input.dim() == 5
+        and input.dtype == weight.dtype == torch.float32
+        and input.shape[1] == weight.shape[0]
+        and input.is_contiguous()
+        and _all(stride, weight.shape[2:])
+        and _all(padding, (0, 0, 0))
+        and _all(output_padding, (0, 0, 0))
+        and _all(dilation, (1, 1, 1))
+    ):
+        return _placed_products(input, weight, bias)
+    return torch.conv_transpose3d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+def _all(given: int | Sequence[int], wanted: Sequence[int]) -> bool:
+    values = [given] if isinstance(given, int) else list(given)
+    return (values * 3 if len(values) == 1 else values) == list(wanted)
+
+
+def _placed_products(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Each input voxel times the kernel, beside each other."""
+    batch, channels, z, y, x = image.shape
+    outputs, (a, b, c) = weight.shape[1], weight.shape[2:]
+    rows = weight.permute(1, 2, 3, 4, 0).reshape(outputs * a * b * c, channels)
+    products = torch.matmul(rows, image.view(batch, channels, z * y * x))
+    if bias is not None:
+        products += bias.repeat_interleave(a * b * c).unsqueeze(1)
+    result = image.new_empty(batch, outputs, z * a, y * b, x * c)
+    placed = products.view(batch, outputs, a, b, c, z, y, x).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    result.view(batch, outputs, z, a, y, b, x, c).copy_(placed)
+    return result
