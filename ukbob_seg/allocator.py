@@ -18,7 +18,7 @@ def reuse_freed_memory() -> bool:
     fills with zeros first: a tenth of the time. Called before threads have begun, and before PyTorch is imported.
 
     Returns:
-        Whether it was done; False with other C libraries, where nothing changes.
+        Whether it was done; False with other C libraries and old versions of glibc, where nothing changes.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -26,5 +26,6 @@ def reuse_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    wanted = ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, KEPT_BYTES), (M_TRIM_THRESHOLD, KEPT_BYTES))
+    # Older versions refuse the first; one heap for all threads is of use with it only.
+    wanted = ((M_MMAP_THRESHOLD, KEPT_BYTES), (M_TRIM_THRESHOLD, KEPT_BYTES), (M_ARENA_MAX, 1))
     return all(mallopt(option, value) == 1 for option, value in wanted)

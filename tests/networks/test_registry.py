@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ukbob_seg.errors import ConfigError
-from ukbob_seg.networks.registry import NETWORKS, build_network, set_deep_supervision
+from ukbob_seg.networks.registry import NETWORKS, build_network, check_patch, set_deep_supervision
 
 CONV = {
     "features_per_stage": [4, 8, 16],
@@ -118,3 +118,39 @@ def test_a_fault_inside_a_users_network_keeps_its_traceback(monkeypatch):
 def test_unknown_names_list_the_choices():
     with pytest.raises(ConfigError, match=r"unknown network 'u_net'; choose from swin_unetr, plain_conv_unet"):
         build_network("u_net", 1, 2, {})
+
+
+@pytest.mark.parametrize(("name", "arguments"), [
+    ("unet", {"strides": [2]}),
+    ("segresnet", {"init_filters": 12}),
+    ("segresnet", {"blocks_down": [1, 1, 1], "blocks_up": [1]}),
+    ("unetr", {"patch_size": [32, 32, 32], "num_heads": 7}),
+    ("swin_unetr_v2", {"feature_size": 13}),
+    ("plain_conv_unet", {"features_per_stage": [4, 8]}),
+    ("transunet", {"strides": 2}),
+    ("medformer", {"channels": 3}),
+    ("medsegdiff_v1", {"features_per_stage": 5}),
+    ("medsegdiff_v2", {"eta": "x"}),
+    ("medsegdiff_v2", {"dropout": 2}),
+])  # fmt: skip
+def test_arguments_that_somebody_edited_are_refused_in_one_sentence(name, arguments):
+    if NETWORKS[name].requires:
+        pytest.importorskip("monai" if "baselines" in NETWORKS[name].requires else "dynamic_network_architectures")
+
+    def begin():  # as a training does
+        check_patch(name, arguments, (32, 32, 32))
+        build_network(name, 1, 3, arguments)
+
+    with pytest.raises(ConfigError) as caught:
+        begin()
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_strides_per_axis_of_monais_networks():
+    pytest.importorskip("monai", reason="MONAI is not installed")
+    arguments = {"channels": [8, 16, 24], "strides": [[1, 2, 2], [2, 2, 2]]}
+    check_patch("unet", arguments, (6, 16, 16))
+    with pytest.raises(ConfigError, match=r"divisible by \(2, 4, 4\)"):
+        check_patch("unet", arguments, (5, 16, 16))
+    assert build_network("unet", 1, 3, arguments)(torch.zeros(1, 1, 6, 16, 16)).shape == (1, 3, 6, 16, 16)

@@ -207,3 +207,10 @@ PEAKS_GIB = {
 def test_near_the_peak_of_a_process_on_the_cpu(name):
     """Three steps on one patch of 64^3, by benchmarks/memory_model.py."""
     assert 0.95 <= baseline_memory_gb(name, (64, 64, 64), 1, 1, 3) / PEAKS_GIB[name] <= 1.3
+
+
+@pytest.mark.parametrize("patch", [(96, 96, 96), (64, 96, 32)])
+def test_nnformer_tells_apart_all_places_of_its_third_stage(patch):
+    given = PlanningInput((200, 200, 200), (1.0, 1.0, 1.0), 1e9, 1, 3, 100.0, patch_size=patch)
+    arguments = PLANNERS["nnformer"](given)[0].arguments
+    assert arguments["global_extent"] == [patch[0] // 8, patch[1] // 16, patch[2] // 16]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from math import prod
 from typing import Any
 
 from torch import nn
 
 from ukbob_seg.errors import ConfigError
 from ukbob_seg.networks.construction import construct
+from ukbob_seg.networks.nnunet_networks import strides_divisor
 
 EXTRA = "pip install 'ukbob_seg[baselines]'"
 MODULE = "monai.networks.nets"
@@ -113,7 +113,13 @@ def monai_call(name: str, in_channels: int, out_channels: int, arguments: Mappin
             f"network 'vnet' takes 1, 2, 4, 8 or 16 input channels, since its first stage repeats them to "
             f"{VNET_FEATURES}, but the data have {in_channels}; choose another network"
         )
-    own = entry.own({**entry.defaults, **arguments})
+    given = {**entry.defaults, **arguments}
+    if name == "segresnet" and len(given["blocks_up"]) != len(given["blocks_down"]) - 1:
+        raise ConfigError(
+            f"network 'segresnet' needs one entry less in blocks_up than in blocks_down, got {given['blocks_up']} and "
+            f"{given['blocks_down']}"
+        )
+    own = entry.own(given)
     fixed = {"spatial_dims": 3, "in_channels": in_channels, "out_channels": out_channels}
     return {"class": f"{MODULE}.{entry.class_name}", "arguments": {**fixed, **own}}
 
@@ -144,9 +150,8 @@ def halvings_divisor(name: str) -> Callable[[Mapping[str, Any]], tuple[int, int,
     def divisor(arguments: Mapping[str, Any]) -> tuple[int, int, int]:
         given = {**MONAI_NETWORKS[name].defaults, **arguments}
         if "strides" in given:
-            edge = prod(int(stride) for stride in given["strides"])
-        else:
-            edge = 2 ** (len(given["blocks_down"]) - 1)
+            return strides_divisor(given)
+        edge = 2 ** (len(given["blocks_down"]) - 1)
         return edge, edge, edge
 
     return divisor

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -71,7 +72,21 @@ def _build_plain(name: str, in_channels: int, out_channels: int, arguments: Mapp
         return construct(found, name, {"in_channels": in_channels, "out_channels": out_channels, **arguments})
     if name not in NETWORKS:
         raise ConfigError(f"unknown network {name!r}; choose from {', '.join(NETWORKS)} or give package.module:Class")
-    return NETWORKS[name].build(in_channels, out_channels, arguments)
+    with _explained(name, arguments):
+        return NETWORKS[name].build(in_channels, out_channels, arguments)
+
+
+@contextmanager
+def _explained(name: str, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """What a constructor of our own or of a library says of arguments that somebody edited, in one sentence."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, IndexError, AssertionError) as error:
+        said = f"{error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise ConfigError(
+            f"network {name!r} cannot be built with the arguments {dict(arguments)}: {said.splitlines()[0]}; correct "
+            "them in plans.json"
+        ) from error
 
 
 def set_deep_supervision(network: nn.Module, enabled: bool) -> None:
@@ -91,7 +106,8 @@ def check_patch(name: str, arguments: Mapping[str, Any], patch_size: Sequence[in
     entry = NETWORKS.get(name)
     if entry is None:
         return
-    divisor = entry.divisor(arguments)
+    with _explained(name, arguments):
+        divisor = entry.divisor(arguments)
     if any(n % d for n, d in zip(patch_size, divisor, strict=True)):
         raise ConfigError(
             f"network {name!r} needs a patch (z, y, x) divisible by {tuple(divisor)}, the plans say {tuple(patch_size)}"

@@ -38,6 +38,8 @@ class Baseline:
         patch_argument: argument that is the patch; empty where the network takes any.
         channels: numbers of input channels that it takes; empty for any.
         arguments: of the published form, where the class has other defaults.
+        extent: argument that is the patch divided by ``extent_share``: the map in which positions are told apart.
+        extent_share: per axis.
     """
 
     divisor: int | Triple
@@ -50,6 +52,8 @@ class Baseline:
     patch_argument: str = ""
     channels: tuple[int, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    extent: str = ""
+    extent_share: Triple = (1, 1, 1)
 
     @property
     def multiple(self) -> Triple:
@@ -77,6 +81,8 @@ BASELINES: dict[str, Baseline] = {
         outputs=1.14,
         weights_per_output=43011,
         arguments=DEEP,
+        extent="global_extent",
+        extent_share=(8, 16, 16),
     ),
     "medformer": Baseline(16, weights=39.5e6, kept=1290, outputs=1.02, arguments=DEEP),
     "ux_net": Baseline(16, weights=53.0e6, kept=619),
@@ -85,7 +91,7 @@ BASELINES: dict[str, Baseline] = {
         8, weights=35.4e6, kept=2362, kept_per_output=1.0, weights_per_output=1729, patch_argument="image_size"
     ),
     "medsegdiff_v2": Baseline(
-        16, weights=73.4e6, kept=2375, kept_per_output=1.0, kept_square=201.7, outputs=2.0, weights_per_output=1762
+        16, weights=73.4e6, kept=2376, kept_per_output=1.0, kept_square=201.7, outputs=2.0, weights_per_output=1762
     ),
 }
 
@@ -134,6 +140,8 @@ def plan_baseline(name: str, given: PlanningInput) -> tuple[NetworkPlan, str]:
     why = " (the paper's recipe)" if given.paper_recipe and given.patch_size is None else ""
     reason = f"patch {x_joined(patch)}, batch {batch}, as published, about {needed:.1f} GB{over}{why}."
     sized = {counted.patch_argument: list(patch)} if counted.patch_argument else {}
+    if counted.extent:
+        sized[counted.extent] = [n // share for n, share in zip(patch, counted.extent_share, strict=True)]
     return NetworkPlan(patch, batch, {**counted.arguments, **sized, **given.stage_arguments}, round(needed, 2)), reason
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ukbob_seg.errors import ConfigError
@@ -54,7 +55,7 @@ class ConditionModel(nn.Module):
 
 
 class MedSegDiffV2Denoiser(Denoiser):
-    """A U-Net of the noisy map, anchored by the condition model at its first features and informed at its deepest.
+    """A U-Net of image and noisy map, anchored by the condition model at its first features, informed at its deepest.
 
     Args:
         in_channels: image channels.
@@ -79,22 +80,22 @@ class MedSegDiffV2Denoiser(Denoiser):
         self.time = TimeEmbedding(features[0])
         time = self.time.channels
         self.condition_model = ConditionModel(in_channels, outputs, features, blocks, dropout)
-        self.encoder = Encoder(outputs, features, blocks, time, dropout)
+        self.encoder = Encoder(in_channels + outputs, features, blocks, time, dropout)
         self.anchor = UncertainSpatialAttention(features[0])
         self.former = SSFormer(features[-1], time, former_blocks, filter_width, filter_blocks)
         self.decoder = Decoder(features, time, dropout)
         self.head = noise_head(features[0], outputs)
 
     def condition(self, image: Tensor) -> tuple[Any, Tensor | None]:
-        """Decoded features and deepest embedding, and the condition model's own logits."""
+        """The image, its decoded features and deepest embedding; and the condition model's own logits."""
         decoded, deepest, logits = self.condition_model(image)
-        return (decoded, deepest), logits
+        return (image, decoded, deepest), logits
 
     def forward(self, noisy: Tensor, time: Tensor, condition: Any) -> Tensor:
         """Noise (B, K, z, y, x)."""
-        decoded, semantic = condition
+        image, decoded, semantic = condition
         embedding = self.time(time)
-        first = self.anchor(self.encoder.stem(noisy), decoded)
+        first = self.anchor(self.encoder.stem(torch.cat([image, noisy], dim=1)), decoded)
         maps = self.encoder.after_stem(first, embedding)
         maps[-1] = self.former(maps[-1], semantic, embedding)
         noise: Tensor = self.head(self.decoder(maps, embedding))
