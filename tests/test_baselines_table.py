@@ -164,7 +164,7 @@ def _weights(folder):
 
 
 @pytest.mark.parametrize("row", NETWORK_ROWS, ids=lambda row: row.system)
-def test_every_network_trains_and_is_validated(row, run, trained, tmp_path, monkeypatch):
+def test_every_network_trains_is_validated_and_adapts(row, run, prepared, trained, tmp_path, monkeypatch):
     _need(row.network)
     given = {}
     if "--pretrained" in row.command:
@@ -184,6 +184,20 @@ def test_every_network_trains_and_is_validated(row, run, trained, tmp_path, monk
     if given:
         record = json.loads((folder / "pretrained.json").read_text())
         assert str(record).count("checkpoint_final.pt")
+    if row.network != "swin_unetr":  # of that, the rows of adaptation
+        _adapts(row.network, run, prepared, tmp_path)
+
+
+def _adapts(network, run, prepared, tmp_path):
+    """``--network NAME`` with the page's command for ETTA; a network without parameters to adapt is refused."""
+    (command,) = [row.command for row in ROWS if row.system == "ETTA"]
+    places = {"images": prepared.raw / NAME / "imagesTs", "predictions": tmp_path / "predictions"}
+    run(command, "--network", network, "--checkpoint", "final", "--etta-steps", "1", "--device", "cpu", **places)
+    labels, geometry = read_labels(tmp_path / "predictions" / "case_5.nii.gz")
+    assert geometry.shape == SHAPE
+    assert set(np.unique(labels)) <= {0, 1, 2}
+    record = json.loads((tmp_path / "predictions" / "case_5_etta.json").read_text())
+    assert str(record).count("adapted_parameters")
 
 
 @pytest.mark.parametrize("row", _of("ukbob_predict"), ids=lambda row: row.system)
