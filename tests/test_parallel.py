@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import pytest
 from ukbob_seg.errors import ConfigError, DatasetError, UkbobError
 from ukbob_seg.filtering.cohort import solf_filter
 from ukbob_seg.filtering.config import FilterConfig
-from ukbob_seg.parallel import Part, choose_workers, map_cases
+from ukbob_seg.parallel import Part, as_finished, choose_workers, map_cases
 
 TABLES = ("features.parquet", "flags.parquet", "bounds.json", "policy.json")
 
@@ -225,3 +226,26 @@ _HELD: list[bytearray] = []
 def test_a_worker_that_grew_is_replaced_and_nothing_waits_for_it() -> None:
     """Its replacement comes with a warning in another thread, which must not become an error there."""
     assert map_cases(grow, [0, 0, 1, 2, 3, 4], workers=2, quiet=True) == [0, 0, 1, 2, 3, 4]
+
+
+def test_an_interrupt_that_another_thread_gets_is_noticed_while_one_waits() -> None:
+    """The system may choose any thread; the waiting one is then not woken by it."""
+    release = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(release.wait, 20) for _ in range(2)]
+        threading.Timer(0.3, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT)).start()
+        started = time.monotonic()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                for _ in as_finished(futures):
+                    pass
+            assert time.monotonic() - started < 10
+        finally:
+            release.set()
+
+
+def test_futures_come_as_they_finish() -> None:
+    with ThreadPoolExecutor(2) as pool:
+        late = pool.submit(time.sleep, 0.5)
+        soon = pool.submit(int, "7")
+        assert [each is late for each in as_finished([late, soon])] == [False, True]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,7 +19,19 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _CONNECT_SECONDS = 30
+_LOOK_SECONDS = 0.2
 _DASK_LOGGERS = ("distributed", "distributed.client")  # those that Dask gives levels of their own
+
+
+def as_finished(futures: Iterable[Future[Result]]) -> Iterator[Future[Result]]:
+    """Futures of threads as they finish; meanwhile an interrupt is noticed at once.
+
+    The system may give the signal to another thread than the one that waits here, which is then not woken by it.
+    """
+    waiting = set(futures)
+    while waiting:
+        done, waiting = wait(waiting, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED)
+        yield from done
 
 
 @dataclass(frozen=True)

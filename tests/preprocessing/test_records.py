@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 
 from ukbob_seg.dataset.paths import Roots
+from ukbob_seg.dataset.spec import DatasetSpec, require_cases
 from ukbob_seg.parallel import Cluster, Part
 from ukbob_seg.preprocessing.pipeline import plan_and_preprocess
 from ukbob_seg.preprocessing.planner import PlanOptions
 from ukbob_seg.preprocessing.preprocessor import preprocess
-from ukbob_seg.preprocessing.records import case_files, load_record
+from ukbob_seg.preprocessing.records import case_files, is_current, load_record
 from ukbob_seg.preprocessing.storage import open_array
 
 KILLED_AT_RENAME = """
 import os, signal, sys
 from pathlib import Path
 from ukbob_seg.dataset.paths import Roots
+from ukbob_seg.dataset.spec import DatasetSpec, require_cases
 from ukbob_seg.parallel import Cluster, Part
 from ukbob_seg.preprocessing.pipeline import plan_and_preprocess
 from ukbob_seg.preprocessing.planner import PlanOptions
@@ -94,6 +96,21 @@ def test_a_changed_byte_is_noticed_and_the_case_done_again(make_dataset, tmp_pat
     if suffix.endswith("b2nd"):
         assert path.read_bytes() == good
     assert _run(tmp_path).cases_done == 0
+
+
+def test_no_byte_of_a_record_can_change_unnoticed(make_dataset, tmp_path):
+    make_dataset(cases=1)
+    folder = _run(tmp_path).folder
+    raw = tmp_path / "raw" / folder.name
+    (case,) = require_cases(raw, DatasetSpec.load(raw))
+    path = folder / "3d_fullres" / f"{case.name}.json"
+    recipe, good = load_record(path.parent, case.name)["recipe"], path.read_bytes()
+    assert is_current(path.parent, case, recipe)
+    for place in range(0, len(good), 7):
+        bad = bytearray(good)
+        bad[place] ^= 0x40
+        path.write_bytes(bad)
+        assert not is_current(path.parent, case, recipe), bytes(bad[place - 10 : place + 10])
 
 
 def test_damage_that_leaves_no_trace_is_found_with_verify(make_dataset, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ukbob_seg.files import ensure_writable, write_json
 from ukbob_seg.inference.case_predictor import CasePredictor, case_stem
 from ukbob_seg.inference.dicom_cases import find_dicom_jobs, refuse_without_dicom
 from ukbob_seg.inference.earlier import ARGUMENTS, HASHES, PredictionJob, differences, mark_stale, what_matters
-from ukbob_seg.parallel import Cluster, Part
+from ukbob_seg.parallel import Cluster, Part, as_finished
 
 CASES_AT_ONCE = 2  # one in the networks, one that is read or written
 LABEL_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
@@ -162,7 +162,7 @@ def _predict_jobs(predictor: CasePredictor, jobs: Sequence[PredictionJob], bar: 
     with ThreadPoolExecutor(min(at_once, max(1, len(jobs)))) as pool:
         waiting = [pool.submit(work, job) for job in jobs]
         try:
-            for finished in as_completed(waiting):
+            for finished in as_finished(waiting):
                 finished.result()
                 bar.update()
         except BaseException as error:  # also an interrupt: the pool would go on with all that is left

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from ukbob_seg.labelling.outputs import (
 )
 from ukbob_seg.labelling.roi import load_model
 from ukbob_seg.nnunet.archive import ArchiveKey, share_unpacked
+from ukbob_seg.parallel import as_finished
 
 log = logging.getLogger(__name__)
 CASES_AT_ONCE = 2  # one in the networks, one that is read or written
@@ -126,7 +127,7 @@ class Labeller:
         ):
             waiting = [pool.submit(self.label, case, watch) for case in cases]
             try:
-                for done in as_completed(waiting):
+                for done in as_finished(waiting):
                     done.result()
                     bar.update()
             except BaseException as error:  # also an interrupt: the pool would go on with all that is left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from ukbob_seg.dataset.spec import Case
 from ukbob_seg.errors import DatasetError
-from ukbob_seg.files import digest, read_json, write_json
+from ukbob_seg.files import digest, json_text, read_json, write_json
 from ukbob_seg.preprocessing.fingerprint_cases import file_stamps
 
 try:  # several times as fast, where it is available
@@ -18,6 +19,7 @@ except ImportError:
     from zlib import crc32
 
 _BLOCK_BYTES = 2**22
+SEAL = "digest"
 
 
 def case_files(folder: Path, name: str) -> tuple[Path, Path, Path]:
@@ -41,7 +43,7 @@ def write_record(folder: Path, name: str, key: str, recipe: str, content: dict[s
         content: further entries.
     """
     files = {path.name: _describe(path) for path in case_files(folder, name)}
-    write_json(record_path(folder, name), {"key": key, "recipe": recipe, "files": files, **content}, indent=None)
+    _write(record_path(folder, name), {"key": key, "recipe": recipe, "files": files, **content})
 
 
 def case_key(recipe: str, stamps: Sequence[Any]) -> str:
@@ -57,7 +59,7 @@ def is_current(folder: Path, case: Case, recipe: str) -> bool | None:
     """
     try:
         record = read_json(record_path(folder, case.name))
-        if record["key"] != case_key(recipe, file_stamps(case)):
+        if record[SEAL] != _seal(record) or record["key"] != case_key(recipe, file_stamps(case)):
             return False
         stats = {name: (folder / name).stat() for name in record["files"]}
         if any(stats[name].st_size != entry["bytes"] for name, entry in record["files"].items()):
@@ -84,8 +86,17 @@ def is_intact(folder: Path, case: Case, recipe: str) -> bool:
     except (DatasetError, OSError, KeyError, TypeError):
         return False
     if found != record["files"]:
-        write_json(path, {**record, "files": found}, indent=None)
+        _write(path, {**record, "files": found})
     return True
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    write_json(path, {**record, SEAL: _seal(record)}, indent=None)
+
+
+def _seal(record: dict[str, Any]) -> str:
+    """Hash of all other entries as they are read back, so that a changed byte of the record itself shows."""
+    return digest(json.loads(json_text({key: value for key, value in record.items() if key != SEAL})))
 
 
 def load_record(folder: Path, name: str) -> dict[str, Any]:
