@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -197,6 +198,29 @@ def test_an_interrupt_ends_prediction_at_the_next_window(tmp_path, monkeypatch):
     assert len(windows) < 6  # one in each case: those that were begun end, no other begins
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) < 6
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_an_interrupt_while_cases_are_handed_over_ends_those_that_were(tmp_path, monkeypatch):
+    _many_cases(tmp_path / "in", 8)
+    windows, submit = [], ThreadPoolExecutor.submit
+
+    class Slow(Identity):
+        def forward(self, x):
+            windows.append(1)
+            time.sleep(0.2)
+            return super().forward(x)
+
+    def interrupted(pool, work, job):
+        if job.name == "case_3":
+            while not windows:
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+        return submit(pool, work, job)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        predict(predictor_of(networks=[Slow(1, 3).eval()]), tmp_path / "in", tmp_path / "out", quiet=True)
+    assert len(windows) < 4
 
 
 WITH_ETTA = PredictionSettings(

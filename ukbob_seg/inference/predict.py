@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +160,10 @@ def _predict_jobs(predictor: CasePredictor, jobs: Sequence[PredictionJob], bar: 
 
     at_once = CASES_AT_ONCE if predictor.settings.overlap else 1
     with ThreadPoolExecutor(min(at_once, max(1, len(jobs)))) as pool:
-        waiting = [pool.submit(work, job) for job in jobs]
-        try:
+        waiting: list[Future[None]] = []
+        try:  # from the first on: an interrupt while the others are handed over would let all of those go on
+            for job in jobs:
+                waiting.append(pool.submit(work, job))
             for finished in as_finished(waiting):
                 finished.result()
                 bar.update()

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,8 +125,10 @@ class Labeller:
             tqdm(total=len(cases), desc=description, unit="case", disable=row < 0, position=max(row, 0)) as bar,
             ThreadPoolExecutor(min(at_once, max(1, len(cases)))) as pool,
         ):
-            waiting = [pool.submit(self.label, case, watch) for case in cases]
-            try:
+            waiting: list[Future[str]] = []
+            try:  # from the first on: an interrupt while the others are handed over would let all of those go on
+                for case in cases:
+                    waiting.append(pool.submit(self.label, case, watch))
                 for done in as_finished(waiting):
                     done.result()
                     bar.update()
