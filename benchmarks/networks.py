@@ -59,7 +59,7 @@ def measure(name: str, edge: int, device: str, steps: int, seconds: float) -> di
                 value = loss(network(image), labels)
             else:
                 predicted = network(image, clean)
-                value = (predicted.predicted - predicted.noise).square().mean()
+                value = (predicted.predicted - predicted.target).square().mean()
         value.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()

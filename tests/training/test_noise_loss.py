@@ -49,7 +49,7 @@ def test_ignored_voxels_change_neither_loss_nor_gradient(loss):
     for gradient in gradients:
         assert (gradient[:, :, 0] == 0).all()
         assert (gradient[:, :, 1] != 0).any()
-    part = NoisePrediction(found.predicted[:, :, 1:], found.noise[:, :, 1:], found.step, found.condition[:, :, 1:])
+    part = NoisePrediction(found.predicted[:, :, 1:], found.target[:, :, 1:], found.step, found.condition[:, :, 1:])
     assert torch.allclose(value, noise_loss(part, labels[:, 1:]), atol=1e-6)
 
 
@@ -63,8 +63,8 @@ def test_a_networks_gradients_do_not_depend_on_an_ignored_label(name):
     labels[:, :3] = IGNORED
     torch.manual_seed(4)
     found = network(image, loss.clean(labels))
-    changed = found._replace(noise=found.noise.clone())
-    changed.noise[:, :, :3] += 1
+    changed = found._replace(target=found.target.clone())
+    changed.target[:, :, :3] += 1
     values = [loss(each, labels) for each in (found, changed)]
     gradients = [
         torch.autograd.grad(value, network.parameters(), retain_graph=True, allow_unused=True) for value in values
@@ -78,7 +78,7 @@ def test_a_networks_gradients_do_not_depend_on_an_ignored_label(name):
 def test_the_noise_term_is_a_mean_over_what_is_known():
     found, labels = _prediction(3), torch.zeros(2, 2, 3, 4, dtype=torch.long)
     loss = NoiseLoss(SoftmaxDiceLoss(IGNORED), _network("medsegdiff_v1", 3))
-    assert torch.allclose(loss(found, labels), (found.predicted - found.noise).square().mean())
+    assert torch.allclose(loss(found, labels), (found.predicted - found.target).square().mean())
     value = loss(found, torch.full_like(labels, IGNORED))
     assert value == 0
     assert not torch.autograd.grad(value, found.predicted)[0].any()
@@ -90,7 +90,7 @@ def test_the_condition_model_learns_at_its_steps_with_its_weight():
     assert (network.condition_interval, network.cross_entropy_weight) == (5, 10.0)
     loss = NoiseLoss(SoftmaxDiceLoss(IGNORED, network.cross_entropy_weight), network)
     found = _prediction(3, condition=True)
-    noise = (found.predicted - found.noise).square().mean()
+    noise = (found.predicted - found.target).square().mean()
     plain, dice_only = SoftmaxDiceLoss(IGNORED)(found.condition, labels), SoftmaxDiceLoss(IGNORED, 0.0)
     entropy = torch.nn.functional.cross_entropy(found.condition, labels)
     assert torch.allclose(loss(found, labels), noise + dice_only(found.condition, labels) + 10 * entropy, atol=1e-5)

@@ -85,6 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
         mirror=not arguments.no_mirror,
         window_batch=arguments.window_batch,
         skip_empty=arguments.skip_empty,
+        precision=arguments.precision,
         postprocessing=not arguments.no_postprocessing,
         largest_component=largest_components(arguments),
     )

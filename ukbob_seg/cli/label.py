@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ukbob_seg.allocator import reuse_freed_memory
 from ukbob_seg.cli.common import add_cluster, choose_device, command, make_parser
-from ukbob_seg.cli.models import adaptation, add_adaptation, add_windows
+from ukbob_seg.cli.models import adaptation, add_adaptation, add_windows, hint_at_precision
 from ukbob_seg.errors import ConfigError
 
 
@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         etta=etta if arguments.etta else None,
         window_batch=arguments.window_batch,
         skip_empty=arguments.skip_empty,
+        precision=arguments.precision,
         overlap=not arguments.no_overlap,
     )
     part = None if arguments.part is None else Part.parse(arguments.part)
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         workers=arguments.workers,
         cluster=Cluster(arguments.scheduler, part),
     )
+    hint_at_precision(arguments, ", ".join(options.devices))
     output = label_cohort(arguments.input, arguments.output, options)
     share = "" if part is None else f"part {part.number} of {part.total}: "
     print(f"{share}{output} is labelled; warnings and problems, if any, are in {output / TABLE}")

@@ -107,6 +107,19 @@ def add_windows(parser: argparse.ArgumentParser) -> None:
         "--skip-empty", action="store_true",
         help="leave out windows that lie outside of the body: faster where there is much air around it",
     )  # fmt: skip
+    parser.add_argument(
+        "--precision", default="auto", metavar="P",
+        help="of the networks: auto (default: half precision on CUDA, float32 on CPUs), float32, or bfloat16, in which "
+        "CPUs with AMX take a fraction of the time, and some voxels at borders change",
+    )  # fmt: skip
+
+
+def hint_at_precision(arguments: argparse.Namespace, device: str) -> None:
+    """Say so where this processor would be much faster than it is asked to be."""
+    from ukbob_seg.networks.precision import AUTO, multiplies_bfloat16_quickly
+
+    if device == "cpu" and arguments.precision == AUTO and multiplies_bfloat16_quickly():
+        print("this processor multiplies bfloat16 numbers quickly: --precision bfloat16 would save time")
 
 
 def add_postprocessing(parser: argparse.ArgumentParser) -> None:

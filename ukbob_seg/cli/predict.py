@@ -14,6 +14,7 @@ from ukbob_seg.cli.models import (
     add_model,
     add_postprocessing,
     add_windows,
+    hint_at_precision,
     largest_components,
     model_folders,
 )
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         etta=etta if arguments.etta else None,
         window_batch=arguments.window_batch,
         skip_empty=arguments.skip_empty,
+        precision=arguments.precision,
         postprocessing=not arguments.no_postprocessing,
         largest_component=largest_components(arguments),
         overlap=not arguments.no_overlap,
@@ -60,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     # All parts write the same file.
     recorded = {key: str(value) for key, value in sorted(vars(arguments).items()) if key != "part"}
     device = choose_device(arguments.device)
+    hint_at_precision(arguments, device)
     with load_predictor(folders, arguments.folds, arguments.checkpoint, device, settings) as predictor:
         try:
             written = predict(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ukbob_seg.errors import ConfigError
 from ukbob_seg.files import read_json
 from ukbob_seg.inference.settings import PredictionSettings
+from ukbob_seg.networks.precision import AUTO
 
 if TYPE_CHECKING:
     from ukbob_seg.inference.case_predictor import CasePredictor
@@ -54,8 +55,9 @@ class PredictionJob:
 def what_matters(settings: PredictionSettings) -> dict[str, Any]:
     """Of settings what shows in label maps and the files beside them, as plain values that JSON keeps."""
     chosen = {key: value for key, value in dataclasses.asdict(settings).items() if key not in HARMLESS}
-    if settings.largest_component is None:
-        del chosen["largest_component"]  # so that folders of earlier versions, which did not have it, can be resumed
+    for name, usual in (("largest_component", None), ("precision", AUTO)):
+        if chosen[name] == usual:
+            del chosen[name]  # so that folders of earlier versions, which did not have it, can be resumed
     return json.loads(json.dumps(chosen))
 
 

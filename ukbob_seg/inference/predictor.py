@@ -46,6 +46,7 @@ from ukbob_seg.inference.sliding_window import (
     iterate_slabs,
 )
 from ukbob_seg.networks.compiled import maybe_compiled
+from ukbob_seg.networks.precision import in_precision
 from ukbob_seg.nnunet.folders import is_nnunet_model
 from ukbob_seg.preprocessing.preprocessor import CaseProperties, preprocess_image, preprocess_labels
 from ukbob_seg.training.checkpoint import ModelDescription
@@ -117,7 +118,7 @@ class Predictor(CasePredictor):
         self.configuration = self.plans.configuration(description.configuration)
         # Adaptation changes the networks for the time of a case. The stages of a cascade take turns, too.
         self._serving: threading.Lock = threading.Lock() if previous_stage is None else previous_stage._serving
-        self._networks = list(networks)
+        self._networks = [in_precision(network, self.settings.precision) for network in networks]
         if self.settings.etta is not None:
             for network in self._networks:
                 norm_layers(network)  # or say at once that there is none

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ukbob_seg.errors import ConfigError
 from ukbob_seg.inference.etta_config import EttaConfig
+from ukbob_seg.networks.precision import AUTO, check_precision
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class PredictionSettings:
         postprocessing: do what ``postprocessing.json`` of the model folder says, where there is one.
         largest_component: classes of which only the largest component is kept, instead of what the model folder says
             and for several models as well; None for what it says. Without ``postprocessing`` nothing is done.
+        precision: ``auto`` (half precision on CUDA, float32 on CPUs), ``float32`` or ``bfloat16``, of the networks;
+            also while ETTA adapts them.
         compile: call the networks through ``torch.compile``; as they are, with a warning, where that fails. ETTA adapts
             the networks as they are.
         overlap: read the next case and write the last one while the networks work on another; two are in memory then.
@@ -41,6 +44,7 @@ class PredictionSettings:
     skip_empty: bool = False
     postprocessing: bool = True
     largest_component: tuple[str, ...] | None = None
+    precision: str = AUTO
     compile: bool = False
     overlap: bool = True
     classes: tuple[str, ...] | None = None
@@ -52,5 +56,6 @@ class PredictionSettings:
     def __post_init__(self) -> None:
         if not 0 < self.step <= 1:
             raise ConfigError(f"--step-size must lie in (0, 1], got {self.step}")
+        check_precision(self.precision)
         if self.window_batch < 1:
             raise ConfigError(f"--window-batch must be at least 1, got {self.window_batch}")

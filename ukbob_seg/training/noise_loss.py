@@ -1,4 +1,4 @@
-"""The loss of diffusion networks: how far the predicted noise is off, and the condition model's own loss."""
+"""The loss of diffusion networks: how far the predicted noise (or velocity) is off, and the condition model's loss."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SegmentationLoss(Protocol):
 
 
 class NoiseLoss:
-    """Mean squared error of the noise, plus the condition model's Dice and cross-entropy at some steps.
+    """Mean squared error of the noise (or velocity), plus the condition model's Dice and cross-entropy at some steps.
 
     L = |e - e_theta|^2 + [t = 0 mod alpha] (L_Dice + beta L_CE) (Wu et al., AAAI 2024); the first term alone for
     networks without a condition model. Voxels that are ignored, and outputs that flags leave open, count in neither.
@@ -60,8 +60,8 @@ class NoiseLoss:
         """Scalar, float32; 0 without gradient where nothing is known."""
         plain, merged = self._decoded(labels)
         _, known = self.loss.truth(plain, self.outputs, merged)
-        known = known.expand_as(outputs.noise)
-        squares = ((outputs.predicted.float() - outputs.noise.float()).square() * known).sum()
+        known = known.expand_as(outputs.target)
+        squares = ((outputs.predicted.float() - outputs.target.float()).square() * known).sum()
         total, count = sum_over_ranks(squares, known.sum())
         value = total / count.clamp(min=1)
         if outputs.condition is None:

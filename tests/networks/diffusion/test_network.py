@@ -41,7 +41,7 @@ def _image(batch=1, channels=1, shape=(8, 8, 8), seed=0):
 
 
 class _Known(Denoiser):
-    """Knows the map: its answer is the noise that must have been added."""
+    """Knows the map: its answer is the noise that must have been added, or that noise's velocity."""
 
     def __init__(self, probability, schedule_of):
         super().__init__()
@@ -51,19 +51,21 @@ class _Known(Denoiser):
         return image, None
 
     def forward(self, noisy, time, condition):
-        schedule = self.schedule_of[0].schedule
+        schedule, sampling = self.schedule_of[0].schedule, self.schedule_of[0].sampling
         step = (time * schedule.steps / 1000).round().long()
-        scale = self.schedule_of[0].sampling.label_scale
-        return schedule.noise(noisy, step, scale * self.clean.expand_as(noisy))
+        clean = sampling.label_scale * self.clean.expand_as(noisy)
+        noise = schedule.noise(noisy, step, clean)
+        return noise if sampling.target == "noise" else schedule.velocity(clean, step, noise)
 
 
+@pytest.mark.parametrize("target", ["noise", "velocity"])
 @pytest.mark.parametrize("scale", [1.0, 0.2])
 @pytest.mark.parametrize("head", ["softmax", "sigmoid"])
-def test_logits_are_those_of_the_probabilities_that_the_denoiser_sees(head, scale):
+def test_logits_are_those_of_the_probabilities_that_the_denoiser_sees(head, scale, target):
     probability = torch.tensor([0.7, 0.2, 0.1]).view(1, 3, 1, 1, 1).expand(1, 3, 2, 2, 2).clone()
     probability[..., 1] = torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1)
     itself = []
-    sampling = Sampling(steps=20, sampling_steps=5, samples=2, label_scale=scale)
+    sampling = Sampling(steps=20, sampling_steps=5, samples=2, label_scale=scale, target=target)
     network = DiffusionNetwork(_Known(probability, itself), 3, sampling)
     itself.append(network)
     set_head(network, head)
@@ -125,10 +127,10 @@ def test_every_parameter_learns(name):
     clean = torch.where(_image(4, 3, seed=1) > 0, 1.0, -1.0)
     torch.manual_seed(0)
     found = network(_image(4), clean)
-    assert found.predicted.shape == found.noise.shape == clean.shape
+    assert found.predicted.shape == found.target.shape == clean.shape
     assert ((found.step >= 0) & (found.step < 20)).all()
     assert (found.condition is None) == (name == "medsegdiff_v1")
-    loss = (found.predicted - found.noise).square().mean()
+    loss = (found.predicted - found.target).square().mean()
     if found.condition is not None:
         assert found.condition.shape == clean.shape
         loss = loss + found.condition.square().mean()
@@ -159,17 +161,30 @@ def test_noise_is_added_to_maps_of_the_labels_scale(name):
 
 
 @BOTH
+def test_what_is_to_be_predicted(name):
+    """Noise, or its velocity v = sqrt(abar) e - sqrt(1 - abar) x, from the same draws."""
+    clean, found = torch.where(_image(2, 3) > 0, 1.0, -1.0), {}
+    for target in ("noise", "velocity"):
+        network = _build(name, target=target, label_scale=0.5)
+        torch.manual_seed(1)
+        found[target] = network(_image(2), clean)
+    noise, bar = found["noise"].target, network.schedule.alpha_bar(found["noise"].step, clean)
+    assert torch.equal(found["noise"].predicted, found["velocity"].predicted)
+    assert torch.allclose(found["velocity"].target, bar.sqrt() * noise - (1 - bar).sqrt() * 0.5 * clean, atol=1e-6)
+
+
+@BOTH
 def test_training_noise_comes_from_the_global_generator(name):
-    network, clean = _build(name), torch.ones(2, 3, 8, 8, 8)
+    network, clean = _build(name, target="noise"), torch.ones(2, 3, 8, 8, 8)
     torch.manual_seed(1)
     first = network(_image(2), clean)
     torch.manual_seed(1)
     again = network(_image(2), clean)
     other = network(_image(2), clean)
-    assert torch.equal(first.noise, again.noise)
+    assert torch.equal(first.target, again.target)
     assert torch.equal(first.step, again.step)
-    assert not torch.equal(first.noise, other.noise)
-    assert abs(float(first.noise.std()) - 1) < 0.1
+    assert not torch.equal(first.target, other.target)
+    assert abs(float(first.target.std()) - 1) < 0.1
 
 
 @BOTH
@@ -286,6 +301,7 @@ def test_patches_must_be_divisible():
         ("medsegdiff_v2", {"seed": 1.5}, "seed must be"),
         ("medsegdiff_v2", {"eta": 2.0}, r"eta must lie in \[0, 1\]"),
         ("medsegdiff_v1", {"label_scale": 0.0}, r"label_scale must lie in \(0, 1\]"),
+        ("medsegdiff_v2", {"target": "map"}, "target must be noise or velocity, got 'map'"),
     ],
 )
 def test_wrong_arguments_are_explained(name, arguments, message):

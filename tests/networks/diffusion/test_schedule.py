@@ -54,6 +54,21 @@ def test_noise_and_clean_map_are_inverses():
     assert torch.allclose(schedule.noise(noisy, step, clean), noise, atol=1e-3)
 
 
+def test_the_velocity_says_noise_and_clean_map():
+    """And its squared error is that of the noise over abar: the sum of the errors of noise and clean map."""
+    schedule, generator = NoiseSchedule(50), torch.Generator().manual_seed(2)
+    clean, noise, off = torch.randn(3, 4, 3, 2, 3, 1, generator=generator)
+    step = torch.tensor([0, 9, 20, 49])
+    noisy = schedule.noisy(clean, step, noise)
+    velocity = schedule.velocity(clean, step, noise)
+    assert torch.allclose(schedule.noise_of_velocity(noisy, step, velocity), noise, atol=1e-5)
+    found = schedule.noise_of_velocity(noisy, step, velocity + 0.1 * off)
+    of_noise, bar = (found - noise).square(), schedule.alpha_bar(step, noisy)
+    of_clean = (schedule.clean(noisy, step, found) - clean).square()
+    assert torch.allclose(of_noise / bar, 0.01 * off.square(), rtol=1e-2, atol=1e-6)
+    assert torch.allclose(of_noise + of_clean, 0.01 * off.square(), rtol=1e-2, atol=1e-6)
+
+
 @pytest.mark.parametrize("number", [1, 5, 19])
 def test_the_posterior_is_the_product_of_two_gaussians(number):
     """q(x_{t-1} | x_t, x_0) is proportional to q(x_t | x_{t-1}) q(x_{t-1} | x_0): on a fine grid, normalised."""

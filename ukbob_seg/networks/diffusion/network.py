@@ -16,20 +16,21 @@ from ukbob_seg.networks.wrappers import unwrapped
 
 LEAST_PROBABILITY = 1e-4  # so that logits are finite
 MOST_SEED = 2**62
+NOISE, VELOCITY = "noise", "velocity"  # what a denoiser may say
 
 
 class NoisePrediction(NamedTuple):
     """What a diffusion network returns while it learns.
 
     Attributes:
-        predicted: (B, K, z, y, x) noise that the network sees.
-        noise: (B, K, z, y, x) noise that was added.
+        predicted: (B, K, z, y, x) noise that the network sees, or velocity.
+        target: (B, K, z, y, x) noise that was added, or its velocity.
         step: (B,) at which.
         condition: (B, K, z, y, x) logits of the condition model, None where there is none.
     """
 
     predicted: Tensor
-    noise: Tensor
+    target: Tensor
     step: Tensor
     condition: Tensor | None
 
@@ -60,6 +61,9 @@ class Sampling:
         label_scale: b, in (0, 1]: noise is added to maps of b and -b. Neighbours in a map say the same, so that much of
             it shows through the noise; the smaller b, the sooner only the image says what it was (Chen, On the
             importance of noise scheduling for diffusion models, 2023).
+        target: what the denoiser says, ``noise`` or ``velocity``. The squared error of the velocity is that of the noise
+            divided by abar, which is the sum of the errors of noise and clean map: so what a map is counts also where
+            next to nothing of it is left, from where a segmentation has to start.
     """
 
     steps: int = REFERENCE_STEPS
@@ -68,6 +72,7 @@ class Sampling:
     eta: float = 0.0
     seed: int = 0
     label_scale: float = 1.0
+    target: str = VELOCITY
 
     def __post_init__(self) -> None:
         for name, most in (("sampling_steps", self.steps), ("samples", None), ("seed", MOST_SEED)):
@@ -80,17 +85,19 @@ class Sampling:
             raise ConfigError(f"eta must lie in [0, 1], got {self.eta}")
         if not 0 < self.label_scale <= 1:
             raise ConfigError(f"label_scale must lie in (0, 1], got {self.label_scale}")
+        if self.target not in (NOISE, VELOCITY):
+            raise ConfigError(f"target must be {NOISE} or {VELOCITY}, got {self.target!r}")
 
 
 class Denoiser(nn.Module):
-    """What predicts the noise; both versions of MedSegDiff are one."""
+    """What predicts the noise, or its velocity; both versions of MedSegDiff are one."""
 
     def condition(self, image: Tensor) -> tuple[Any, Tensor | None]:
         """What is computed once for an image (B, C, z, y, x), and logits of a segmentation if there are any."""
         raise NotImplementedError
 
     def forward(self, noisy: Tensor, time: Tensor, condition: Any) -> Tensor:
-        """Noise (B, K, z, y, x) in noisy maps of that shape, at times (B,) in [0, 1000)."""
+        """Noise or velocity (B, K, z, y, x) of noisy maps of that shape, at times (B,) in [0, 1000)."""
         raise NotImplementedError
 
 
@@ -101,11 +108,11 @@ class DiffusionNetwork(nn.Module):
     element of a batch, and depends on the seed only: predictions repeat, in whatever batches. Gradients go through the
     condition and the last denoising step.
 
-    Called with the clean map as well, it adds noise to that and predicts it. Both are drawn from torch's global
-    generator, as dropout is.
+    Called with the clean map as well, it adds noise to that and predicts it (``Sampling.target``). Step and noise are
+    drawn from torch's global generator, as dropout is.
 
     Args:
-        denoiser: predicts noise.
+        denoiser: predicts noise or velocity.
         outputs: K, classes or regions.
         sampling: how segmentations are drawn.
         condition_interval: the condition model's own loss counts at steps that this divides (alpha of v2).
@@ -153,9 +160,10 @@ class DiffusionNetwork(nn.Module):
         step = torch.randint(self.schedule.steps, (len(clean),), device=clean.device)
         noise = torch.randn_like(clean)
         condition, logits = self.denoiser.condition(image)
-        noisy = self.schedule.noisy(clean * self.sampling.label_scale, step, noise)
-        predicted = self._denoise(noisy, step, condition)
-        return NoisePrediction(predicted, noise, step, logits)
+        scaled = clean * self.sampling.label_scale
+        predicted = self._called(self.schedule.noisy(scaled, step, noise), step, condition)
+        target = noise if self.sampling.target == NOISE else self.schedule.velocity(scaled, step, noise)
+        return NoisePrediction(predicted, target, step, logits)
 
     def draw(self, image: Tensor) -> Tensor:
         """(B, C, z, y, x) -> logits (B, K, z, y, x) of the mean probability of all samples."""
@@ -184,9 +192,15 @@ class DiffusionNetwork(nn.Module):
         return clean / self.sampling.label_scale
 
     def _denoise(self, noisy: Tensor, step: Tensor, condition: Any) -> Tensor:
+        """The noise in noisy maps."""
+        said = self._called(noisy, step, condition)
+        return said if self.sampling.target == NOISE else self.schedule.noise_of_velocity(noisy, step, said)
+
+    def _called(self, noisy: Tensor, step: Tensor, condition: Any) -> Tensor:
+        """What the denoiser says."""
         time = step * (REFERENCE_STEPS / self.schedule.steps)
-        predicted: Tensor = self.denoiser(noisy, time, condition)
-        return predicted.float()
+        said: Tensor = self.denoiser(noisy, time, condition)
+        return said.float()
 
     def _probability(self, clean: Tensor) -> Tensor:
         """Of each output: the best estimate of a map of 1 and -1 is 2 p - 1."""

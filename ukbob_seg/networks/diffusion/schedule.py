@@ -76,6 +76,18 @@ class NoiseSchedule(nn.Module):
         alpha_bar = self.alpha_bar(step, noisy)
         return (noisy - alpha_bar.sqrt() * clean) / (1 - alpha_bar).sqrt()
 
+    def velocity(self, clean: Tensor, step: Tensor, noise: Tensor) -> Tensor:
+        """v = sqrt(abar_t) e - sqrt(1 - abar_t) x_0 (Salimans and Ho, Progressive distillation, ICLR 2022): mostly the
+        noise where there is little of it, mostly the negative map where there is little of that.
+        """
+        alpha_bar = self.alpha_bar(step, clean)
+        return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * clean
+
+    def noise_of_velocity(self, noisy: Tensor, step: Tensor, velocity: Tensor) -> Tensor:
+        """The noise in x_t whose velocity is known."""
+        alpha_bar = self.alpha_bar(step, noisy)
+        return (1 - alpha_bar).sqrt() * noisy + alpha_bar.sqrt() * velocity
+
     def posterior(self, noisy: Tensor, step: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (B, ...) and variance (B, 1, ..., 1) of q(x_{t-1} | x_t, x_0), Eq. 6 and 7 of Ho et al."""
         now, before = self.alpha_bar(step, noisy), self.alpha_bar(step - 1, noisy)
