@@ -4,7 +4,8 @@
     nnenv/bin/python benchmarks/nnunet_models.py theirs --work WORK             # nnUNetv2_predict_from_modelfolder
     nnenv/bin/python benchmarks/nnunet_models.py exact --work WORK              # not rounded to half precision
     env/bin/python benchmarks/nnunet_models.py ours --work WORK                 # an environment with ukbob_seg[nnunet]
-    env/bin/python benchmarks/nnunet_models.py compare --work WORK
+    env/bin/python benchmarks/nnunet_models.py ours --work WORK --precision bfloat16    # on CPUs with AMX
+    env/bin/python benchmarks/nnunet_models.py compare --work WORK [--precision bfloat16]
 
 ``DATA`` holds Dataset004_Hippocampus (Medical Segmentation Decathlon, task 4) and totalsegmentator_ct, one CT with 61
 organs for the model ``organs``: learned at 3 mm, and segmented at 1.5 mm, as one uses such a model. Every model below
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=120)
     parser.add_argument("--against", choices=("theirs", "exact"), default="theirs", help="what to compare with")
     parser.add_argument("--memory", action="store_true", help="measure peak memory instead of time")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of ours")
     parser.add_argument("--tta", action="store_true", help="mirror, as nnUNetv2_predict does by default")
     arguments = parser.parse_args()
     os.environ |= {f"nnUNet_{name}": str(arguments.work / name) for name in ("raw", "preprocessed", "results")} | {
@@ -228,10 +230,10 @@ def predict_ours(arguments: argparse.Namespace) -> None:
         command = [
             sys.executable, "-m", "ukbob_seg.cli.predict",
             "-i", str(arguments.work / "raw" / MODELS[name][0] / "imagesTs"),
-            "-o", str(output(arguments, name, "ours")), "-m", str(model_folder(arguments.work, name)),
-            "--device", "cpu",
+            "-o", str(output(arguments, name, whose_ours(arguments))), "-m", str(model_folder(arguments.work, name)),
+            "--device", "cpu", "--precision", arguments.precision,
         ]  # fmt: skip
-        measure(arguments, name, "ours", command + ["--tta"] * arguments.tta)
+        measure(arguments, name, whose_ours(arguments), command + ["--tta"] * arguments.tta)
 
 
 def predict_exactly(arguments: argparse.Namespace) -> None:
@@ -261,6 +263,11 @@ def predict_exactly(arguments: argparse.Namespace) -> None:
             image, properties = SimpleITKIO().read_images([str(path)])
             labels = predictor.predict_single_npy_array(image, properties)
             SimpleITKIO().write_seg(labels, str(target / path.name.replace("_0000", "")), properties)
+
+
+def whose_ours(arguments: argparse.Namespace) -> str:
+    """Predictions of other precisions lie apart."""
+    return "ours" if arguments.precision == "float32" else f"ours_{arguments.precision}"
 
 
 def output(arguments: argparse.Namespace, name: str, whose: str) -> Path:
@@ -337,7 +344,9 @@ def compare(arguments: argparse.Namespace) -> None:
         lowest, different, voxels, cases = (1.0, 0), 0, 0, 0
         for path in sorted(output(arguments, name, arguments.against).glob("*.nii.gz")):
             theirs = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
-            ours = sitk.GetArrayFromImage(sitk.ReadImage(str(output(arguments, name, "ours") / path.name)))
+            ours = sitk.GetArrayFromImage(
+                sitk.ReadImage(str(output(arguments, name, whose_ours(arguments)) / path.name))
+            )
             for value in values:
                 common, total = int(((theirs == value) & (ours == value)).sum()), int((theirs == value).sum())
                 total += int((ours == value).sum())
@@ -347,7 +356,9 @@ def compare(arguments: argparse.Namespace) -> None:
             different, voxels, cases = different + int((ours != theirs).sum()), voxels + ours.size, cases + 1
         found = [2 * both[value] / sums[value] for value in values if sums[value]] or [float("nan")]
         dice = f"{min(found):.5f} {sum(found) / len(found):.5f} ({len(found)} classes)"
-        spent = "; ".join(_spent(output(arguments, name, whose).with_suffix(".json")) for whose in ("ours", "theirs"))
+        spent = "; ".join(
+            _spent(output(arguments, name, whose).with_suffix(".json")) for whose in (whose_ours(arguments), "theirs")
+        )
         count = f"{different} of {voxels}"
         print(f"{name:11s} {cases:5d}  {dice:31s}  {lowest[0]:.5f} ({lowest[1]})  {count:20s} {spent}")
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from threshold_network import Adaptable, blobs, predictor_of
+from threshold_network import blobs, predictor_of
 from torch import nn
 
 from ukbob_seg.dataset.image_io import Geometry
@@ -17,18 +17,35 @@ SHAPE = (22, 31, 27)
 GEOMETRY = Geometry(SHAPE, (1.0, 1.0, 1.0))
 
 
+class Deep(nn.Module):
+    """Five convolutions, and a norm layer that ETTA changes."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.norm = nn.Conv3d(1, 6, 3, padding=1), nn.BatchNorm3d(6)
+            self.middle = nn.ModuleList(nn.Conv3d(6, 6, 3, padding=1) for _ in range(3))
+            self.head = nn.Conv3d(6, 3, 1)
+
+    def forward(self, x):
+        x = self.norm(self.first(x))
+        for layer in self.middle:
+            x = x + torch.relu(layer(x))
+        return 4 * self.head(x)
+
+
 @pytest.fixture
 def network():
-    return Adaptable(1, 3).eval()
+    return Deep().eval()
 
 
 @pytest.fixture
 def types(network):
-    """In which types its convolutions answered."""
+    """In which types its inner convolutions answered; those at both ends are always in float32."""
     seen = []
-    for layer in network.modules():
-        if isinstance(layer, nn.Conv3d):
-            layer.register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
+    for layer in network.middle[:2]:
+        layer.register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
     return seen
 
 
@@ -52,7 +69,7 @@ def test_every_pass_is_in_it(network, types, precision, expected, etta):
 def test_few_voxels_change(network):
     exact, rounded = (_predicted(network, precision=name).labels for name in ("float32", "bfloat16"))
     assert len(np.unique(exact)) > 1
-    assert 0 < (exact != rounded).mean() < 0.01
+    assert (exact != rounded).mean() < 0.001
 
 
 def test_another_choice_for_the_same_predictor(network, types):

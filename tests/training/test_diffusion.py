@@ -1,4 +1,4 @@
-"""MedSegDiff through the functions of the commands: it learns two real scans, and predicts and adapts like any network."""
+"""MedSegDiff through the functions of the commands: it learns two real scans, predicts and adapts like any network."""
 
 import csv
 import json

@@ -1,8 +1,11 @@
-"""Convolutions of single small windows on CPUs, by oneDNN as those of large ones.
+"""Convolutions of windows on CPUs: small ones by oneDNN as large ones are, in bfloat16 none that oneDNN does wrongly.
 
 PyTorch gives 3D convolutions of float32 to oneDNN, but for one exception that meets every small patch and the deep
 stages of others: a single map whose channels x depth x height do not exceed 20,480 (``use_mkldnn`` in
 aten/src/ATen/native/Convolution.cpp). Its own kernel takes up to fifteen times as long.
+
+In bfloat16, where a stride leaves a map one voxel wide, oneDNN's kernel for AMX (seen in PyTorch 2.13) multiplies by
+zero what was never written, and that may happen to be infinite or no number.
 """
 
 from __future__ import annotations
@@ -60,6 +63,9 @@ def _conv3d(
             if torch.is_grad_enabled():
                 return _Convolution.apply(input, weight, bias, steps, margins, spread)
             return torch.mkldnn_convolution(input, weight, bias, margins, steps, spread, 1)
+        if torch.is_autocast_enabled("cpu") and _leaves_one_column(input, weight, steps, margins, spread):
+            with torch.autocast("cpu", enabled=False):
+                return torch.conv3d(input.float(), weight.float(), bias, steps, margins, spread).to(_half())
     return torch.conv3d(input, weight, bias, stride, padding, dilation, groups)
 
 
@@ -68,13 +74,29 @@ def _three(value: int | Sequence[int]) -> list[int]:
     return values * 3 if len(values) == 1 else values
 
 
+def _half() -> torch.dtype:
+    return torch.get_autocast_dtype("cpu")
+
+
+def _width(count: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Voxels of the output along an axis."""
+    return max(0, (count + 2 * padding - dilation * (kernel - 1) - 1) // max(1, stride) + 1)
+
+
+def _leaves_one_column(
+    image: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> bool:
+    """Whether an output of this strided convolution is one voxel wide."""
+    return stride[2] > 1 and _width(image.shape[4], weight.shape[4], stride[2], padding[2], dilation[2]) == 1
+
+
 def _is_left_out(image: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> bool:
     """Whether oneDNN is not asked, but would be quicker."""
     _, channels, depth, height, _ = image.shape
     kernel = weight.shape[2:]
     voxels = 1
     for n, k, s, p, d in zip(image.shape[2:], kernel, stride, padding, dilation, strict=True):
-        voxels *= max(0, (n + 2 * p - d * (k - 1) - 1) // max(1, s) + 1)
+        voxels *= _width(n, k, s, p, d)
     return (
         image.shape[0] == 1
         and channels * depth * height <= MOST_ROWS

@@ -1,8 +1,6 @@
-"""What stands between a network and its caller: slices for 2D networks, a label map as further channels, precision."""
+"""What stands between a network and its caller: slices for 2D networks, a label map as further channels."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +8,13 @@ from torch import Tensor, nn
 Outputs = Tensor | list[Tensor]
 
 
-class SliceNetwork(nn.Module):
+class Wrapper(nn.Module):
+    """Calls ``network``."""
+
+    network: nn.Module
+
+
+class SliceNetwork(Wrapper):
     """Lets a 2D network take 3D windows: the slices across one axis become elements of the batch.
 
     Args:
@@ -36,7 +40,7 @@ class SliceNetwork(nn.Module):
         return output.unflatten(0, (batch, slices)).movedim(1, self.axis + 2)
 
 
-class CascadeNetwork(nn.Module):
+class CascadeNetwork(Wrapper):
     """Second stage of a cascade: its last input channel is a label map, which becomes one channel per label.
 
     Passing one channel of indices on, instead of dozens of zeros and ones, keeps windows of many labels small.
@@ -64,30 +68,8 @@ class CascadeNetwork(nn.Module):
         return outputs
 
 
-class PreciseNetwork(nn.Module):
-    """Computes in one precision, whatever its caller's autocast says.
-
-    In half precision the factors of convolutions and matrix products are rounded; products are added up in float32.
-    Processors with units for bfloat16 (AMX, less so AVX-512 BF16) are several times as fast in it.
-
-    Args:
-        network: any network; its weights stay float32.
-        half: the type of factors and maps, None for float32.
-    """
-
-    def __init__(self, network: nn.Module, half: torch.dtype | None) -> None:
-        super().__init__()
-        self.network = network
-        self.half = half
-
-    def forward(self, *inputs: Tensor) -> Any:
-        """What the network returns, perhaps in half precision."""
-        with torch.autocast(inputs[0].device.type, self.half or torch.bfloat16, enabled=self.half is not None):
-            return self.network(*inputs)
-
-
 def unwrapped(network: nn.Module) -> nn.Module:
     """The network inside all wrappers."""
-    while isinstance(network, (SliceNetwork, CascadeNetwork, PreciseNetwork)):
+    while isinstance(network, Wrapper):
         network = network.network
     return network

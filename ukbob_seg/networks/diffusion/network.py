@@ -61,9 +61,9 @@ class Sampling:
         label_scale: b, in (0, 1]: noise is added to maps of b and -b. Neighbours in a map say the same, so that much of
             it shows through the noise; the smaller b, the sooner only the image says what it was (Chen, On the
             importance of noise scheduling for diffusion models, 2023).
-        target: what the denoiser says, ``noise`` or ``velocity``. The squared error of the velocity is that of the noise
-            divided by abar, which is the sum of the errors of noise and clean map: so what a map is counts also where
-            next to nothing of it is left, from where a segmentation has to start.
+        target: what the denoiser says, ``noise`` or ``velocity``. The squared error of the velocity is that of the
+            noise divided by abar, which is the sum of the errors of noise and clean map: so what a map is counts also
+            where next to nothing of it is left, from where a segmentation has to start.
     """
 
     steps: int = REFERENCE_STEPS
