@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ukbob_seg.networks import rounded_layers
 from ukbob_seg.networks.quick_layers import instance_norm, transposed_convolution
 
 MOST_ROWS = 20_480  # up to this PyTorch does not ask oneDNN
@@ -45,7 +46,8 @@ class _QuickConvolutions(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return _QUICK.get(func, func)(*args, **(kwargs or {}))
+        rounded = torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
+        return (_ROUNDED if rounded else _QUICK).get(func, func)(*args, **(kwargs or {}))
 
 
 def _conv3d(
@@ -66,6 +68,8 @@ def _conv3d(
         if torch.is_autocast_enabled("cpu") and _leaves_one_column(input, weight, steps, margins, spread):
             with torch.autocast("cpu", enabled=False):
                 return torch.conv3d(input.float(), weight.float(), bias, steps, margins, spread).to(_half())
+    if torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled():
+        return rounded_layers.convolution(input, weight, bias, stride, padding, dilation, groups)
     return torch.conv3d(input, weight, bias, stride, padding, dilation, groups)
 
 
@@ -150,4 +154,9 @@ _QUICK: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.conv3d: _conv3d,
     torch.conv_transpose3d: transposed_convolution,
     F.instance_norm: instance_norm,
+}
+_ROUNDED: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.conv3d: _conv3d,
+    torch.conv_transpose3d: rounded_layers.transposed_convolution,
+    F.instance_norm: rounded_layers.instance_norm,
 }

@@ -60,13 +60,26 @@ def transposed_convolution(
         and input.dtype == weight.dtype == torch.float32
         and input.shape[1] == weight.shape[0]
         and input.is_contiguous()
-        and _all(stride, weight.shape[2:])
-        and _all(padding, (0, 0, 0))
-        and _all(output_padding, (0, 0, 0))
-        and _all(dilation, (1, 1, 1))
+        and fits_blocks(weight, stride, padding, output_padding, dilation)
     ):
         return _placed_products(input, weight, bias)
     return torch.conv_transpose3d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+def fits_blocks(
+    weight: Tensor,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    output_padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+) -> bool:
+    """Whether the windows of a transposed convolution lie side by side."""
+    return (
+        _all(stride, weight.shape[2:])
+        and _all(padding, (0, 0, 0))
+        and _all(output_padding, (0, 0, 0))
+        and _all(dilation, (1, 1, 1))
+    )
 
 
 def _all(given: int | Sequence[int], wanted: Sequence[int]) -> bool:
