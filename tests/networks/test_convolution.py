@@ -119,18 +119,22 @@ def test_onednn_may_be_switched_off(calls):
     ((4, 6, 2), 2, True), ((12, 12, 1), 2, True), ((12, 12, 2), (1, 1, 2), True), ((12, 12, 4), 2, False),
     ((12, 2, 12), 2, False), ((12, 12, 1), (2, 2, 1), False),
 ])  # fmt: skip
-def test_columns_in_bfloat16_are_computed_in_float32(shape, stride, exact, monkeypatch):
+@pytest.mark.parametrize("flat", [False, True])
+def test_columns_in_bfloat16_are_computed_in_float32(shape, stride, exact, flat, monkeypatch):
     """Where memory that was not written may hold anything: here NaN, in what was just set free."""
     image, weight, bias = _values((1, 32, *shape), 0), _values((64, 32, 3, 3, 3), 1), _values((64,), 2)
-    seen, real = [], torch.conv3d
-    monkeypatch.setattr(convolution.torch, "conv3d", lambda *a: seen.append(a[0].dtype) or real(*a))
+    name = "conv2d" if flat else "conv3d"
+    if flat:
+        image, weight, stride = image[:, :, 0], weight[:, :, 1], stride if isinstance(stride, int) else stride[1:]
+    seen, real, call = [], getattr(torch, name), getattr(F, name)
+    monkeypatch.setattr(convolution.torch, name, lambda *a: seen.append(a[0].dtype) or real(*a))
     image = image.bfloat16()
-    expected = F.conv3d(image.double(), weight.double(), bias.double(), stride=stride, padding=1)
+    expected = call(image.double(), weight.double(), bias.double(), stride=stride, padding=1)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), quick_convolutions(CPU):
         if exact:
             junk = [torch.full((2**n,), float("nan")) for n in range(6, 17) for _ in range(20)]
             del junk
-        found = F.conv3d(image, weight, bias, stride=stride, padding=1)
+        found = call(image, weight, bias, stride=stride, padding=1)
     assert found.dtype == torch.bfloat16
     assert seen == [torch.float32 if exact else torch.bfloat16]
     close = 2.0**-8 if exact else 2.0**-4

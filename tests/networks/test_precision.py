@@ -1,12 +1,17 @@
 """Networks in a chosen precision, against products of numbers that were rounded by hand."""
 
+import copy
+
 import pytest
 import torch
+from small_networks import SMALL
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ukbob_seg.errors import ConfigError
 from ukbob_seg.inference.passes import forward
 from ukbob_seg.networks.precision import check_precision, in_precision
+from ukbob_seg.networks.registry import build_network, set_deep_supervision
 from ukbob_seg.networks.wrappers import SliceNetwork, unwrapped
 
 
@@ -66,6 +71,37 @@ def test_a_network_that_learns_is_not_called_once_more(network, image):
     assert len(calls) == 1
     network.eval()
     assert [precise(image).dtype, precise(image).dtype, len(calls)] == [torch.float32, torch.float32, 4]
+
+
+def test_copies_and_recomputed_passes_are_exact_at_both_ends(network, image):
+    precise = in_precision(network, "bfloat16")
+    with torch.no_grad():
+        expected = precise(image)
+        assert torch.equal(copy.deepcopy(precise)(image), expected)
+    assert [type(layer).__name__ for layer in network[::2]] == ["Conv3d"] * 5
+    with torch.autocast("cpu", torch.bfloat16):
+        found = checkpoint(network, image.requires_grad_(), use_reentrant=False)
+    found.sum().backward()
+    assert torch.equal(found, expected)
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("name", ["swin_unetr", "ux_net", "segresnet"])
+def test_networks_adapt_in_it(name):
+    """Two recompute maps in the backward pass, in which layers must be as in the first; logits are not rounded."""
+    arguments, patch = SMALL[name]
+    torch.manual_seed(0)
+    network = build_network(name, 1, 3, arguments).eval()
+    window = torch.randn(1, 1, *patch, generator=torch.Generator().manual_seed(1))
+    set_deep_supervision(network, False)
+    precise = in_precision(network, "bfloat16")
+    with torch.no_grad():
+        exact, rounded = forward(network, window), forward(precise, window)
+    assert rounded.dtype == torch.float32
+    assert 0 < (exact - rounded).std() < 0.1 * exact.std()
+    forward(precise, window).square().mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in network.parameters())
 
 
 def test_float32_stays_it_under_autocast(network, image):

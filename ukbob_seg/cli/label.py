@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> None:
         workers=arguments.workers,
         cluster=Cluster(arguments.scheduler, part),
     )
-    hint_at_precision(arguments, ", ".join(options.devices))
+    if arguments.scheduler is None:
+        hint_at_precision(arguments, ", ".join(options.devices))
     output = label_cohort(arguments.input, arguments.output, options)
     share = "" if part is None else f"part {part.number} of {part.total}: "
     print(f"{share}{output} is labelled; warnings and problems, if any, are in {output / TABLE}")

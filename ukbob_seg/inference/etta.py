@@ -24,6 +24,7 @@ from ukbob_seg.inference.etta_statistics import CaseStatistics
 from ukbob_seg.inference.etta_windows import choose_windows, cut, spread_corners
 from ukbob_seg.inference.passes import forward
 from ukbob_seg.inference.sliding_window import WindowSettings
+from ukbob_seg.networks.wrappers import unwrapped
 
 __all__ = ["EttaConfig", "EttaRecord", "OutputMeaning", "adapt", "adapted", "adapted_to_case", "norm_layers"]
 
@@ -125,8 +126,8 @@ def norm_layers(network: nn.Module) -> list[nn.Module]:
     ]
     if not layers:
         raise ConfigError(
-            f"{type(network).__name__} has no normalization layer with affine parameters or running statistics: "
-            "there is nothing for --etta to adapt; predict without it"
+            f"{type(unwrapped(network)).__name__} has no normalization layer with affine parameters or running "
+            "statistics: there is nothing for --etta to adapt; predict without it"
         )
     return layers
 

@@ -118,6 +118,8 @@ class Predictor(CasePredictor):
         self.configuration = self.plans.configuration(description.configuration)
         # Adaptation changes the networks for the time of a case. The stages of a cascade take turns, too.
         self._serving: threading.Lock = threading.Lock() if previous_stage is None else previous_stage._serving
+        if self.settings.compile and self.settings.precision == "bfloat16" and device == "cpu":
+            raise ConfigError("--compile and --precision bfloat16 exclude each other on a CPU; leave one of them out")
         self._networks = [in_precision(network, self.settings.precision) for network in networks]
         if self.settings.etta is not None:
             for network in self._networks:

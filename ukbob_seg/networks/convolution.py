@@ -1,4 +1,4 @@
-"""Convolutions of windows on CPUs: small ones by oneDNN as large ones are, in bfloat16 none that oneDNN does wrongly.
+"""Convolutions of windows on CPUs: small ones by oneDNN as large ones are, and not those that it does wrongly.
 
 PyTorch gives 3D convolutions of float32 to oneDNN, but for one exception that meets every small patch and the deep
 stages of others: a single map whose channels x depth x height do not exceed 20,480 (``use_mkldnn`` in
@@ -65,12 +65,31 @@ def _conv3d(
             if torch.is_grad_enabled():
                 return _Convolution.apply(input, weight, bias, steps, margins, spread)
             return torch.mkldnn_convolution(input, weight, bias, margins, steps, spread, 1)
-        if torch.is_autocast_enabled("cpu") and _leaves_one_column(input, weight, steps, margins, spread):
+        if _is_done_wrongly(input, weight, steps[-1], margins[-1], spread[-1]):
             with torch.autocast("cpu", enabled=False):
                 return torch.conv3d(input.float(), weight.float(), bias, steps, margins, spread).to(_half())
     if torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled():
         return rounded_layers.convolution(input, weight, bias, stride, padding, dilation, groups)
     return torch.conv3d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    if groups == 1 and not isinstance(padding, str) and input.dim() == 4:
+        steps, margins, spread = (
+            value if isinstance(value, int) else value[-1] for value in (stride, padding, dilation)
+        )
+        if _is_done_wrongly(input, weight, steps, margins, spread):
+            with torch.autocast("cpu", enabled=False):
+                return torch.conv2d(input.float(), weight.float(), bias, stride, padding, dilation).to(_half())
+    return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def _three(value: int | Sequence[int]) -> list[int]:
@@ -87,11 +106,11 @@ def _width(count: int, kernel: int, stride: int, padding: int, dilation: int) ->
     return max(0, (count + 2 * padding - dilation * (kernel - 1) - 1) // max(1, stride) + 1)
 
 
-def _leaves_one_column(
-    image: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
-) -> bool:
-    """Whether an output of this strided convolution is one voxel wide."""
-    return stride[2] > 1 and _width(image.shape[4], weight.shape[4], stride[2], padding[2], dilation[2]) == 1
+def _is_done_wrongly(image: Tensor, weight: Tensor, stride: int, padding: int, dilation: int) -> bool:
+    """Whether the output is in half precision, strided and one voxel wide; numbers along the last axis."""
+    if stride < 2 or not torch.is_autocast_enabled("cpu"):
+        return False
+    return _width(image.shape[-1], weight.shape[-1], stride, padding, dilation) == 1
 
 
 def _is_left_out(image: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> bool:
@@ -151,11 +170,13 @@ class _Convolution(torch.autograd.Function):
 
 
 _QUICK: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.conv2d: _conv2d,
     torch.conv3d: _conv3d,
     torch.conv_transpose3d: transposed_convolution,
     F.instance_norm: instance_norm,
 }
 _ROUNDED: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.conv2d: _conv2d,
     torch.conv3d: _conv3d,
     torch.conv_transpose3d: rounded_layers.transposed_convolution,
     F.instance_norm: rounded_layers.instance_norm,

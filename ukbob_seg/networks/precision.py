@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ukbob_seg.errors import ConfigError
 from ukbob_seg.networks.wrappers import Wrapper
@@ -16,20 +13,20 @@ from ukbob_seg.networks.wrappers import Wrapper
 # What ``--precision`` may say; auto is half precision on CUDA and float32 on CPUs.
 AUTO = "auto"
 PRECISIONS: dict[str, torch.dtype | None] = {AUTO: None, "float32": None, "bfloat16": torch.bfloat16}
-_CONVOLUTIONS = (torch.conv2d, torch.conv3d)
-EXACT_LAST = 2  # convolutions: the head, and what it sees
+_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+EXACT_LAST = 2  # layers: the head, and what it sees
 
 
 class PreciseNetwork(Wrapper):
     """Computes in one precision, whatever its caller's autocast says.
 
     In half precision the factors of convolutions and matrix products are rounded, and so are maps; products are added
-    up in float32. Processors with units for bfloat16 (AMX, less so AVX-512 BF16) are several times as fast in it. On
-    CPUs the first convolution and the last two stay in float32, because rounding at both ends is most of what is seen
-    in label maps (and the head's would be that of the logits themselves); when compiled, all are rounded.
+    up in float32. Processors with units for bfloat16 (AMX) are several times as fast in it. On CPUs the convolution
+    that is called first and the two that are called last stay in float32, because rounding at both ends is most of what
+    is seen in label maps (and the head's would be that of the logits themselves).
 
     Args:
-        network: any network; its weights stay float32.
+        network: any network; its weights stay float32. Those three layers learn to stay in float32 under autocast.
         half: the type of factors and maps, None for float32.
     """
 
@@ -37,51 +34,46 @@ class PreciseNetwork(Wrapper):
         super().__init__()
         self.network = network
         self.rounded_to = half
-        self._calls: int | None = None  # of convolutions in a pass
+        self._knows_ends = False
 
     def forward(self, *inputs: Tensor) -> Any:
         """What the network returns, perhaps in half precision."""
         kind = inputs[0].device.type
+        if self.rounded_to is not None and kind == "cpu" and not self._knows_ends:
+            self._find_ends(inputs)
         with torch.autocast(kind, self.rounded_to or torch.bfloat16, enabled=self.rounded_to is not None):
-            if self.rounded_to is None or kind != "cpu" or torch.compiler.is_compiling():
-                return self.network(*inputs)
-            with self._exact_ends(inputs):
-                return self.network(*inputs)
+            return self.network(*inputs)
 
-    def _exact_ends(self, inputs: tuple[Tensor, ...]) -> AbstractContextManager[Any]:
-        """The first and last convolutions are known once those of a pass were counted, in one of its own."""
-        if self._calls is None:
-            if any(module.training for module in self.network.modules()):
-                return nullcontext()  # a further pass would have consequences, for statistics or chance
-            with torch.no_grad(), _Convolutions(lambda number: False) as counted:
+    def _find_ends(self, inputs: tuple[Tensor, ...]) -> None:
+        """In a pass of its own, unless that had consequences for statistics or chance."""
+        if any(module.training for module in self.network.modules()):
+            return
+        called: list[nn.Module] = []
+        layers = [module for module in self.network.modules() if isinstance(module, _CONVOLUTIONS)]
+        hooks = [layer.register_forward_hook(lambda layer, *_: called.append(layer)) for layer in layers]
+        try:
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 self.network(*inputs)
-            self._calls = counted.number
-        first_of_last = self._calls - EXACT_LAST
-        return _Convolutions(lambda number: number == 0 or number >= first_of_last)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for layer in {id(layer): layer for layer in (*called[:1], *called[-EXACT_LAST:])}.values():
+            if not isinstance(layer, _Exact):  # of a class of its own, so that copies and recomputations are exact, too
+                kind = type(layer)
+                layer.__class__ = type(kind.__name__, (_Exact, kind), {"__module__": kind.__module__})
+        self._knows_ends = True
 
 
-class _Convolutions(TorchFunctionMode):
-    """Numbers the convolutions of a pass, and has some of them in float32.
+class _Exact:
+    """A layer whose numbers are not rounded on CPUs."""
 
-    Args:
-        is_exact: by number, from 0.
-    """
-
-    def __init__(self, is_exact: Callable[[int], bool]) -> None:
-        super().__init__()
-        self.number = 0
-        self._is_exact = is_exact
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func not in _CONVOLUTIONS:
-            return func(*args, **(kwargs or {}))
-        number, self.number = self.number, self.number + 1
-        if not self._is_exact(number):
-            return func(*args, **(kwargs or {}))
+    def forward(self, input: Tensor, *more: Any) -> Tensor:
+        """In float32 whatever autocast says."""
+        layer: Any = super()
+        if input.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return layer.forward(input, *more)
         with torch.autocast("cpu", enabled=False):
-            return func(args[0].float(), *args[1:], **(kwargs or {}))
+            return layer.forward(input.float(), *more)
 
 
 def check_precision(name: str) -> None:
@@ -97,7 +89,11 @@ def check_precision(name: str) -> None:
 def in_precision(network: nn.Module, name: str) -> nn.Module:
     """The network, computing in this precision; with ``auto`` as its caller says."""
     inner = network.network if isinstance(network, PreciseNetwork) else network
-    return inner if name == AUTO else PreciseNetwork(inner, PRECISIONS[name])
+    if name == AUTO:
+        return inner
+    if isinstance(network, PreciseNetwork) and network.rounded_to == PRECISIONS[name]:
+        return network
+    return PreciseNetwork(inner, PRECISIONS[name])
 
 
 def multiplies_bfloat16_quickly() -> bool:

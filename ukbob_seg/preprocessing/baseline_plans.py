@@ -37,7 +37,7 @@ class Baseline:
         weights_per_output: parameters per output.
         patch_argument: argument that is the patch; empty where the network takes any.
         channels: numbers of input channels that it takes; empty for any.
-        arguments: of the published form, where the class has other defaults.
+        arguments: of the published form, where the class has other defaults; or what learns better, see the docs.
         extent: argument that is the patch divided by ``extent_share``: the map in which positions are told apart.
         extent_share: per axis.
     """
@@ -61,6 +61,7 @@ class Baseline:
         return (self.divisor,) * 3 if isinstance(self.divisor, int) else self.divisor
 
 
+VELOCITY = {"target": "velocity"}
 DEEP = {"deep_supervision": True}
 BASELINES: dict[str, Baseline] = {
     "unet": Baseline(16, weights=4.8e6, kept=35, kept_per_output=3.0, weights_per_output=1165),
@@ -88,10 +89,23 @@ BASELINES: dict[str, Baseline] = {
     "ux_net": Baseline(16, weights=53.0e6, kept=619),
     "swin_unetr_v2": Baseline(32, weights=72.8e6, kept=1606),
     "medsegdiff_v1": Baseline(
-        8, weights=35.4e6, kept=2362, kept_per_output=1.0, weights_per_output=1729, patch_argument="image_size"
+        8,
+        weights=35.4e6,
+        kept=2362,
+        kept_per_output=1.0,
+        weights_per_output=1729,
+        patch_argument="image_size",
+        arguments=VELOCITY,
     ),
     "medsegdiff_v2": Baseline(
-        16, weights=73.4e6, kept=2376, kept_per_output=1.0, kept_square=201.7, outputs=2.0, weights_per_output=1762
+        16,
+        weights=73.4e6,
+        kept=2376,
+        kept_per_output=1.0,
+        kept_square=201.7,
+        outputs=2.0,
+        weights_per_output=1762,
+        arguments=VELOCITY,
     ),
 }
 

@@ -26,9 +26,9 @@ class SegmentationLoss(Protocol):
 class NoiseLoss:
     """Mean squared error of the noise (or velocity), plus the condition model's Dice and cross-entropy at some steps.
 
-    L = |e - e_theta|^2 + [t = 0 mod alpha] (L_Dice + beta L_CE) (Wu et al., AAAI 2024); the first term alone for
-    networks without a condition model. Voxels that are ignored, and outputs that flags leave open, count in neither.
-    All processes share one batch, as in every other loss.
+    L = |e - e_theta|^2 + [t = 0 mod alpha] (L_Dice + beta L_CE) (Wu et al., AAAI 2024), or |v - v_theta|^2 in place of
+    the first term; that term alone for networks without a condition model. Voxels that are ignored, and outputs that
+    flags leave open, count in neither. All processes share one batch, as in every other loss.
 
     [open] The papers draw one step for a batch or an element; here each element has its own, and those whose step alpha
     does not divide are ignored in the second term.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ukbob_seg.errors import ConfigError
 from ukbob_seg.networks.diffusion.anchor import UncertainSpatialAttention
-from ukbob_seg.networks.diffusion.network import VELOCITY, Denoiser, DiffusionNetwork, Sampling
+from ukbob_seg.networks.diffusion.network import NOISE, Denoiser, DiffusionNetwork, Sampling
 from ukbob_seg.networks.diffusion.schedule import REFERENCE_STEPS
 from ukbob_seg.networks.diffusion.spectrum import SSFormer
 from ukbob_seg.networks.diffusion.unet import (
@@ -122,7 +122,7 @@ class MedSegDiffV2(DiffusionNetwork):
         eta: 0 for DDIM, 1 for ancestral sampling.
         seed: of the noise in prediction.
         label_scale: of the maps that noise is added to; see ``Sampling``.
-        target: what is predicted, ``velocity`` or, as in the paper, ``noise``; see ``Sampling``.
+        target: what is predicted, ``noise`` as in the paper or, as planned, ``velocity``; see ``Sampling``.
 
     Raises:
         ConfigError: arguments out of range.
@@ -148,7 +148,7 @@ class MedSegDiffV2(DiffusionNetwork):
         eta: float = 0.0,
         seed: int = 0,
         label_scale: float = 1.0,
-        target: str = VELOCITY,
+        target: str = NOISE,
     ) -> None:
         features = checked_features(NAME, features_per_stage, least=2)
         blocks = checked_blocks(NAME, blocks_per_stage, len(features))

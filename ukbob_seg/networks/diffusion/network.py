@@ -1,4 +1,4 @@
-"""A diffusion network as the rest of the toolkit sees it: an image in, logits out; and noise while it learns."""
+"""A diffusion network as the rest of the toolkit sees it: an image in, logits out; noise as it learns."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class NoisePrediction(NamedTuple):
     """What a diffusion network returns while it learns.
 
     Attributes:
-        predicted: (B, K, z, y, x) noise that the network sees, or velocity.
+        predicted: (B, K, z, y, x) noise, or velocity, that the network sees.
         target: (B, K, z, y, x) noise that was added, or its velocity.
         step: (B,) at which.
         condition: (B, K, z, y, x) logits of the condition model, None where there is none.
@@ -50,7 +50,7 @@ def stage_divisor(kind: type[DiffusionNetwork], arguments: Mapping[str, Any]) ->
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a segmentation is drawn.
+    """How a segmentation is drawn, and what is learned for that.
 
     Attributes:
         steps: of the noise schedule, in training.
@@ -72,7 +72,7 @@ class Sampling:
     eta: float = 0.0
     seed: int = 0
     label_scale: float = 1.0
-    target: str = VELOCITY
+    target: str = NOISE
 
     def __post_init__(self) -> None:
         for name, most in (("sampling_steps", self.steps), ("samples", None), ("seed", MOST_SEED)):
@@ -144,7 +144,7 @@ class DiffusionNetwork(nn.Module):
         self.head = "softmax"
 
     def forward(self, image: Tensor, clean: Tensor | None = None) -> Tensor | NoisePrediction:
-        """Draw a segmentation, or predict noise.
+        """Draw a segmentation, or predict the noise or velocity of a noisy one.
 
         Args:
             image: (B, C, z, y, x).
@@ -156,7 +156,7 @@ class DiffusionNetwork(nn.Module):
         return self.draw(image) if clean is None else self.predict_noise(image, clean)
 
     def predict_noise(self, image: Tensor, clean: Tensor) -> NoisePrediction:
-        """Add noise at a random step of each element, and predict it."""
+        """Add noise at a random step of each element, and predict it, or its velocity."""
         step = torch.randint(self.schedule.steps, (len(clean),), device=clean.device)
         noise = torch.randn_like(clean)
         condition, logits = self.denoiser.condition(image)
