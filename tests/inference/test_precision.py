@@ -124,14 +124,16 @@ def _flat(given):
         yield from vars(each).values() if dataclasses.is_dataclass(each) else ()
 
 
-def test_processors_that_would_be_faster_are_told_of(monkeypatch, capsys):
+def test_processors_that_would_be_faster_are_told_of(monkeypatch, caplog):
+    caplog.set_level("INFO")
     for quick, precision, device, told in (
         (True, "auto", "cpu", True), (False, "auto", "cpu", False), (True, "float32", "cpu", False),
         (True, "auto", "cuda", False),
     ):  # fmt: skip
         monkeypatch.setattr("ukbob_seg.networks.precision.multiplies_bfloat16_quickly", lambda quick=quick: quick)
+        caplog.clear()
         hint_at_precision(argparse.Namespace(precision=precision), device)
-        assert ("--precision bfloat16" in capsys.readouterr().out) == told
+        assert ("--precision bfloat16" in caplog.text) == told
 
 
 def test_another_choice_for_the_same_predictor(network, types):

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ukbob_seg.errors import ConfigError
 from ukbob_seg.inference.passes import forward
-from ukbob_seg.networks.precision import check_precision, in_precision
+from ukbob_seg.networks.precision import in_precision
 from ukbob_seg.networks.registry import build_network, set_deep_supervision
 from ukbob_seg.networks.wrappers import SliceNetwork, unwrapped
 
@@ -124,4 +124,4 @@ def test_the_last_choice_counts_and_auto_leaves_the_network_alone(network):
 
 def test_unknown_precisions_are_refused():
     with pytest.raises(ConfigError, match=r"--precision must be one of auto, float32, bfloat16, got 'fp8'"):
-        check_precision("fp8")
+        in_precision(nn.Identity(), "fp8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from ukbob_seg.dataset.paths import Roots
     from ukbob_seg.inference.etta_config import EttaConfig
 
+log = logging.getLogger(__name__)
 ONE_MODEL = "give the model either as -d ID or as -m MODEL_FOLDER"
 
 
@@ -116,10 +118,11 @@ def add_windows(parser: argparse.ArgumentParser) -> None:
 
 def hint_at_precision(arguments: argparse.Namespace, device: str) -> None:
     """Say so where this processor would be much faster than it is asked to be."""
-    from ukbob_seg.networks.precision import AUTO, multiplies_bfloat16_quickly
+    from ukbob_seg.networks.precision import multiplies_bfloat16_quickly
+    from ukbob_seg.networks.precision_names import AUTO
 
     if device == "cpu" and arguments.precision == AUTO and multiplies_bfloat16_quickly():
-        print("this processor multiplies bfloat16 numbers quickly: --precision bfloat16 would save time")
+        log.info("this processor multiplies bfloat16 numbers quickly: --precision bfloat16 would save time")
 
 
 def add_postprocessing(parser: argparse.ArgumentParser) -> None:

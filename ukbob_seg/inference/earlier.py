@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ukbob_seg.errors import ConfigError
 from ukbob_seg.files import read_json
 from ukbob_seg.inference.settings import PredictionSettings
-from ukbob_seg.networks.precision import AUTO
+from ukbob_seg.networks.precision_names import AUTO
 
 if TYPE_CHECKING:
     from ukbob_seg.inference.case_predictor import CasePredictor

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ukbob_seg.errors import ConfigError
 from ukbob_seg.inference.etta_config import EttaConfig
-from ukbob_seg.networks.precision import AUTO, check_precision
+from ukbob_seg.networks.precision_names import AUTO, check_precision
 
 
 @dataclass(frozen=True)

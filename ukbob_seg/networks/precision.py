@@ -7,12 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ukbob_seg.errors import ConfigError
+from ukbob_seg.networks.precision_names import AUTO, check_precision
 from ukbob_seg.networks.wrappers import Wrapper
 
-# What ``--precision`` may say; auto is half precision on CUDA and float32 on CPUs.
-AUTO = "auto"
-PRECISIONS: dict[str, torch.dtype | None] = {AUTO: None, "float32": None, "bfloat16": torch.bfloat16}
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 EXACT_LAST = 2  # layers: the head, and what it sees
 
@@ -76,24 +73,16 @@ class _Exact:
             return layer.forward(input.float(), *more)
 
 
-def check_precision(name: str) -> None:
-    """Refuse what is no precision.
-
-    Raises:
-        ConfigError: names those that there are.
-    """
-    if name not in PRECISIONS:
-        raise ConfigError(f"--precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
-
-
 def in_precision(network: nn.Module, name: str) -> nn.Module:
     """The network, computing in this precision; with ``auto`` as its caller says."""
+    check_precision(name)
     inner = network.network if isinstance(network, PreciseNetwork) else network
     if name == AUTO:
         return inner
-    if isinstance(network, PreciseNetwork) and network.rounded_to == PRECISIONS[name]:
+    half = torch.bfloat16 if name == "bfloat16" else None
+    if isinstance(network, PreciseNetwork) and network.rounded_to == half:
         return network
-    return PreciseNetwork(inner, PRECISIONS[name])
+    return PreciseNetwork(inner, half)
 
 
 def multiplies_bfloat16_quickly() -> bool:
