@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 from importlib import import_module
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 from ukbob_seg.cli.models import hint_at_precision
 from ukbob_seg.dataset.image_io import Geometry
 from ukbob_seg.errors import ConfigError
-from ukbob_seg.inference.earlier import what_matters
+from ukbob_seg.inference.earlier import ARGUMENTS, PredictionJob, differences, what_matters
 from ukbob_seg.inference.etta import EttaConfig
 from ukbob_seg.inference.predictor import PredictionSettings
 from ukbob_seg.preprocessing.storage import open_array
@@ -122,6 +123,13 @@ def _flat(given):
     for each in given:
         yield each
         yield from vars(each).values() if dataclasses.is_dataclass(each) else ()
+
+
+def test_what_a_resumed_run_was_made_in_is_said_in_the_words_of_the_option(tmp_path):
+    (tmp_path / ARGUMENTS).write_text(json.dumps({"settings": what_matters(PredictionSettings())}))
+    job = PredictionJob("case", (), tmp_path / "case.nii.gz", ".nii.gz")
+    now = {"settings": what_matters(PredictionSettings(precision="bfloat16"))}
+    assert "settings than this run (precision auto, now bfloat16)" in differences(tmp_path, now, [job])
 
 
 def test_processors_that_would_be_faster_are_told_of(monkeypatch, caplog):

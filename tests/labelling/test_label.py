@@ -55,6 +55,18 @@ def test_a_dataset_ready_for_the_filter(tmp_path, capsys):
     assert filter_main(["-d", "72", *roots, "--workers", "1"]) == 0
 
 
+def test_a_number_that_another_dataset_has_is_refused_before_anything_is_predicted(tmp_path, capsys, caplog):
+    model, cohort = write_model(Tiny(), tmp_path / "results"), make_cohort(tmp_path / "cohort", channels=1)
+    (tmp_path / "raw" / "Dataset072_Other").mkdir(parents=True)
+    (tmp_path / "raw" / "Dataset072_Other" / "dataset.json").write_text("{}")
+    output = tmp_path / "raw" / "Dataset072_Cohort"
+    assert run("--model", model, "--input", cohort, "--output", output) == 2
+    assert "number 72 belongs to " in capsys.readouterr().err
+    assert not output.exists()
+    assert run("--model", model, "--input", cohort, "--output", tmp_path / "raw" / "labelled") == 0
+    assert "labelled is not named DatasetXXX_Name" in caplog.text
+
+
 def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch):
     model, cohort = write_model(Tiny(), tmp_path / "results"), make_cohort(tmp_path / "cohort", channels=1)
     output = tmp_path / "Dataset001_X"

@@ -13,6 +13,7 @@ from safetensors.torch import load
 from ukbob_seg import export_model, import_model
 from ukbob_seg.cli.export_model import main as export_command
 from ukbob_seg.errors import ConfigError
+from ukbob_seg.networks.registry import build_network
 from ukbob_seg.portable import monai_state, onnx_file
 from ukbob_seg.portable.export import ExportOptions, example_window
 from ukbob_seg.portable.monai_state import build_monai
@@ -93,6 +94,12 @@ def test_a_network_that_onnx_cannot_say(tmp_path, capsys):
     assert said.startswith("error: --onnx: portable_models:ReadsItsInput cannot be exported to ONNX (")
     assert said.endswith("leave --onnx out")
     assert not list(tmp_path.glob("*.zip"))
+
+
+def test_what_draws_by_a_sampler_is_refused_at_once():
+    network = build_network("medsegdiff_v2", 1, 2, {"features_per_stage": [8, 8], "former_blocks": 1}).eval()
+    with pytest.raises(ConfigError, match="--onnx: it draws its segmentations by a sampler, which ONNX has not"):
+        onnx_file.onnx_bytes(network, torch.zeros(1, 1, 8, 8, 8), "it")
 
 
 def test_an_onnx_file_that_computes_something_else_is_refused(tmp_path, monkeypatch):

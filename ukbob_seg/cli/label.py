@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         workers=arguments.workers,
         cluster=Cluster(arguments.scheduler, part),
     )
-    if arguments.scheduler is None:
+    if arguments.scheduler is None and not arguments.output.exists():
         hint_at_precision(arguments, ", ".join(options.devices))
     output = label_cohort(arguments.input, arguments.output, options)
     share = "" if part is None else f"part {part.number} of {part.total}: "

@@ -18,6 +18,22 @@ _NAME = re.compile(r"Dataset(\d{3,})_(.+)")
 _CASE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
+def has_free_number(folder: Path) -> bool:
+    """Whether a folder is named DatasetXXX_Name at all.
+
+    Raises:
+        ConfigError: it is, and another dataset beside it has that number.
+    """
+    match = _NAME.fullmatch(folder.name)
+    if match is None:
+        return False
+    if folder.parent.is_dir():
+        other = list_datasets(folder.parent).get(int(match[1]))
+        if other is not None and other.name != folder.name:
+            raise ConfigError(f"number {int(match[1])} belongs to {other}; choose another one for {folder.name}")
+    return True
+
+
 def claim(folder: Path, mark: Mapping[str, Any], known: Sequence[str], ending: str) -> Path:
     """Make the dataset's folder, or recognise it as begun earlier by the same conversion.
 
@@ -31,13 +47,8 @@ def claim(folder: Path, mark: Mapping[str, Any], known: Sequence[str], ending: s
         ConfigError: another form of name, a number that another dataset has, or a folder of something else.
         DatasetError: the folder holds cases that the source does not have.
     """
-    match = _NAME.fullmatch(folder.name)
-    if match is None:
+    if not has_free_number(folder):
         raise ConfigError(f"-o must end in DatasetXXX_Name, such as ukbob_data/raw/Dataset020_Dixon, got {folder}")
-    if folder.parent.is_dir():
-        other = list_datasets(folder.parent).get(int(match[1]))
-        if other is not None and other.name != folder.name:
-            raise ConfigError(f"number {int(match[1])} belongs to {other}; choose another one for {folder.name}")
     mark = dict(mark)
     if folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
         earlier = read_json(folder / MARKER, "mark") if (folder / MARKER).is_file() else None

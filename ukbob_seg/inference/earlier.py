@@ -93,8 +93,9 @@ def _first_difference(before: Any, now: Any) -> str:
     """For people: what it was and what it is."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted({*before, *now}):
-            if before.get(key) != now.get(key):
-                inner = _first_difference(before.get(key), now.get(key))
+            usual = AUTO if key == "precision" else None
+            if before.get(key, usual) != now.get(key, usual):
+                inner = _first_difference(before.get(key, usual), now.get(key, usual))
                 return f"{key} {inner}"
     was, is_now = ("given" if isinstance(value, dict) else value for value in (before, now))
     return f"{was}, now {is_now}"

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ukbob_seg.conversion.target import has_free_number
 from ukbob_seg.dataset.spec import Case
 from ukbob_seg.errors import ConfigError, DatasetError, listing
 from ukbob_seg.files import ensure_writable, write_json
@@ -42,7 +43,8 @@ def label_cohort(source: Path, output: Path, options: LabelOptions) -> Path:
         ``output``.
 
     Raises:
-        ConfigError: options that do not fit, or an output that holds labels made otherwise, or of another cohort.
+        ConfigError: options that do not fit, a number that another dataset has, or an output that holds labels made
+            otherwise, or of another cohort.
         DatasetError: cases that cannot be read, unless they are skipped; all others are labelled first.
         CheckpointError: the model cannot be used.
     """
@@ -50,6 +52,8 @@ def label_cohort(source: Path, output: Path, options: LabelOptions) -> Path:
     output = Path(output)
     if output.resolve() in (Path(source).resolve(), cohort.folder.resolve()):
         raise ConfigError(f"the output {output} is the cohort itself; give another folder with --output")
+    if not has_free_number(output.absolute()):
+        log.warning("%s is not named DatasetXXX_Name: other commands find datasets under such names only", output)
     labeller, record, content = _prepare(cohort, output, options)
     try:
         _label(cohort, output, labeller, record, content)

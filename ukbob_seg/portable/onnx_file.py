@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ukbob_seg.errors import ConfigError
+from ukbob_seg.networks.diffusion import DiffusionNetwork
+from ukbob_seg.networks.wrappers import unwrapped
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 INPUT, OUTPUT = "image", "logits"
@@ -50,6 +52,8 @@ def onnx_bytes(network: nn.Module, image: Tensor, name: str) -> tuple[bytes, dic
     Raises:
         ConfigError: the network uses what ONNX has no operator for, is too large, or the file computes something else.
     """
+    if isinstance(unwrapped(network), DiffusionNetwork):
+        raise ConfigError(f"--onnx: {name} draws its segmentations by a sampler, which ONNX has not; leave it out")
     weights = sum(value.numel() * value.element_size() for value in network.state_dict().values())
     if weights > MOST_BYTES:
         raise ConfigError(f"--onnx: {name} has {weights:,} bytes of weights, an ONNX file at most 2 GiB; leave it out")

@@ -152,7 +152,8 @@ def plan_baseline(name: str, given: PlanningInput) -> tuple[NetworkPlan, str]:
     needed = memory(patch, batch)
     over = "" if needed <= given.memory_gb else f", OVER the budget of {given.memory_gb:g} GB"
     why = " (the paper's recipe)" if given.paper_recipe and given.patch_size is None else ""
-    reason = f"patch {x_joined(patch)}, batch {batch}, as published, about {needed:.1f} GB{over}{why}."
+    form = "learns velocity" if counted.arguments == VELOCITY else "as published"
+    reason = f"patch {x_joined(patch)}, batch {batch}, {form}, about {needed:.1f} GB{over}{why}."
     sized = {counted.patch_argument: list(patch)} if counted.patch_argument else {}
     if counted.extent:
         sized[counted.extent] = [n // share for n, share in zip(patch, counted.extent_share, strict=True)]
