@@ -112,7 +112,7 @@ def add_windows(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", default="auto", metavar="P",
         help="of the networks: auto (default: half precision on CUDA, float32 on CPUs), float32, or bfloat16, in which "
-        "CPUs with AMX take a fraction of the time, and some voxels at borders change",
+        "CPUs with AMX are faster, and some voxels at borders change",
     )  # fmt: skip
 
 

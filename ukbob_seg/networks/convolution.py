@@ -50,7 +50,7 @@ class _QuickConvolutions(TorchFunctionMode):
         return (_ROUNDED if rounded else _QUICK).get(func, func)(*args, **(kwargs or {}))
 
 
-def _conv3d(
+def _convolution(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -59,46 +59,27 @@ def _conv3d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    if groups == 1 and not isinstance(padding, str) and input.dim() == 5:
-        steps, margins, spread = _three(stride), _three(padding), _three(dilation)
-        if _is_left_out(input, weight, steps, margins, spread):
+    """``torch.conv2d`` or ``torch.conv3d``, as the weight has axes."""
+    axes = weight.dim() - 2
+    call = torch.conv3d if axes == 3 else torch.conv2d
+    half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    if groups == 1 and not isinstance(padding, str) and input.dim() == weight.dim():
+        steps, margins, spread = (_of_axes(value, axes) for value in (stride, padding, dilation))
+        if half is not None and _leaves_one_column(input, weight, steps, margins, spread):
+            with torch.autocast("cpu", enabled=False):
+                return call(input.float(), weight.float(), bias, steps, margins, spread).to(half)
+        if axes == 3 and half is None and _is_left_out(input, weight, steps, margins, spread):
             if torch.is_grad_enabled():
                 return _Convolution.apply(input, weight, bias, steps, margins, spread)
             return torch.mkldnn_convolution(input, weight, bias, margins, steps, spread, 1)
-        if _is_done_wrongly(input, weight, steps[-1], margins[-1], spread[-1]):
-            with torch.autocast("cpu", enabled=False):
-                return torch.conv3d(input.float(), weight.float(), bias, steps, margins, spread).to(_half())
-    if torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled():
-        return rounded_layers.convolution(input, weight, bias, stride, padding, dilation, groups)
-    return torch.conv3d(input, weight, bias, stride, padding, dilation, groups)
+        if axes == 3 and half is not None and not torch.is_grad_enabled() and min(weight.shape[:2]) > 1:
+            input = input.to(half).contiguous(memory_format=rounded_layers.LAYOUT)
+    return call(input, weight, bias, stride, padding, dilation, groups)
 
 
-def _conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | str | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-) -> Tensor:
-    if groups == 1 and not isinstance(padding, str) and input.dim() == 4:
-        steps, margins, spread = (
-            value if isinstance(value, int) else value[-1] for value in (stride, padding, dilation)
-        )
-        if _is_done_wrongly(input, weight, steps, margins, spread):
-            with torch.autocast("cpu", enabled=False):
-                return torch.conv2d(input.float(), weight.float(), bias, stride, padding, dilation).to(_half())
-    return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-
-
-def _three(value: int | Sequence[int]) -> list[int]:
+def _of_axes(value: int | Sequence[int], axes: int) -> list[int]:
     values = [value] if isinstance(value, int) else list(value)
-    return values * 3 if len(values) == 1 else values
-
-
-def _half() -> torch.dtype:
-    return torch.get_autocast_dtype("cpu")
+    return values * axes if len(values) == 1 else values
 
 
 def _width(count: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -106,11 +87,11 @@ def _width(count: int, kernel: int, stride: int, padding: int, dilation: int) ->
     return max(0, (count + 2 * padding - dilation * (kernel - 1) - 1) // max(1, stride) + 1)
 
 
-def _is_done_wrongly(image: Tensor, weight: Tensor, stride: int, padding: int, dilation: int) -> bool:
-    """Whether the output is in half precision, strided and one voxel wide; numbers along the last axis."""
-    if stride < 2 or not torch.is_autocast_enabled("cpu"):
-        return False
-    return _width(image.shape[-1], weight.shape[-1], stride, padding, dilation) == 1
+def _leaves_one_column(
+    image: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> bool:
+    """Whether an output of this strided convolution is one voxel wide, which oneDNN does wrongly in bfloat16."""
+    return stride[-1] > 1 and _width(image.shape[-1], weight.shape[-1], stride[-1], padding[-1], dilation[-1]) == 1
 
 
 def _is_left_out(image: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> bool:
@@ -129,7 +110,6 @@ def _is_left_out(image: Tensor, weight: Tensor, stride: list[int], padding: list
         and not (kernel[1] > 3 and kernel[2] > 3)
         and voxels >= (LEAST_VOXELS if torch.is_grad_enabled() else LEAST_WITHOUT_GRADIENTS)
         and min(stride) >= 1
-        and not torch.is_autocast_enabled("cpu")
     )
 
 
@@ -170,14 +150,14 @@ class _Convolution(torch.autograd.Function):
 
 
 _QUICK: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.conv2d: _conv2d,
-    torch.conv3d: _conv3d,
+    torch.conv2d: _convolution,
+    torch.conv3d: _convolution,
     torch.conv_transpose3d: transposed_convolution,
     F.instance_norm: instance_norm,
 }
 _ROUNDED: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.conv2d: _conv2d,
-    torch.conv3d: _conv3d,
+    torch.conv2d: _convolution,
+    torch.conv3d: _convolution,
     torch.conv_transpose3d: rounded_layers.transposed_convolution,
     F.instance_norm: rounded_layers.instance_norm,
 }

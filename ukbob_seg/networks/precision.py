@@ -18,9 +18,8 @@ class PreciseNetwork(Wrapper):
     """Computes in one precision, whatever its caller's autocast says.
 
     In half precision the factors of convolutions and matrix products are rounded, and so are maps; products are added
-    up in float32. Processors with units for bfloat16 (AMX) are several times as fast in it. On CPUs the convolution
-    that is called first and the two that are called last stay in float32, because rounding at both ends is most of what
-    is seen in label maps (and the head's would be that of the logits themselves).
+    up in float32. Processors with units for bfloat16 (AMX) are faster in it. On CPUs the convolution that is called
+    first and the two that are called last stay in float32, so that neither the image nor the logits are rounded.
 
     Args:
         network: any network; its weights stay float32. Those three layers learn to stay in float32 under autocast.

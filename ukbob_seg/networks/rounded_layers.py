@@ -16,21 +16,6 @@ from ukbob_seg.networks.quick_layers import fits_blocks
 LAYOUT = torch.channels_last_3d
 
 
-def convolution(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | str | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-) -> Tensor:
-    """``torch.conv3d``; of many channels in and out with channels last."""
-    if groups == 1 and input.dim() == 5 and min(weight.shape[:2]) > 1:
-        input = input.to(torch.get_autocast_dtype("cpu")).contiguous(memory_format=LAYOUT)
-    return torch.conv3d(input, weight, bias, stride, padding, dilation, groups)
-
-
 def instance_norm(
     input: Tensor,
     running_mean: Tensor | None = None,
