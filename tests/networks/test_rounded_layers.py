@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ukbob_seg.networks import rounded_layers
+from ukbob_seg.networks import quick_layers
 from ukbob_seg.networks.convolution import quick_convolutions
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def test_convolution(options, batch, layout):
 @pytest.mark.parametrize("shape", [(1, 5, 4, 6, 3), (1, 4, 48, 48, 48)])
 def test_instance_norm(monkeypatch, shape, affine, offset):
     gone, real = [], F.batch_norm
-    monkeypatch.setattr(rounded_layers.F, "batch_norm", lambda *a: gone.append(1) or real(*a))
+    monkeypatch.setattr(F, "batch_norm", lambda *a: gone.append(1) or real(*a))
     image = (_values(shape) + offset).bfloat16().contiguous(memory_format=LAST)
     weight, bias = (_values((shape[1],), 1).float(), _values((shape[1],), 2).float()) if affine else (None, None)
     wide = [None if each is None else each.double() for each in (weight, bias)]
@@ -60,8 +60,8 @@ def test_instance_norm(monkeypatch, shape, affine, offset):
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("biased", [False, True])
 def test_transposed_convolution(monkeypatch, kernel, batch, biased):
-    gone, real = [], rounded_layers._placed_products
-    monkeypatch.setattr(rounded_layers, "_placed_products", lambda *a: gone.append(1) or real(*a))
+    gone, real = [], quick_layers.placed_products
+    monkeypatch.setattr(quick_layers, "placed_products", lambda *a: gone.append(1) or real(*a))
     image, weight = _values((batch, 5, 4, 6, 3)).contiguous(memory_format=LAST), _values((5, 4, *kernel), 1)
     bias = _values((4,), 2) if biased else None
     wide = None if bias is None else bias.double()
@@ -87,8 +87,8 @@ def test_the_others_are_as_ever(call):
 
 
 def test_gradients_go_the_usual_way(monkeypatch):
-    for name in ("instance_norm", "transposed_convolution", "LAYOUT"):
-        monkeypatch.setattr(rounded_layers, name, None)  # calling it would fail
+    for name in ("norm_of_one", "placed_products"):
+        monkeypatch.setattr(quick_layers, name, None)  # calling it would fail
     image = _values((1, 3, 6, 6, 6)).float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16), quick_convolutions(CPU):
         F.instance_norm(F.conv3d(image, _values((4, 3, 3, 3, 3), 1).float())).sum().backward()

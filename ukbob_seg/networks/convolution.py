@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ukbob_seg.networks import rounded_layers
 from ukbob_seg.networks.quick_layers import instance_norm, transposed_convolution
+from ukbob_seg.networks.rounded_layers import LAYOUT
 
 MOST_ROWS = 20_480  # up to this PyTorch does not ask oneDNN
 # Of the output; below, oneDNN is no quicker: with gradients, and without.
@@ -46,8 +46,7 @@ class _QuickConvolutions(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        rounded = torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
-        return (_ROUNDED if rounded else _QUICK).get(func, func)(*args, **(kwargs or {}))
+        return _QUICK.get(func, func)(*args, **(kwargs or {}))
 
 
 def _convolution(
@@ -73,7 +72,7 @@ def _convolution(
                 return _Convolution.apply(input, weight, bias, steps, margins, spread)
             return torch.mkldnn_convolution(input, weight, bias, margins, steps, spread, 1)
         if axes == 3 and half is not None and not torch.is_grad_enabled() and min(weight.shape[:2]) > 1:
-            input = input.to(half).contiguous(memory_format=rounded_layers.LAYOUT)
+            input = input.to(half).contiguous(memory_format=LAYOUT)
     return call(input, weight, bias, stride, padding, dilation, groups)
 
 
@@ -154,10 +153,4 @@ _QUICK: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.conv3d: _convolution,
     torch.conv_transpose3d: transposed_convolution,
     F.instance_norm: instance_norm,
-}
-_ROUNDED: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.conv2d: _convolution,
-    torch.conv3d: _convolution,
-    torch.conv_transpose3d: rounded_layers.transposed_convolution,
-    F.instance_norm: rounded_layers.instance_norm,
 }

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ukbob_seg.networks.rounded_layers import is_rounded, norm_of_one, placed_products
+
 
 def instance_norm(
     input: Tensor,
@@ -31,13 +33,13 @@ def instance_norm(
         and running_var is None
         and use_input_stats
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and input.dtype == torch.float32
         and input.dim() > 2
         and input[0, :1].numel() > 1  # of a single value PyTorch refuses to take statistics
-        and input.is_contiguous()
     ):
-        return F.group_norm(input, input.shape[1], weight, bias, eps)
+        if input.dtype == torch.float32 and input.is_contiguous() and not torch.is_autocast_enabled("cpu"):
+            return F.group_norm(input, input.shape[1], weight, bias, eps)
+        if len(input) == 1 and is_rounded(input):
+            return norm_of_one(input, weight, bias, eps)
     return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
 
 
@@ -55,31 +57,19 @@ def transposed_convolution(
     if (
         groups == 1
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
         and input.dim() == 5
-        and input.dtype == weight.dtype == torch.float32
+        and weight.dtype == torch.float32
         and input.shape[1] == weight.shape[0]
-        and input.is_contiguous()
-        and fits_blocks(weight, stride, padding, output_padding, dilation)
-    ):
-        return _placed_products(input, weight, bias)
-    return torch.conv_transpose3d(input, weight, bias, stride, padding, output_padding, groups, dilation)
-
-
-def fits_blocks(
-    weight: Tensor,
-    stride: int | Sequence[int],
-    padding: int | Sequence[int],
-    output_padding: int | Sequence[int],
-    dilation: int | Sequence[int],
-) -> bool:
-    """Whether the windows of a transposed convolution lie side by side."""
-    return (
-        _all(stride, weight.shape[2:])
+        and _all(stride, weight.shape[2:])
         and _all(padding, (0, 0, 0))
         and _all(output_padding, (0, 0, 0))
         and _all(dilation, (1, 1, 1))
-    )
+    ):
+        if input.dtype == torch.float32 and input.is_contiguous() and not torch.is_autocast_enabled("cpu"):
+            return _placed_products(input, weight, bias)
+        if is_rounded(input):
+            return placed_products(input, weight, bias)
+    return torch.conv_transpose3d(input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
 def _all(given: int | Sequence[int], wanted: Sequence[int]) -> bool:
