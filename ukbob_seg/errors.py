@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 
@@ -36,6 +37,16 @@ def is_out_of_memory(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
+
+
+def stops_all(error: BaseException) -> bool:
+    """Whether an error of a case is no fault of the case: memory or disk do not suffice, for any other either."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return is_out_of_memory(error)
 
 
 def listing(names: Sequence[str], most: int = 10, total: int | None = None) -> str:

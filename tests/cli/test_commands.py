@@ -10,7 +10,9 @@ import torch
 
 from ukbob_seg.cli import (
     evaluate,
+    export_model,
     extract_fingerprint,
+    find_postprocessing,
     plan,
     plan_and_preprocess,
     predict,
@@ -28,7 +30,7 @@ def run(tmp_path, capsys):
     def call(command, *arguments, folders=None):
         names = folders if folders is not None else {
             plan_and_preprocess: roots[:2], extract_fingerprint: roots[:2], plan: roots[:2], preprocess: roots[:2],
-            train: roots, predict: roots[2:], evaluate: [],
+            train: roots, predict: roots[2:], evaluate: [], export_model: roots[2:], find_postprocessing: roots[::2],
         }[command]  # fmt: skip
         flags = [part for name in names for part in (f"--{name}", str(tmp_path / name))]
         try:
@@ -272,6 +274,11 @@ def test_wrong_roots_ids_and_options(run, make_dataset, tmp_path):
     missing = run(predict, "-i", tmp_path, "-o", tmp_path / "o", "-m", tmp_path / "none", "--device", "cpu")
     assert "does not exist; train first" in _error(missing)
     assert "either as -d ID or as -m" in _error(run(predict, "-i", tmp_path, "-o", tmp_path / "o"))
+    for command in (
+        [predict, "-i", tmp_path, "-o", tmp_path / "o"], [export_model], [find_postprocessing, "-d", 7],
+    ):  # fmt: skip
+        refused = _error(run(*command, "-m", tmp_path / "model", "--network", "vnet"))
+        assert "--network vnet chooses among the models of -d, and -m names the model itself" in refused
     assert "give that" in _error(run(train, 7, 0, *TRAIN, "--pretrained-merging", "legacy"))
     none = ["--pretrained", tmp_path / "none.pt"]
     assert "none.pt do not exist" in _error(run(train, 7, 0, *TRAIN, *none))
@@ -395,7 +402,7 @@ def test_parts_of_the_fingerprint_and_kept_plans(make_dataset, tmp_path, capsys)
         assert extract_fingerprint.main(["-d", "7", "--part", part, *roots]) == 0
     assert "when all parts are done" in capsys.readouterr().out
     assert plan_and_preprocess.main(["-d", "7", "--keep-plans", *roots]) == 2
-    assert "plans.json does not exist" in capsys.readouterr().err
+    assert "plans.json do not exist; make them with ukbob_plan_and_preprocess first" in capsys.readouterr().err
     assert plan_and_preprocess.main(["-d", "7", "--memory-gb", "2", "--no-preprocess", *roots]) == 0
     assert plan_and_preprocess.main(["-d", "7", "--keep-plans", "--memory-gb", "3", *roots]) == 2
     assert "--keep-plans follows plans.json and takes no --memory-gb" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Prediction of folders: folds, resuming, parts, interruption, what is written last, bad input."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -147,19 +148,38 @@ def test_the_next_case_is_read_while_the_networks_work(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_failing_case_ends_the_others_and_finished_ones_stay(tmp_path, overlap):
+def test_cases_that_cannot_be_read_are_told_after_all_others_are_predicted(tmp_path, overlap, caplog):
     _many_cases(tmp_path / "in", 6)
-    (tmp_path / "in" / "case_2_0000.nii.gz").write_bytes(b"broken")
+    for number in (2, 4):
+        (tmp_path / "in" / f"case_{number}_0000.nii.gz").write_bytes(b"broken")
     predictor = predictor_of(PredictionSettings(overlap=overlap))
-    with pytest.raises(DatasetError, match="case_2_0000"):
+    with pytest.raises(DatasetError, match=r"2 of 6 cases could not .* case case_2: .*case_2_0000.* \(also case_4"):
         predict(predictor, tmp_path / "in", tmp_path / "out", quiet=True)
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert "case_0.nii.gz" in names
-    assert "case_5.nii.gz" not in names
-    assert not any(name.startswith(".") for name in names)
-    _many_cases(tmp_path / "in", 3)
+    assert {record.getMessage()[:11] for record in caplog.records} >= {"case case_2", "case case_4"}
+    names = {path.name for path in (tmp_path / "out").glob("*.nii.gz")}
+    assert names == {f"case_{number}.nii.gz" for number in (0, 1, 3, 5)}
+    assert not any(path.name.startswith(".") for path in (tmp_path / "out").iterdir())
+    with pytest.raises(DatasetError, match=r"case_2_0000") as alone:  # of one case nothing else is to be said
+        predict(predictor, tmp_path / "in" / "case_2_0000.nii.gz", tmp_path / "alone", quiet=True)
+    assert "of 1 cases" not in str(alone.value)
+    _many_cases(tmp_path / "in", 5)
     predict(predictor, tmp_path / "in", tmp_path / "out", resume=True, quiet=True)
     assert sum(path.name.endswith(".nii.gz") for path in (tmp_path / "out").iterdir()) == 6
+
+
+def test_a_full_disk_ends_all_cases(tmp_path, monkeypatch):
+    _many_cases(tmp_path / "in", 4)
+    begun = []
+
+    def full(_, images, *__):
+        begun.append(images)
+        raise DatasetError("cannot write") from OSError(errno.ENOSPC, "No space left on device")
+
+    predictor = predictor_of(PredictionSettings(overlap=False))
+    monkeypatch.setattr(type(predictor), "predict_case", full)
+    with pytest.raises(DatasetError, match="cannot write"):
+        predict(predictor, tmp_path / "in", tmp_path / "out", quiet=True)
+    assert len(begun) < 4
 
 
 def test_an_interrupt_ends_adaptation_too(tmp_path):
@@ -376,6 +396,8 @@ def test_folds_that_are_not_there(tmp_path):
         Predictor.from_model_folder(folder, checkpoint="final")
     with pytest.raises(CheckpointError, match="does not exist; train first"):
         Predictor.from_model_folder(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match=f"is a fold of a model: give -m {folder} with -f 1"):
+        Predictor.from_model_folder(folder / "fold_1")
     (folder / "fold_1" / "checkpoint_best.pt").write_bytes(b"broken")
     with pytest.raises(CheckpointError, match="damaged"):
         Predictor.from_model_folder(folder)
@@ -413,6 +435,8 @@ def test_finding_jobs(tmp_path):
         find_jobs(tmp_path / "in" / "b_0000.nii.gz", tmp_path / "out", spec)
     with pytest.raises(DatasetError, match="does not exist"):
         find_jobs(tmp_path / "none", tmp_path / "out", spec)
+    with pytest.raises(DatasetError, match=r"out\.nii\.gz is named like a file, but the input .* is a folder of cases"):
+        find_jobs(tmp_path / "in", tmp_path / "out.nii.gz", spec)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match="no cases in"):
         find_jobs(tmp_path / "empty", tmp_path / "out", spec)

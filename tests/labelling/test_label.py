@@ -55,6 +55,17 @@ def test_a_dataset_ready_for_the_filter(tmp_path, capsys):
     assert filter_main(["-d", "72", *roots, "--workers", "1"]) == 0
 
 
+@pytest.mark.parametrize(("chosen", "channels"), [((), ("MRI",)), (("--channel", "1"), ("channel_0", "MRI"))])
+def test_channels_that_nobody_named_are_called_as_in_the_model(chosen, channels, tmp_path):
+    model = write_model(Tiny(), tmp_path / "results")
+    name = json.loads((model / "dataset.json").read_text())["channel_names"]["0"]
+    cohort = make_cohort(tmp_path / "cohort", cases=1, channels=len(channels), described=False)
+    output = tmp_path / "Dataset072_Cohort"
+    for _ in range(2):  # the second time it goes on
+        assert run("--model", model, "--input", cohort, "--output", output, *chosen) == 0
+        assert DatasetSpec.load(output).channel_names == tuple(name if each == "MRI" else each for each in channels)
+
+
 def test_a_number_that_another_dataset_has_is_refused_before_anything_is_predicted(tmp_path, capsys, caplog):
     model, cohort = write_model(Tiny(), tmp_path / "results"), make_cohort(tmp_path / "cohort", channels=1)
     (tmp_path / "raw" / "Dataset072_Other").mkdir(parents=True)
@@ -99,7 +110,7 @@ def test_labels_made_otherwise_are_not_mixed(tmp_path, capsys):
     assert run(*command) == 0
     before, _ = read_labels(output / "labelsTr" / "s0.nii.gz")
     assert run(*command, "--tta") == 2
-    assert "labels made otherwise (other settings)" in capsys.readouterr().err
+    assert "labels made otherwise (other settings: tta False, now True)" in capsys.readouterr().err
     assert np.array_equal(read_labels(output / "labelsTr" / "s0.nii.gz")[0], before)
     assert run(*command, "--tta", "--overwrite", "--part", "1/2") == 2
     assert "could remove each other's labels" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ukbob_seg.cli.common import add_roots, command, make_parser, roots_from
+from ukbob_seg.cli.models import add_trained, model_folders
 
 if TYPE_CHECKING:
     from ukbob_seg.portable.export import Exported
@@ -18,16 +19,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     roots = roots_from(arguments)
 
-    from ukbob_seg.cli.models import ONE_MODEL
-    from ukbob_seg.errors import ConfigError
-    from ukbob_seg.inference.predict import model_folder
     from ukbob_seg.portable.export import ExportOptions, export_model
 
-    if (arguments.model is None) == (arguments.dataset is None):
-        raise ConfigError(ONE_MODEL)
-    folder = arguments.model or model_folder(
-        roots.results, arguments.dataset, arguments.configuration, arguments.network
-    )
+    (folder,) = model_folders(arguments, roots)
     options = ExportOptions(
         checkpoint=arguments.checkpoint,
         licence=arguments.licence,
@@ -57,8 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-d", "--dataset", metavar="ID", help="dataset id (4) or DatasetXXX_Name that was trained")
     parser.add_argument("-m", "--model", type=Path, metavar="DIR", help="model folder (CONFIG__NETWORK) instead of -d")
-    parser.add_argument("-c", "--configuration", default="3d_fullres", help="with -d; default: 3d_fullres")
-    parser.add_argument("--network", help="with -d; default: swin_unetr, or the only one trained")
+    add_trained(parser)
     parser.add_argument("-f", "--folds", nargs="+", metavar="FOLD", help="folds to export (default: all trained)")
     parser.add_argument("--checkpoint", choices=("best", "final"), default="best", help="default: best")
     parser.add_argument(

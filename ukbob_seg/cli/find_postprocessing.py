@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ukbob_seg.cli.common import add_roots, add_workers, command, make_parser, roots_from
+from ukbob_seg.cli.models import add_trained, given_models, trained_model
 
 
 @command
@@ -21,8 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "-m", "--model", type=Path, metavar="DIR", help="model folder (default: by the next two options)"
     )
-    parser.add_argument("-c", "--configuration", default="3d_fullres", help="default: 3d_fullres")
-    parser.add_argument("--network", help="default: swin_unetr, or the only one trained")
+    add_trained(parser, when="")
     add_workers(parser)
     add_roots(parser, "raw", "results")
     arguments = parser.parse_args(argv)
@@ -30,10 +30,9 @@ def main(argv: list[str] | None = None) -> None:
 
     from ukbob_seg.dataset.paths import find_dataset
     from ukbob_seg.evaluation.postprocessing import find_postprocessing
-    from ukbob_seg.inference.predict import model_folder
 
     raw = find_dataset(roots.raw, arguments.dataset)
-    folder = arguments.model or model_folder(roots.results, raw.name, arguments.configuration, arguments.network)
+    folder = next(iter(given_models(arguments)), None) or trained_model(arguments, roots, raw.name)
     found = find_postprocessing(folder, raw, arguments.workers)
     width = max(5, *(len(name) for name in found.table.index))
     print(f"{'class':<{width}}  cases   before    after  better  worse")

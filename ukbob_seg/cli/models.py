@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 ONE_MODEL = "give the model either as -d ID or as -m MODEL_FOLDER"
+USUAL_CONFIGURATION = "3d_fullres"
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -28,8 +29,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="model folder (CONFIG__NETWORK) instead of -d, or a model of nnU-Net v2 (folder or exported zip); several "
         "of them are averaged (probabilities)",
     )
-    parser.add_argument("-c", "--configuration", default="3d_fullres", help="with -d; default: 3d_fullres")
-    parser.add_argument("--network", help="with -d; default: swin_unetr, or the only one trained")
+    add_trained(parser)
     parser.add_argument("-f", "--folds", nargs="+", metavar="FOLD", help="folds to average (default: all trained)")
     parser.add_argument(
         "--checkpoint",
@@ -40,20 +40,53 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
 
 
+def add_trained(parser: argparse.ArgumentParser, when: str = "with -d; ") -> None:
+    """Add which of a dataset's trained models is meant."""
+    parser.add_argument("-c", "--configuration", metavar="NAME", help=f"{when}default: {USUAL_CONFIGURATION}")
+    parser.add_argument("--network", metavar="NAME", help=f"{when}default: swin_unetr, or the only one trained")
+
+
 def model_folders(arguments: argparse.Namespace, roots: Roots) -> list[Path]:
-    """The model folders that are meant.
+    """The model folders that are meant, of a command that takes -d or -m.
 
     Raises:
         ConfigError: both or neither of -d and -m, no such dataset, or several networks to choose from.
     """
     from ukbob_seg.errors import ConfigError
-    from ukbob_seg.inference.predict import model_folder
 
     if (arguments.model is None) == (arguments.dataset is None):
         raise ConfigError(ONE_MODEL)
-    return arguments.model or [
-        model_folder(roots.results, arguments.dataset, arguments.configuration, arguments.network)
-    ]
+    return given_models(arguments) or [trained_model(arguments, roots, arguments.dataset)]
+
+
+def given_models(arguments: argparse.Namespace) -> list[Path]:
+    """What -m names, none without it.
+
+    Raises:
+        ConfigError: options beside it that would choose another.
+    """
+    from ukbob_seg.errors import ConfigError
+
+    if arguments.model is None:
+        return []
+    for option in ("configuration", "network"):
+        if (value := getattr(arguments, option)) is not None:
+            raise ConfigError(
+                f"--{option} {value} chooses among the models of -d, and -m names the model itself; leave out one of "
+                "them"
+            )
+    return arguments.model if isinstance(arguments.model, list) else [arguments.model]
+
+
+def trained_model(arguments: argparse.Namespace, roots: Roots, dataset: str) -> Path:
+    """The model folder that -c and --network choose.
+
+    Raises:
+        ConfigError: no such dataset, or several networks to choose from.
+    """
+    from ukbob_seg.inference.predict import model_folder
+
+    return model_folder(roots.results, dataset, arguments.configuration or USUAL_CONFIGURATION, arguments.network)
 
 
 def add_adaptation(parser: argparse.ArgumentParser) -> None:

@@ -81,7 +81,7 @@ def differences(folder: Path, record: dict[str, Any], jobs: Sequence[PredictionJ
             break
     else:
         return None
-    said = f"{path} has other {name} than this run ({_first_difference(before[name], record[name])})"
+    said = f"{path} has other {name} than this run ({first_difference(before[name], record[name])})"
     ending, own = jobs[0].ending, {job.output.name for job in jobs}
     labels = sorted(each.name for each in folder.glob(f"[!.]*{ending}") if not each.name.endswith(f"_entropy{ending}"))
     if others := [label for label in labels if label not in own]:
@@ -89,13 +89,13 @@ def differences(folder: Path, record: dict[str, Any], jobs: Sequence[PredictionJ
     return said
 
 
-def _first_difference(before: Any, now: Any) -> str:
+def first_difference(before: Any, now: Any) -> str:
     """For people: what it was and what it is."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted({*before, *now}):
             usual = AUTO if key == "precision" else None
             if before.get(key, usual) != now.get(key, usual):
-                inner = _first_difference(before.get(key, usual), now.get(key, usual))
+                inner = first_difference(before.get(key, usual), now.get(key, usual))
                 return f"{key} {inner}"
     was, is_now = ("given" if isinstance(value, dict) else value for value in (before, now))
     return f"{was}, now {is_now}"

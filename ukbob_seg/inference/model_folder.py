@@ -103,12 +103,15 @@ def _refuse_other_folder(folder: Path) -> None:
     """Say what a folder is that is none of our models.
 
     Raises:
-        CheckpointError: a model of nnU-Net, or a folder of models.
+        CheckpointError: a model of nnU-Net, a fold, or a folder of models.
     """
     if is_nnunet_model(folder):
         raise CheckpointError(
             f"{folder} is a model of nnU-Net v2, which ukbob_predict and ukbob_label take, but not this command"
         )
+    if folder.name.startswith("fold_") and any(folder.glob("checkpoint_*.pt*")):
+        fold = folder.name.removeprefix("fold_")
+        raise CheckpointError(f"{folder} is a fold of a model: give -m {folder.parent} with -f {fold}")
     if not any(folder.glob("fold_*")) and (below := models_below(folder)):
         names = [str(path) for path in below]
         raise CheckpointError(f"{folder} is no model folder, but the folder of models: give {listing(names, 5)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,13 +12,14 @@ from typing import Any
 from tqdm import tqdm
 
 from ukbob_seg.dataset.spec import DatasetSpec, group_channels
-from ukbob_seg.errors import ConfigError, DatasetError, listing
+from ukbob_seg.errors import ConfigError, DatasetError, listing, stops_all
 from ukbob_seg.files import ensure_writable, write_json
 from ukbob_seg.inference.case_predictor import CasePredictor, case_stem
 from ukbob_seg.inference.dicom_cases import find_dicom_jobs, refuse_without_dicom
 from ukbob_seg.inference.earlier import ARGUMENTS, HASHES, PredictionJob, differences, mark_stale, what_matters
 from ukbob_seg.parallel import Cluster, Part, as_finished
 
+log = logging.getLogger(__name__)
 CASES_AT_ONCE = 2  # one in the networks, one that is read or written
 LABEL_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
 
@@ -32,10 +34,15 @@ def find_jobs(source: Path, output: Path, spec: DatasetSpec) -> list[PredictionJ
         spec: channels and file ending of the model.
 
     Raises:
-        DatasetError: missing channels, no cases, no such source.
+        DatasetError: missing channels, no cases, no such source, or an output that does not fit it.
     """
     ending = spec.file_ending
+    is_file = any(output.name.endswith(known) for known in (ending, *LABEL_ENDINGS)) and not output.is_dir()
     if source.is_dir():
+        if is_file:
+            raise DatasetError(
+                f"output {output} is named like a file, but the input {source} is a folder of cases; give a folder"
+            )
         grouped = group_channels(source, spec)
         if grouped.problems:
             raise DatasetError("; ".join(grouped.problems))
@@ -63,7 +70,6 @@ def find_jobs(source: Path, output: Path, spec: DatasetSpec) -> list[PredictionJ
             f"{source}: the model takes {len(spec.channel_names)} channels; "
             + (f"missing {', '.join(lacking)}" if lacking else "name the files CASE_0000, CASE_0001, ...")
         )
-    is_file = any(output.name.endswith(known) for known in (ending, *LABEL_ENDINGS))
     if not is_file and output.suffix and not output.is_dir():
         raise DatasetError(
             f"output {output} ends like a file that label maps are not written to; give a folder, or a name that ends "
@@ -99,7 +105,7 @@ def predict(
         The label files of all cases of the part.
 
     Raises:
-        DatasetError: a case cannot be read; finished ones are kept.
+        DatasetError: cases that cannot be read; all others are predicted first.
         ConfigError: the output would replace an input or other label maps, or the folder holds cases that were
             predicted otherwise and would stay.
     """
@@ -131,8 +137,27 @@ def predict(
         _write_all(folder, contents)
     todo = [job for job in mine if not (resume and job.is_finished())]
     with tqdm(total=len(todo), desc="predicting", unit="case", disable=quiet) as bar:
-        _predict_jobs(predictor, todo, bar)
+        problems = _predict_jobs(predictor, todo, bar)
+    _report(problems, len(mine))
     return [job.output for job in mine]
+
+
+def _report(problems: Sequence[tuple[PredictionJob, DatasetError]], total: int) -> None:
+    """Say which cases could not be predicted.
+
+    Raises:
+        DatasetError: there are some.
+    """
+    if not problems:
+        return
+    (job, first), *others = problems
+    if total == 1:
+        raise first
+    more = f" (also {listing([other.name for other, _ in others])}: see above)" if others else ""
+    raise DatasetError(
+        f"{len(problems)} of {total} cases could not be predicted: case {job.name}: {first}{more}; the others are "
+        "predicted: mend these images and run the same command with --resume"
+    ) from first
 
 
 def _write_all(folder: Path, contents: dict[str, Any]) -> None:
@@ -144,8 +169,14 @@ class _AbandonedError(Exception):
     """The user interrupted: nobody waits for this case."""
 
 
-def _predict_jobs(predictor: CasePredictor, jobs: Sequence[PredictionJob], bar: tqdm) -> None:
-    """One case after the other through the networks; meanwhile the next is read, and the last one written."""
+def _predict_jobs(
+    predictor: CasePredictor, jobs: Sequence[PredictionJob], bar: tqdm
+) -> list[tuple[PredictionJob, DatasetError]]:
+    """One case after the other through the networks; meanwhile the next is read, and the last one written.
+
+    Returns those that cannot be read, and why; any other error ends all.
+    """
+    problems: list[tuple[PredictionJob, DatasetError]] = []
     given_up = threading.Event()
 
     def work(job: PredictionJob) -> None:
@@ -155,7 +186,14 @@ def _predict_jobs(predictor: CasePredictor, jobs: Sequence[PredictionJob], bar: 
             doing = f"window {done}/{total}" if total else "adapting"
             bar.set_postfix_str(f"{job.name}: {doing}", refresh=not total or total > 8)
 
-        job.run(predictor, show)
+        try:
+            job.run(predictor, show)
+        except DatasetError as error:
+            if stops_all(error):
+                raise
+            problems.append((job, error))
+            log.warning("case %s: %s", job.name, error)
+            return
         job.stale.unlink(missing_ok=True)
 
     at_once = CASES_AT_ONCE if predictor.settings.overlap else 1
@@ -173,6 +211,7 @@ def _predict_jobs(predictor: CasePredictor, jobs: Sequence[PredictionJob], bar: 
             for case in waiting:
                 case.cancel()
             raise
+    return sorted(problems, key=lambda problem: problem[0].name)
 
 
 def model_folder(results: Path, dataset: str, configuration: str, network: str | None = None) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ukbob_seg.errors import ConfigError, DatasetError, listing
 from ukbob_seg.files import file_sha256, place_file, read_json, write_json
+from ukbob_seg.inference.earlier import first_difference
 from ukbob_seg.labelling.cohort import Cohort
 from ukbob_seg.labelling.outputs import HOW, label_path, remove_case
 
@@ -39,7 +40,8 @@ def claim(cohort: Cohort, output: Path, record: Mapping[str, Any], overwrite: bo
     changed = _difference(cohort, output, before, record)
     if changed and not overwrite:
         raise ConfigError(
-            f"{output} holds labels made otherwise ({_said(changed, before)}); give another folder, or --overwrite"
+            f"{output} holds labels made otherwise ({_said(changed, before, record)}); give another folder, or "
+            "--overwrite"
         )
     if changed and is_part:
         raise ConfigError(
@@ -68,12 +70,14 @@ def _difference(cohort: Cohort, output: Path, before: Any, record: Mapping[str, 
     return changed
 
 
-def _said(changed: list[str], before: Any) -> str:
+def _said(changed: list[str], before: Any, record: Mapping[str, Any]) -> str:
     if changed == [""]:
         return "there is no record of how"
     names = [_SAID.get(key, key) for key in changed]
     if COHORT in changed and isinstance(before, dict) and COHORT in before:
         names[changed.index(COHORT)] = f"cohort, {before[COHORT]}"
+    if "settings" in changed and isinstance(before, dict):
+        names[changed.index("settings")] = f"settings: {first_difference(before.get('settings'), record['settings'])}"
     return f"other {', '.join(names)}"
 
 

@@ -24,12 +24,14 @@ class Cohort:
         channel_names: in channel order.
         file_ending: of all files.
         cases: by name, sorted.
+        is_named: whether anybody named the channels; else they are called by their numbers.
     """
 
     folder: Path
     channel_names: tuple[str, ...]
     file_ending: str
     cases: tuple[Case, ...]
+    is_named: bool = True
 
     @classmethod
     def find(cls, source: Path, channel_names: Sequence[str] | None = None) -> Cohort:
@@ -56,7 +58,8 @@ class Cohort:
         ending = endings.pop()
         numbers = [_NUMBERED.fullmatch(name.removesuffix(ending)) for name in files if name.endswith(ending)]
         count = 1 + max((int(found["channel"]) for found in numbers if found), default=0)
-        names = tuple(channel_names or _names_beside(source, folder) or (f"channel_{k}" for k in range(count)))
+        given = channel_names or _names_beside(source, folder)
+        names = tuple(given or (f"channel_{k}" for k in range(count)))
         if len(names) != count:
             raise ConfigError(
                 f"--channel-names: {len(names)} names ({', '.join(names)}) for {count} channels in {folder}"
@@ -72,7 +75,7 @@ class Cohort:
         if grouped.problems:
             raise DatasetError(summarise_problems(list(grouped.problems)))
         cases = tuple(Case(name, grouped.cases[name]) for name in sorted(grouped.cases))
-        return cls(folder, names, ending, cases)
+        return cls(folder, names, ending, cases, given is not None)
 
     def table(self, name: str) -> Path | None:
         """A table of the raw dataset that the images are of; None where there is none."""
@@ -106,6 +109,19 @@ class Cohort:
         if len(set(chosen)) < len(chosen) or len(chosen) != needed:
             raise ConfigError(f"{option}: {needed} different channels are needed, got {', '.join(wanted)}")
         return chosen
+
+    def names_by_model(self, chosen: Sequence[int], names: Sequence[str]) -> tuple[str, ...]:
+        """Names of all channels: where nobody named them, those that a model was given are called as in the model.
+
+        Names choose how planning normalizes a channel: a CT must not be called anything else.
+
+        Args:
+            chosen: numbers of the channels that the model is given.
+            names: its names of these.
+        """
+        known = dict(zip(chosen, names, strict=True))
+        renamed = tuple(known.get(k, name) for k, name in enumerate(self.channel_names))
+        return self.channel_names if self.is_named or len(set(renamed)) < len(renamed) else renamed
 
 
 def _names_beside(source: Path, folder: Path) -> tuple[str, ...] | None:

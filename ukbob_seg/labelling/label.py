@@ -118,6 +118,8 @@ def _prepare(cohort: Cohort, output: Path, options: LabelOptions) -> tuple[Label
     else:
         channels = cohort.choose(options.fuse, len(options.fuse), "--fuse")
     names = tuple(cohort.channel_names[k] for k in channels)
+    # Of fused channels, all of which the model takes for the same one, none has its name.
+    called = cohort.channel_names if options.fuse else cohort.names_by_model(channels, spec.channel_names)
     predictor = with_fusion(options, predictor, names, dict(values))
     record = {
         COHORT: str(cohort.folder.resolve()),
@@ -129,7 +131,7 @@ def _prepare(cohort: Cohort, output: Path, options: LabelOptions) -> tuple[Label
         "labels": labels,
     }
     content: dict[str, Any] = {
-        "channel_names": {str(k): name for k, name in enumerate(cohort.channel_names)},
+        "channel_names": {str(k): name for k, name in enumerate(called)},
         "labels": labels,
         "numTraining": len(cohort.cases),
         "file_ending": cohort.file_ending,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import threading
@@ -18,7 +17,7 @@ from ukbob_seg.allocator import reuse_freed_memory
 from ukbob_seg.dataset.image_io import read_geometry
 from ukbob_seg.dataset.orientation import orientation_of
 from ukbob_seg.dataset.spec import Case
-from ukbob_seg.errors import DatasetError, is_out_of_memory
+from ukbob_seg.errors import DatasetError, stops_all
 from ukbob_seg.files import write_json
 from ukbob_seg.inference.case_predictor import CasePredictor, Progress
 from ukbob_seg.labelling.checks import orientation_warnings
@@ -39,7 +38,6 @@ from ukbob_seg.parallel import as_finished
 
 log = logging.getLogger(__name__)
 CASES_AT_ONCE = 2  # one in the networks, one that is read or written
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Labeller:
             prediction = predictor.predict_case(images, beside, progress)
             geometry = read_geometry(images[0])
         except DatasetError as error:
-            if _stops_all(error):
+            if stops_all(error):
                 raise
             log.warning("case %s is left out: %s", case.name, error)
             remove_case(self.output, case, self.ending, images=True)  # of images that it had before
@@ -143,16 +141,6 @@ class Labeller:
 
 class _AbandonedError(Exception):
     """The user interrupted: nobody waits for this case."""
-
-
-def _stops_all(error: BaseException) -> bool:
-    """Whether an error is no fault of the case: memory or disk do not suffice."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in _FULL:
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return is_out_of_memory(error)
 
 
 _MODELS: dict[Labeller, CasePredictor] = {}  # at most one, of this process

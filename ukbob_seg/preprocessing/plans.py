@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ukbob_seg.errors import ConfigError
+from ukbob_seg.errors import ConfigError, DatasetError
 from ukbob_seg.files import json_text, read_json, write_json
 from ukbob_seg.preprocessing.normalization import ChannelNormalization
 
@@ -191,7 +191,13 @@ class Plans:
 
     @classmethod
     def load(cls, path: Path) -> Plans:
-        """Read plans.json."""
+        """Read plans.json.
+
+        Raises:
+            DatasetError: it is not there, or no plans.
+        """
+        if not path.is_file():
+            raise DatasetError(f"plans {path} do not exist; make them with ukbob_plan_and_preprocess first")
         return cls.from_json(read_json(path, "plans"), str(path))
 
     def save(self, path: Path) -> None:
