@@ -64,6 +64,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-timeout",
+            "pytest-xdist>=3.5",
             "hypothesis>=6",
             "monai>=1.5",
             "einops",

@@ -1,4 +1,4 @@
-"""Shared fixtures: the real test data, and small raw datasets written on the fly."""
+"""Shared fixtures: the real test data, and small raw datasets written on the fly. Processes share the processors."""
 
 from __future__ import annotations
 
@@ -8,12 +8,23 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+# Before anything loads OpenMP: test processes whose threads outnumber the processors wait for each other.
+if (_WORKERS := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))) > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+
 import numpy as np
+import psutil
 import pytest
 
 from ukbob_seg.dataset.image_io import Geometry, write_image, write_labels
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+MOST_WORKERS = 8  # the longest file of tests takes a twelfth of all
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Processes of ``-n auto``: one per processor, as far as there are 4 GiB of memory for each."""
+    return max(1, min(os.cpu_count() or 1, psutil.virtual_memory().available // 2**32, MOST_WORKERS))
 
 
 @pytest.fixture(scope="session", autouse=True)
