@@ -57,13 +57,12 @@ def test_transposed_convolution(quick, kernel, batch, biased):
 
 @pytest.mark.parametrize("call", [
     lambda: F.instance_norm(_values((1, 3, 4, 4, 4)).double()),
-    lambda: F.instance_norm(_values((1, 3, 4, 4, 4)).contiguous(memory_format=torch.channels_last_3d)),
     lambda: F.instance_norm(_values((1, 3, 4, 4, 4)), torch.zeros(3), torch.ones(3), use_input_stats=False),
     lambda: F.conv_transpose3d(_values((1, 4, 3, 3, 3)), _values((4, 2, 3, 3, 3), 1), stride=2),
     lambda: F.conv_transpose3d(_values((1, 4, 3, 3, 3)), _values((4, 2, 2, 2, 2), 1), stride=2, padding=1),
     lambda: F.conv_transpose3d(_values((1, 4, 3, 3, 3)), _values((4, 2, 2, 2, 2), 1), stride=2, groups=2),
     lambda: F.conv_transpose3d(_values((4, 3, 3, 3)), _values((4, 2, 2, 2, 2), 1), stride=2),
-], ids=["float64", "channels last", "running", "overlap", "padding", "groups", "no batch"])  # fmt: skip
+], ids=["float64", "running", "overlap", "padding", "groups", "no batch"])  # fmt: skip
 def test_the_others_are_as_ever(quick, call):
     with torch.no_grad():
         expected = call()
@@ -87,7 +86,10 @@ def test_a_network_predicts_alike_and_gradients_go_the_usual_way(quick):
     )
     image = _values((1, 1, 12, 16, 12))
     with torch.no_grad():
-        torch.testing.assert_close(forward(network, image), network(image), rtol=1e-4, atol=1e-5)
+        expected = network(image)
+        with quick_convolutions(CPU):  # in the layout of the image; networks that are known get channels last
+            torch.testing.assert_close(network(image), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(forward(network, image), expected, rtol=1e-4, atol=1e-5)
     assert quick == ["norm", "transposed"]
     forward(network, image).sum().backward()
     assert quick == ["norm", "transposed"]

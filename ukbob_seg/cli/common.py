@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ukbob_seg import __version__
+from ukbob_seg.collector import collect_seldom
 from ukbob_seg.dataset.paths import Roots
 from ukbob_seg.errors import ConfigError, StoppedError, UkbobError, is_out_of_memory
 
@@ -131,6 +132,7 @@ def command(function: Callable[[list[str] | None], None]) -> Callable[[list[str]
         logging.getLogger("ukbob_seg").setLevel(logging.INFO)
         # joblib replaces a worker whose memory has grown between two items and says so; it tells the user nothing.
         warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
+        collect_seldom()
         try:
             function(argv)
         except StoppedError as stopped:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ukbob_seg.networks.channels_last import with_channels_first
 from ukbob_seg.networks.compiled import CompiledNetwork
 from ukbob_seg.networks.convolution import quick_convolutions
 
@@ -101,7 +102,8 @@ def forward(network: nn.Module, windows: Tensor, half: torch.dtype = torch.bfloa
     """(B, C, z, y, x) -> (B, K, z, y, x) logits at full resolution: half precision on CUDA, quick on CPUs."""
     kind = windows.device.type
     is_compiled = isinstance(network, CompiledNetwork) and not network.fell_back
-    quick = nullcontext() if is_compiled else quick_convolutions(windows.device)
+    quick = nullcontext() if is_compiled else quick_convolutions(windows.device, network)
     with torch.autocast(kind, half, enabled=kind == "cuda"), quick:
         outputs = network(windows)
-    return outputs if isinstance(outputs, Tensor) else outputs[0]
+    logits = outputs if isinstance(outputs, Tensor) else outputs[0]
+    return logits if torch.is_grad_enabled() or kind != "cpu" or logits.dim() != 5 else with_channels_first(logits)

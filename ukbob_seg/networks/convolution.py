@@ -10,43 +10,78 @@ zero what was never written, and that may happen to be infinite or no number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ukbob_seg.networks.quick_layers import instance_norm, transposed_convolution
-from ukbob_seg.networks.rounded_layers import LAYOUT
+from ukbob_seg.networks.channels_last import LAYOUT, keeps_channels_last, with_channels_last
+from ukbob_seg.networks.quick_layers import (
+    average_pool,
+    in_float32,
+    instance_norm,
+    transposed_convolution,
+    weight_learns_in_half,
+)
 
 MOST_ROWS = 20_480  # up to this PyTorch does not ask oneDNN
 # Of the output; below, oneDNN is no quicker: with gradients, and without.
 LEAST_VOXELS = 512
 LEAST_WITHOUT_GRADIENTS = 64
+_OPEN = threading.local()  # ``quick``: of the innermost context of this thread
 
 
-def quick_convolutions(device: torch.device) -> AbstractContextManager[Any]:
+def quick_convolutions(device: torch.device, network: nn.Module | None = None) -> AbstractContextManager[Any]:
     """While the context is open, ``conv3d`` of one small float32 map is done by oneDNN; nothing changes on a GPU.
 
-    Without gradients the layers of ``quick_layers`` are quick as well. For networks called as they are, with or without
-    gradients; not for calls of ``torch.compile``.
+    Without gradients the layers of ``quick_layers`` are quick as well, and maps of a network whose layers all can have
+    their channels last. For networks called as they are, with or without gradients; not for calls of ``torch.compile``.
+
+    Args:
+        device: of the maps.
+        network: that is called; None leaves float32 maps in the layout that they come in.
     """
     wanted = torch.backends.mkldnn.is_available() and getattr(torch.backends.mkldnn, "enabled", True)
     if device.type != "cpu" or not wanted:
         return nullcontext()
-    return _QuickConvolutions()
+    return _QuickConvolutions(_QUICK_LAST if network is not None and keeps_channels_last(network) else _QUICK)
+
+
+def same_layers_again() -> Callable[[], AbstractContextManager[Any]] | None:
+    """What opens the context of now once more, for maps that the backward pass computes again; None where none is open.
+
+    When that pass comes, the context may be closed, and PyTorch's own layers may return other types of maps.
+    """
+    quick = getattr(_OPEN, "quick", None)
+    return None if quick is None else lambda: _QuickConvolutions(quick)
 
 
 class _QuickConvolutions(TorchFunctionMode):
-    """Sees every call of a PyTorch function in this thread."""
+    """Sees every call of a PyTorch function in this thread; ``quick`` has those that are done otherwise."""
+
+    def __init__(self, quick: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
+        super().__init__()
+        self._quick = quick
+
+    def __enter__(self) -> Self:
+        self._before = getattr(_OPEN, "quick", None)
+        _OPEN.quick = self._quick
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        _OPEN.quick = self._before
+        super().__exit__(*exception)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return _QUICK.get(func, func)(*args, **(kwargs or {}))
+        return self._quick.get(func, func)(*args, **(kwargs or {}))
 
 
 def _convolution(
@@ -57,17 +92,21 @@ def _convolution(
     padding: int | str | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    last: bool = False,
 ) -> Tensor:
-    """``torch.conv2d`` or ``torch.conv3d``, as the weight has axes."""
+    """``torch.conv2d`` or ``torch.conv3d``, as the weight has axes; ``last`` puts channels last in float32, too."""
     axes = weight.dim() - 2
     call = torch.conv3d if axes == 3 else torch.conv2d
     half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    if weight_learns_in_half(weight):
+        return in_float32(call, input, weight, bias, stride, padding, dilation, groups)
     if groups == 1 and not isinstance(padding, str) and input.dim() == weight.dim():
         steps, margins, spread = (_of_axes(value, axes) for value in (stride, padding, dilation))
         if half is not None and _leaves_one_column(input, weight, steps, margins, spread):
-            with torch.autocast("cpu", enabled=False):
-                return call(input.float(), weight.float(), bias, steps, margins, spread).to(half)
-        if axes == 3 and half is None and _is_left_out(input, weight, steps, margins, spread):
+            return in_float32(call, input, weight, bias, steps, margins, spread)
+        if last and half is None and not torch.is_grad_enabled():
+            input = with_channels_last(input)
+        if axes == 3 and half is None and _is_left_out(input, weight, steps, margins, spread, last):
             if torch.is_grad_enabled():
                 return _Convolution.apply(input, weight, bias, steps, margins, spread)
             return torch.mkldnn_convolution(input, weight, bias, margins, steps, spread, 1)
@@ -93,19 +132,24 @@ def _leaves_one_column(
     return stride[-1] > 1 and _width(image.shape[-1], weight.shape[-1], stride[-1], padding[-1], dilation[-1]) == 1
 
 
-def _is_left_out(image: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> bool:
-    """Whether oneDNN is not asked, but would be quicker."""
+def _is_left_out(
+    image: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], last: bool
+) -> bool:
+    """Whether oneDNN is not asked, but would be quicker; of single voxels with ``last`` only, else they are a matrix
+    product, and on one thread PyTorch never asks it for them.
+    """
     _, channels, depth, height, _ = image.shape
     kernel = weight.shape[2:]
+    is_point = kernel.numel() == 1
     voxels = 1
     for n, k, s, p, d in zip(image.shape[2:], kernel, stride, padding, dilation, strict=True):
         voxels *= _width(n, k, s, p, d)
     return (
         image.shape[0] == 1
-        and channels * depth * height <= MOST_ROWS
+        and (channels * depth * height <= MOST_ROWS or is_point)
+        and (last or not is_point)
         and image.dtype == weight.dtype == torch.float32
         and weight.shape[1] == channels
-        and kernel.numel() > 1
         and not (kernel[1] > 3 and kernel[2] > 3)
         and voxels >= (LEAST_VOXELS if torch.is_grad_enabled() else LEAST_WITHOUT_GRADIENTS)
         and min(stride) >= 1
@@ -148,9 +192,13 @@ class _Convolution(torch.autograd.Function):
         return (of_image if of_image is not None else rest[0]), rest[1], rest[2], None, None, None
 
 
-_QUICK: dict[Callable[..., Any], Callable[..., Any]] = {
+_Layers = dict[Callable[..., Any], Callable[..., Any]]
+_QUICK: _Layers = {
     torch.conv2d: _convolution,
     torch.conv3d: _convolution,
+    torch.conv_transpose2d: transposed_convolution,
     torch.conv_transpose3d: transposed_convolution,
     F.instance_norm: instance_norm,
+    F.avg_pool3d: average_pool,
 }
+_QUICK_LAST: _Layers = {**_QUICK, torch.conv3d: functools.partial(_convolution, last=True)}

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ukbob_seg.networks.channels_last import LAYOUT, has_channels_last, is_quick, normalised
+
 
 class InstanceNorm(nn.InstanceNorm3d):
     """``nn.InstanceNorm3d`` without running statistics, quick in both layouts."""
@@ -21,12 +23,9 @@ class InstanceNorm(nn.InstanceNorm3d):
         """(B, C, d, h, w) -> the same shape and layout."""
         if x.is_cuda or x.dtype not in (torch.float32, torch.float64) or not has_channels_last(x):
             return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
+        if is_quick(x) and not torch.compiler.is_compiling():
+            return normalised(x, self.weight, self.bias, self.eps)
         return _Normalise.apply(x, self.weight, self.bias, self.eps)
-
-
-def has_channels_last(x: Tensor) -> bool:
-    """Whether the channels of a voxel of (B, C, d, h, w) lie together, so that voxels are the rows of a matrix."""
-    return x.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 class _Normalise(torch.autograd.Function):
@@ -51,7 +50,7 @@ class _Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, deviation = ctx.saved_tensors
-        gradient = gradient.contiguous(memory_format=torch.channels_last_3d)
+        gradient = gradient.contiguous(memory_format=LAYOUT)
         count = x[0, 0].numel()
         of_shift = _sums(gradient)
         result = x - _per_channel(mean, x)

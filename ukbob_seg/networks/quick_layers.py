@@ -8,13 +8,14 @@ that takes as long again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ukbob_seg.networks.rounded_layers import is_rounded, norm_of_one, placed_products
+from ukbob_seg.networks.channels_last import is_quick, mean_of_blocks, normalised, placed_products
 
 
 def instance_norm(
@@ -36,10 +37,10 @@ def instance_norm(
         and input.dim() > 2
         and input[0, :1].numel() > 1  # of a single value PyTorch refuses to take statistics
     ):
-        if input.dtype == torch.float32 and input.is_contiguous() and not torch.is_autocast_enabled("cpu"):
+        if _is_plain(input):
             return F.group_norm(input, input.shape[1], weight, bias, eps)
-        if len(input) == 1 and is_rounded(input):
-            return norm_of_one(input, weight, bias, eps)
+        if is_quick(input):
+            return normalised(input, weight, bias, eps)
     return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
 
 
@@ -53,7 +54,10 @@ def transposed_convolution(
     groups: int = 1,
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
-    """``torch.conv_transpose3d``."""
+    """``torch.conv_transpose2d`` or ``torch.conv_transpose3d``, as the weight has axes."""
+    call = torch.conv_transpose3d if weight.dim() == 5 else torch.conv_transpose2d
+    if weight_learns_in_half(weight):
+        return in_float32(call, input, weight, bias, stride, padding, output_padding, groups, dilation)
     if (
         groups == 1
         and not torch.is_grad_enabled()
@@ -65,11 +69,53 @@ def transposed_convolution(
         and _all(output_padding, (0, 0, 0))
         and _all(dilation, (1, 1, 1))
     ):
-        if input.dtype == torch.float32 and input.is_contiguous() and not torch.is_autocast_enabled("cpu"):
+        if _is_plain(input):
             return _placed_products(input, weight, bias)
-        if is_rounded(input):
+        if is_quick(input):
             return placed_products(input, weight, bias)
-    return torch.conv_transpose3d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return call(input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+def weight_learns_in_half(weight: Tensor) -> bool:
+    """Whether oneDNN would be asked for the gradient of a weight in half precision: of maps narrower than the kernel
+    it is made of memory that was never written (seen in PyTorch 2.13).
+    """
+    return torch.is_autocast_enabled("cpu") and torch.is_grad_enabled() and weight.requires_grad
+
+
+def in_float32(call: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    """A convolution of ``call`` in float32, whose result is rounded as autocast has it."""
+    half = torch.get_autocast_dtype("cpu")
+    with torch.autocast("cpu", enabled=False):
+        wide = None if bias is None else bias.float()
+        return call(input.float(), weight.float(), wide, *rest).to(half)
+
+
+def average_pool(
+    input: Tensor,
+    kernel_size: int | list[int] | tuple[int, ...],
+    stride: int | list[int] | tuple[int, ...] | None = None,
+    padding: int | list[int] | tuple[int, ...] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """``torch.nn.functional.avg_pool3d``."""
+    blocks = [kernel_size] if isinstance(kernel_size, int) else list(kernel_size)
+    blocks = blocks * 3 if len(blocks) == 1 else blocks
+    if (
+        is_quick(input)
+        and (not stride or _all(stride, blocks))
+        and _all(padding, (0, 0, 0))
+        and divisor_override is None
+        and not any(size % block for size, block in zip(input.shape[2:], blocks, strict=True))
+    ):
+        return mean_of_blocks(input, blocks)
+    return F.avg_pool3d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+
+
+def _is_plain(input: Tensor) -> bool:
+    return input.dtype == torch.float32 and input.is_contiguous() and not torch.is_autocast_enabled("cpu")
 
 
 def _all(given: int | Sequence[int], wanted: Sequence[int]) -> bool:
@@ -82,9 +128,11 @@ def _placed_products(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     batch, channels, z, y, x = image.shape
     outputs, (a, b, c) = weight.shape[1], weight.shape[2:]
     rows = weight.permute(1, 2, 3, 4, 0).reshape(outputs * a * b * c, channels)
-    products = torch.matmul(rows, image.view(batch, channels, z * y * x))
-    if bias is not None:
-        products += bias.repeat_interleave(a * b * c).unsqueeze(1)
+    voxels, rows = image.view(batch, channels, z * y * x), rows.expand(batch, -1, -1)
+    if bias is None:
+        products = torch.bmm(rows, voxels)
+    else:
+        products = torch.baddbmm(bias.repeat_interleave(a * b * c).unsqueeze(1), rows, voxels)
     result = image.new_empty(batch, outputs, z * a, y * b, x * c)
     placed = products.view(batch, outputs, a, b, c, z, y, x).permute(0, 1, 5, 2, 6, 3, 7, 4)
     result.view(batch, outputs, z, a, y, b, x, c).copy_(placed)

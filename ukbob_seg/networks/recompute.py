@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from ukbob_seg.networks.convolution import same_layers_again
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -22,4 +26,6 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """
     if not torch.is_grad_enabled() or inputs[0].is_cuda:
         return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    again = same_layers_again()
+    contexts: dict[str, Any] = {} if again is None else {"context_fn": lambda: (nullcontext(), again())}
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts)

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ukbob_seg.networks.instance_norm import InstanceNorm, has_channels_last
+from ukbob_seg.networks.channels_last import has_channels_last
+from ukbob_seg.networks.instance_norm import InstanceNorm
 from ukbob_seg.networks.recompute import recomputed
 
 NEGATIVE_SLOPE = 0.01
