@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from ukbob_seg.networks.convolution import quick_convolutions
 from ukbob_seg.networks.registry import build_network
 
-WAYS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "PyTorch": nullcontext,
-    "ukbob_seg": lambda: quick_convolutions(torch.device("cpu")),
+WAYS: dict[str, Callable[[nn.Module], AbstractContextManager[Any]]] = {
+    "PyTorch": lambda _: nullcontext(),
+    "ukbob_seg": lambda network: quick_convolutions(torch.device("cpu"), network),
 }
 
 
@@ -79,7 +79,7 @@ def main() -> None:
         for run in range(options.runs + 1):
             for way, context in WAYS.items():
                 start = time.perf_counter()
-                with context():
+                with context(network):
                     results[way] = work(network, window)
                 if run:  # the first warms up
                     seconds[way].append(time.perf_counter() - start)
