@@ -24,7 +24,7 @@ def measure(name: str, edge: int) -> str | None:
     """A row of the table; None for diffusion networks, which draw many times."""
     import torch
 
-    from ukbob_seg.networks.channels_last import keeps_channels_last, with_channels_first
+    from ukbob_seg.networks.channels_last import types_with_channels_last, with_channels_first
     from ukbob_seg.networks.convolution import quick_convolutions
     from ukbob_seg.networks.diffusion import DiffusionNetwork
     from ukbob_seg.networks.registry import build_network
@@ -33,19 +33,19 @@ def measure(name: str, edge: int) -> str | None:
     network = build_network(name, 1, 3, arguments_of(name, edge)).eval()
     if isinstance(network, DiffusionNetwork):
         return None
-    if not keeps_channels_last(network):
+    if torch.float32 not in types_with_channels_last(network):
         return f"| {name} | group norms | | | |"
     window, cpu = torch.randn(1, 1, edge, edge, edge), torch.device("cpu")
-    seconds: dict[bool, list[float]] = {False: [], True: []}
+    seconds: dict[bool, list[float]] = {False: [], True: []}  # by whether channels are last
     logits = {}
     for run in range(RUNS + 1):
-        for last in seconds:
+        for is_last in seconds:
             started = time.perf_counter()
-            with torch.no_grad(), quick_convolutions(cpu, network if last else None):
+            with torch.no_grad(), quick_convolutions(cpu, network if is_last else None):
                 outputs = network(window)
-                logits[last] = with_channels_first(outputs if isinstance(outputs, torch.Tensor) else outputs[0])
+                logits[is_last] = with_channels_first(outputs if isinstance(outputs, torch.Tensor) else outputs[0])
             if run:  # the first warms up
-                seconds[last].append(time.perf_counter() - started)
+                seconds[is_last].append(time.perf_counter() - started)
     usual, last = (statistics.median(values) for values in seconds.values())
     difference = float((logits[True] - logits[False]).abs().max() / logits[False].abs().max())
     return f"| {name} | {usual:.3f} s | {last:.3f} s | {usual / last:.2f} | {difference:.0e} |"

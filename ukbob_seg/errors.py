@@ -35,7 +35,7 @@ def is_out_of_memory(error: BaseException) -> bool:
             return True
         if isinstance(seen, RuntimeError) and "can't allocate memory" in str(seen):  # torch's allocator on CPUs
             return True
-        seen = seen.__cause__ or seen.__context__
+        seen = _before(seen)
     return False
 
 
@@ -45,8 +45,13 @@ def stops_all(error: BaseException) -> bool:
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        seen = seen.__cause__ or seen.__context__
+        seen = _before(seen)
     return is_out_of_memory(error)
+
+
+def _before(error: BaseException) -> BaseException | None:
+    """The error that this one was raised from, or while it was handled, unless that is to be forgotten."""
+    return error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def listing(names: Sequence[str], most: int = 10, total: int | None = None) -> str:

@@ -278,7 +278,7 @@ def test_wrong_roots_ids_and_options(run, make_dataset, tmp_path):
         [predict, "-i", tmp_path, "-o", tmp_path / "o"], [export_model], [find_postprocessing, "-d", 7],
     ):  # fmt: skip
         refused = _error(run(*command, "-m", tmp_path / "model", "--network", "vnet"))
-        assert "--network vnet chooses among the models of -d, and -m names the model itself" in refused
+        assert "--network vnet chooses a model, and -m names one already; leave out one of them" in refused
     assert "give that" in _error(run(train, 7, 0, *TRAIN, "--pretrained-merging", "legacy"))
     none = ["--pretrained", tmp_path / "none.pt"]
     assert "none.pt do not exist" in _error(run(train, 7, 0, *TRAIN, *none))
@@ -402,7 +402,7 @@ def test_parts_of_the_fingerprint_and_kept_plans(make_dataset, tmp_path, capsys)
         assert extract_fingerprint.main(["-d", "7", "--part", part, *roots]) == 0
     assert "when all parts are done" in capsys.readouterr().out
     assert plan_and_preprocess.main(["-d", "7", "--keep-plans", *roots]) == 2
-    assert "plans.json do not exist; make them with ukbob_plan_and_preprocess first" in capsys.readouterr().err
+    assert "plans.json do not exist; ukbob_plan_and_preprocess makes them" in capsys.readouterr().err
     assert plan_and_preprocess.main(["-d", "7", "--memory-gb", "2", "--no-preprocess", *roots]) == 0
     assert plan_and_preprocess.main(["-d", "7", "--keep-plans", "--memory-gb", "3", *roots]) == 2
     assert "--keep-plans follows plans.json and takes no --memory-gb" in capsys.readouterr().err

@@ -2,10 +2,12 @@
 
 import dataclasses
 import errno
+import gzip
 import json
 import os
 import shutil
 import signal
+import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -165,6 +167,19 @@ def test_cases_that_cannot_be_read_are_told_after_all_others_are_predicted(tmp_p
     _many_cases(tmp_path / "in", 5)
     predict(predictor, tmp_path / "in", tmp_path / "out", resume=True, quiet=True)
     assert sum(path.name.endswith(".nii.gz") for path in (tmp_path / "out").iterdir()) == 6
+
+
+def test_no_case_that_can_be_read_and_a_header_that_promises_too_much(tmp_path):
+    """A damaged header is the fault of the case, also where no memory could hold what it says."""
+    _many_cases(tmp_path / "in", 2)
+    for path in (tmp_path / "in").iterdir():
+        content = bytearray(gzip.decompress(path.read_bytes()))
+        content[42:48] = struct.pack("<3h", 30000, 30000, 30000)  # dim of NIfTI
+        path.write_bytes(gzip.compress(bytes(content)))
+    with pytest.raises(
+        DatasetError, match=r"2 of 2 cases could not be predicted: .*\(also case_1.*; mend what is wrong"
+    ):
+        predict(predictor_of(PredictionSettings()), tmp_path / "in", tmp_path / "out", quiet=True)
 
 
 def test_a_full_disk_ends_all_cases(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     from ukbob_seg.evaluation.postprocessing import find_postprocessing
 
     raw = find_dataset(roots.raw, arguments.dataset)
-    folder = next(iter(given_models(arguments)), None) or trained_model(arguments, roots, raw.name)
+    (folder,) = given_models(arguments) or [trained_model(arguments, roots, raw.name)]
     found = find_postprocessing(folder, raw, arguments.workers)
     width = max(5, *(len(name) for name in found.table.index))
     print(f"{'class':<{width}}  cases   before    after  better  worse")

@@ -71,10 +71,7 @@ def given_models(arguments: argparse.Namespace) -> list[Path]:
         return []
     for option in ("configuration", "network"):
         if (value := getattr(arguments, option)) is not None:
-            raise ConfigError(
-                f"--{option} {value} chooses among the models of -d, and -m names the model itself; leave out one of "
-                "them"
-            )
+            raise ConfigError(f"--{option} {value} chooses a model, and -m names one already; leave out one of them")
     return arguments.model if isinstance(arguments.model, list) else [arguments.model]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -166,7 +167,7 @@ def _read_voxels(path: Path, geometry: Geometry, scaled: bool = True) -> np.ndar
         else:
             array = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
     except MemoryError as error:
-        raise _too_large(path, geometry) from error
+        raise _too_large(path, geometry) from (error if _may_be_true(path, geometry) else None)
     except _UNREADABLE as error:
         raise DatasetError(f"{path} cannot be read: it is corrupt or truncated; copy it again") from error
     return array.reshape(geometry.shape)
@@ -177,6 +178,11 @@ def _too_large(path: Path, geometry: Geometry) -> DatasetError:
         f"{path}: its header says {' x '.join(map(str, geometry.shape))} voxels, more than fit into memory; "
         "is the file damaged?"
     )
+
+
+def _may_be_true(path: Path, geometry: Geometry) -> bool:
+    """Whether a file can hold as many voxels as its header says: no compression in use makes one of 1032 bytes."""
+    return math.prod(geometry.shape) <= 1032 * path.stat().st_size
 
 
 class _InBlocks:
@@ -244,7 +250,7 @@ def read_image(paths: Sequence[Path]) -> tuple[np.ndarray, Geometry]:
     try:
         array = np.empty((len(paths), *geometry.shape), dtype=np.float32)
     except (MemoryError, ValueError) as error:
-        raise _too_large(paths[0], geometry) from error
+        raise _too_large(paths[0], geometry) from (error if _may_be_true(paths[0], geometry) else None)
     for channel, path in enumerate(paths):
         here = geometry if channel == 0 else read_geometry(path)
         difference = geometry.difference(here, (Path(paths[0]).name, Path(path).name))

@@ -154,10 +154,16 @@ def _report(problems: Sequence[tuple[PredictionJob, DatasetError]], total: int) 
     if total == 1:
         raise first
     more = f" (also {listing([other.name for other, _ in others])}: see above)" if others else ""
+    rest = "the others are predicted; " if len(problems) < total else ""
     raise DatasetError(
-        f"{len(problems)} of {total} cases could not be predicted: case {job.name}: {first}{more}; the others are "
-        "predicted: mend these images and run the same command with --resume"
+        f"{len(problems)} of {total} cases could not be predicted: {_named(job, first)}{more}; {rest}mend what is "
+        "wrong and run the same command with --resume"
     ) from first
+
+
+def _named(job: PredictionJob, error: DatasetError) -> str:
+    """A problem, and whose it is."""
+    return str(error) if str(error).startswith(f"case {job.name}") else f"case {job.name}: {error}"
 
 
 def _write_all(folder: Path, contents: dict[str, Any]) -> None:
@@ -192,7 +198,9 @@ def _predict_jobs(
             if stops_all(error):
                 raise
             problems.append((job, error))
-            log.warning("case %s: %s", job.name, error)
+            earlier = "; its earlier label map is still there" if job.output.is_file() else ""
+            if len(jobs) > 1 or earlier:
+                log.warning("%s%s", _named(job, error), earlier)
             return
         job.stale.unlink(missing_ok=True)
 

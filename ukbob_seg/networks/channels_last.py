@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LAYOUT = torch.channels_last_3d
+HALF = frozenset({torch.bfloat16, torch.float16})
+KNOWN_PACKAGES = ("torch", "ukbob_seg", "monai", "dynamic_network_architectures")  # whose networks take either layout
+FAR = 16.0  # standard deviations from 0 to the mean: beyond, the mean is taken off first
 MANY_CHANNELS = 32  # from here on copying matrices is quicker
 
 
@@ -38,11 +41,11 @@ def with_channels_last(x: Tensor) -> Tensor:
 
 def with_channels_first(x: Tensor) -> Tensor:
     """The map in PyTorch's usual layout, in which sums of windows are held; many channels in blocks."""
-    batch, channels = x.shape[:2]
+    channels = x.shape[1]
     if channels < MANY_CHANNELS or not has_channels_last(x):
         return x.contiguous()
     result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for sample, target in zip(x.permute(0, 2, 3, 4, 1).reshape(batch, -1, channels), result, strict=True):
+    for sample, target in zip(x.permute(0, 2, 3, 4, 1).flatten(1, 3), result, strict=True):
         target.view(channels, -1).copy_(sample.t())  # of a matrix PyTorch takes blocks that the cache holds
     return result
 
@@ -58,9 +61,16 @@ def is_quick(input: Tensor) -> bool:
     )
 
 
-def keeps_channels_last(network: nn.Module) -> bool:
-    """Whether all layers of a network can do with channels last, in float32."""
-    return not any(isinstance(layer, nn.GroupNorm) for layer in network.modules())
+def types_with_channels_last(network: nn.Module) -> frozenset[torch.dtype]:
+    """In which types the maps of a network may have their channels last.
+
+    None where somebody else wrote a part of it, who may ask for a view of the usual layout; with group norms not
+    float32, in which PyTorch's kernel for them is not exact.
+    """
+    layers = list(network.modules())
+    if not all(type(layer).__module__.partition(".")[0] in KNOWN_PACKAGES for layer in layers):
+        return frozenset()
+    return HALF if any(isinstance(layer, nn.GroupNorm) for layer in layers) else HALF | {torch.float32}
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,6 +95,8 @@ def normalised(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
     """Instance norm; the same layout and type."""
     mean, variance = statistics(input)
     scale = (variance + eps).rsqrt()
+    if input.dtype == torch.float32 and (mean.abs() * scale).max() > FAR:
+        input, mean = input - mean.float()[:, :, None, None, None], torch.zeros_like(mean)
     scale = scale if weight is None else scale * weight
     shift = -mean * scale if bias is None else bias - mean * scale
     scale, shift = (each.float()[:, :, None, None, None] for each in (scale, shift))
@@ -97,6 +109,25 @@ def normalised(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
         for part, factor, offset in zip(input.split(1), scale, shift, strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def normalised_batch(
+    input: Tensor,
+    running: tuple[Tensor, Tensor] | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Batch norm by the batch's own statistics, which go into the ``running`` mean and variance; the same layout."""
+    means, variances = statistics(input)
+    mean = means.mean(0)
+    variance = (variances + (means - mean).square()).mean(0)
+    if running is not None:
+        count = input.numel() // input.shape[1]
+        for kept, new in zip(running, (mean, variance * (count / (count - 1))), strict=True):
+            kept.lerp_(new.to(kept.dtype), momentum)
+    return F.batch_norm(input, mean.float(), variance.float(), weight, bias, False, 0.0, eps)
 
 
 def mean_of_blocks(input: Tensor, blocks: Sequence[int]) -> Tensor:

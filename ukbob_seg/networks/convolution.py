@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ukbob_seg.networks.channels_last import LAYOUT, keeps_channels_last, with_channels_last
+from ukbob_seg.networks.channels_last import HALF, LAYOUT, types_with_channels_last, with_channels_last
 from ukbob_seg.networks.quick_layers import (
     average_pool,
+    batch_norm,
     in_float32,
     instance_norm,
     transposed_convolution,
@@ -40,17 +41,18 @@ _OPEN = threading.local()  # ``quick``: of the innermost context of this thread
 def quick_convolutions(device: torch.device, network: nn.Module | None = None) -> AbstractContextManager[Any]:
     """While the context is open, ``conv3d`` of one small float32 map is done by oneDNN; nothing changes on a GPU.
 
-    Without gradients the layers of ``quick_layers`` are quick as well, and maps of a network whose layers all can have
-    their channels last. For networks called as they are, with or without gradients; not for calls of ``torch.compile``.
+    Without gradients the layers of ``quick_layers`` are quick as well, and maps have their channels last, if the
+    network can do with that. For networks called as they are, with or without gradients; not for calls of
+    ``torch.compile``.
 
     Args:
         device: of the maps.
-        network: that is called; None leaves float32 maps in the layout that they come in.
+        network: that is called; with None only maps in half precision get their channels last.
     """
     wanted = torch.backends.mkldnn.is_available() and getattr(torch.backends.mkldnn, "enabled", True)
     if device.type != "cpu" or not wanted:
         return nullcontext()
-    return _QuickConvolutions(_QUICK_LAST if network is not None and keeps_channels_last(network) else _QUICK)
+    return _QuickConvolutions(_layers(HALF if network is None else types_with_channels_last(network)))
 
 
 def same_layers_again() -> Callable[[], AbstractContextManager[Any]] | None:
@@ -92,9 +94,9 @@ def _convolution(
     padding: int | str | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
-    last: bool = False,
+    types: Container[torch.dtype] = HALF,
 ) -> Tensor:
-    """``torch.conv2d`` or ``torch.conv3d``, as the weight has axes; ``last`` puts channels last in float32, too."""
+    """``torch.conv2d`` or ``torch.conv3d``, as the weight has axes; maps of these types get their channels last."""
     axes = weight.dim() - 2
     call = torch.conv3d if axes == 3 else torch.conv2d
     half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
@@ -104,13 +106,14 @@ def _convolution(
         steps, margins, spread = (_of_axes(value, axes) for value in (stride, padding, dilation))
         if half is not None and _leaves_one_column(input, weight, steps, margins, spread):
             return in_float32(call, input, weight, bias, steps, margins, spread)
-        if last and half is None and not torch.is_grad_enabled():
+        last = torch.float32 in types and not torch.is_grad_enabled()
+        if axes == 3 and half is None and last and input.dtype == torch.float32:
             input = with_channels_last(input)
         if axes == 3 and half is None and _is_left_out(input, weight, steps, margins, spread, last):
             if torch.is_grad_enabled():
                 return _Convolution.apply(input, weight, bias, steps, margins, spread)
             return torch.mkldnn_convolution(input, weight, bias, margins, steps, spread, 1)
-        if axes == 3 and half is not None and not torch.is_grad_enabled() and min(weight.shape[:2]) > 1:
+        if axes == 3 and half in types and not torch.is_grad_enabled() and min(weight.shape[:2]) > 1:
             input = input.to(half).contiguous(memory_format=LAYOUT)
     return call(input, weight, bias, stride, padding, dilation, groups)
 
@@ -195,10 +198,15 @@ class _Convolution(torch.autograd.Function):
 _Layers = dict[Callable[..., Any], Callable[..., Any]]
 _QUICK: _Layers = {
     torch.conv2d: _convolution,
-    torch.conv3d: _convolution,
     torch.conv_transpose2d: transposed_convolution,
     torch.conv_transpose3d: transposed_convolution,
     F.instance_norm: instance_norm,
+    F.batch_norm: batch_norm,
     F.avg_pool3d: average_pool,
 }
-_QUICK_LAST: _Layers = {**_QUICK, torch.conv3d: functools.partial(_convolution, last=True)}
+
+
+@functools.cache
+def _layers(types: frozenset[torch.dtype]) -> _Layers:
+    """What is done otherwise, where maps of these types get their channels last."""
+    return {**_QUICK, torch.conv3d: functools.partial(_convolution, types=types)}

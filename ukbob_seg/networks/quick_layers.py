@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ukbob_seg.networks.channels_last import is_quick, mean_of_blocks, normalised, placed_products
+from ukbob_seg.networks.channels_last import is_quick, mean_of_blocks, normalised, normalised_batch, placed_products
 
 
 def instance_norm(
@@ -35,13 +35,31 @@ def instance_norm(
         and use_input_stats
         and not torch.is_grad_enabled()
         and input.dim() > 2
-        and input[0, :1].numel() > 1  # of a single value PyTorch refuses to take statistics
+        and input.shape[2:].numel() > 1  # of a single value PyTorch refuses to take statistics
     ):
         if _is_plain(input):
             return F.group_norm(input, input.shape[1], weight, bias, eps)
         if is_quick(input):
             return normalised(input, weight, bias, eps)
     return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``torch.nn.functional.batch_norm``: exact statistics also of maps with channels last."""
+    kept = None if running_mean is None or running_var is None else (running_mean, running_var)
+    several = input.numel() > max(1, input.shape[1])  # of a single value PyTorch refuses to take statistics
+    if training and several and is_quick(input) and not input.is_contiguous() and (kept or running_mean is None):
+        return normalised_batch(input, kept, weight, bias, momentum, eps)
+    return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def transposed_convolution(
@@ -80,7 +98,8 @@ def weight_learns_in_half(weight: Tensor) -> bool:
     """Whether oneDNN would be asked for the gradient of a weight in half precision: of maps narrower than the kernel
     it is made of memory that was never written (seen in PyTorch 2.13).
     """
-    return torch.is_autocast_enabled("cpu") and torch.is_grad_enabled() and weight.requires_grad
+    wants = torch.is_grad_enabled() and weight.requires_grad and weight.dtype == torch.float32
+    return wants and torch.is_autocast_enabled("cpu")
 
 
 def in_float32(call: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
@@ -105,6 +124,7 @@ def average_pool(
     blocks = blocks * 3 if len(blocks) == 1 else blocks
     if (
         is_quick(input)
+        and len(blocks) == 3
         and (not stride or _all(stride, blocks))
         and _all(padding, (0, 0, 0))
         and divisor_override is None

@@ -197,7 +197,9 @@ class Plans:
             DatasetError: it is not there, or no plans.
         """
         if not path.is_file():
-            raise DatasetError(f"plans {path} do not exist; make them with ukbob_plan_and_preprocess first")
+            raise DatasetError(
+                f"plans {path} do not exist; ukbob_plan_and_preprocess makes them, in a model's folder ukbob_train"
+            )
         return cls.from_json(read_json(path, "plans"), str(path))
 
     def save(self, path: Path) -> None:
