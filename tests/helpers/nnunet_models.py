@@ -263,6 +263,7 @@ class Reference:
         if self.previous is not None:
             seg = self.previous.predict(image, spacing, mirror).transpose(forward)[box]
             mask = mask | (seg > 0)
+            seg = np.where(mask, seg, -1)  # nnU-Net's mark of what lies outside
         target = [own[0], *tiny.spacing] if tiny.flat else list(tiny.spacing)
         new_shape = [round(o / t * n) for o, t, n in zip(own, target, data.shape[1:], strict=True)]
         data = np.stack([self.normalise(c, k, mask) for k, c in enumerate(data)])
@@ -347,10 +348,15 @@ def resample(
     def one(values: np.ndarray, size: Sequence[int]) -> np.ndarray:
         if not options["is_seg"]:
             return resize(values.astype(float), size, options["order"], mode="edge", anti_aliasing=False)
-        result = np.zeros(size)
-        for label in np.unique(values):
-            share = resize((values == label).astype(float), size, options["order"], mode="edge", anti_aliasing=False)
-            result[share >= 0.5] = label
+        labels = np.unique(values)
+        shares = np.stack([
+            resize((values == label).astype(float), size, options["order"], mode="edge", anti_aliasing=False)
+            for label in labels
+        ])  # fmt: skip
+        result, best = labels[shares.argmax(axis=0)], shares.max(axis=0)
+        nearest = resize(values.astype(float), size, 0, mode="edge", anti_aliasing=False)
+        for label, share in zip(labels, shares, strict=True):
+            result[(share == best) & (nearest == label)] = label
         return result
 
     if axis is None:

@@ -166,9 +166,13 @@ class NnunetPredictor(Predictor):
         if first is not None:
             indices = self.spec.labels.to_indices(first, "the first stage")[box]
         mask = None
-        if any(entry.mask_nonzero for entry in self.plans.normalization):
+        if indices is not None or any(entry.mask_nonzero for entry in self.plans.normalization):
             mask = nonzero_mask(cropped)
-            mask = mask if indices is None else mask | (indices > 0)
+        if (
+            indices is not None and mask is not None
+        ):  # outside of the image is a label of its own, when shares are taken
+            mask = mask | (indices > 0)
+            indices = np.where(mask, indices.astype(np.int16), -1)
         own_mm = geometry.spacing_mm
         target_mm = self.configuration.target_spacing(own_mm)
         shape = nnunet_shape(cropped.shape[1:], own_mm, target_mm)
@@ -179,7 +183,7 @@ class NnunetPredictor(Predictor):
             array[part] = resample_image(normalized[part], shape, order=0)
         if indices is not None:
             axis = rules.segmentation.coarse_axis(own_mm, target_mm)
-            labels = resample_segmentation(indices, shape, rules.segmentation, axis)
+            labels = resample_segmentation(indices, shape, rules.segmentation, axis).clip(min=0)
             array = np.concatenate([array, labels.astype(np.float32)[None]])
         # Linear along a coarse axis as well is plain linear interpolation.
         axis = rules.probabilities.coarse_axis(target_mm, own_mm) if rules.probabilities.order_z == 0 else None

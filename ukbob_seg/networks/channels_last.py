@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 LAYOUT = torch.channels_last_3d
 HALF = frozenset({torch.bfloat16, torch.float16})
-KNOWN_PACKAGES = ("torch", "ukbob_seg", "monai", "dynamic_network_architectures")  # whose networks take either layout
+KNOWN_PACKAGES = ("torch", "ukbob_seg", "monai", "einops", "dynamic_network_architectures")  # take either layout
 FAR = 16.0  # standard deviations from 0 to the mean: beyond, the mean is taken off first
 MANY_CHANNELS = 32  # from here on copying matrices is quicker
 

@@ -6,6 +6,7 @@ spacings are (z, y, x).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from ukbob_seg.preprocessing.resampling import resample_image, resample_labels
 
 Triple = tuple[float, float, float]
 ANISOTROPY = 3.0  # nnU-Net's ANISO_THRESHOLD
+NEARLY = 1e-4  # shares as near to each other as float32 cannot tell apart
 SPLINES, LINEAR = "resample_data_or_seg_to_shape", "resample_torch_fornnunet"
 
 
@@ -29,7 +31,7 @@ class ResamplingRule:
         order_z: along a coarse axis.
         separate: whether an axis is treated as coarse always (True), never (False), or where it is (None).
         threshold: ratio of the longest to the shortest edge of a voxel above which the longest axis is coarse.
-        votes: label maps go to the label of most weight, instead of label by label above one half.
+        votes: label maps are resampled as by ``resample_torch_fornnunet``.
     """
 
     order: int = 3
@@ -109,9 +111,10 @@ def _clipped(result: np.ndarray, source: np.ndarray, over: tuple[int, ...]) -> n
 def resample_segmentation(
     labels: np.ndarray, shape: tuple[int, int, int], rule: ResamplingRule, axis: int | None
 ) -> np.ndarray:
-    """Resample a label map (Z, Y, X): a voxel has the highest label that covers at least half of it, else 0.
+    """Resample a label map (Z, Y, X): a voxel has the label that covers most of it; of equal ones the nearest.
 
-    Where three labels meet this leaves holes; networks of a second stage were trained on such maps.
+    As ``resize_segmentation`` of batchgenerators does it since version 0.25.5; before, the highest label that covered
+    at least half.
     """
     if labels.shape == shape:
         return labels
@@ -119,17 +122,65 @@ def resample_segmentation(
         nearest = resample_image(labels[None].astype(np.float32), shape, order=0)[0] if rule.order == 0 else None
         return resample_labels(labels, shape, axis) if nearest is None else nearest.astype(labels.dtype)
     in_plane = shape if axis is None else tuple(labels.shape[k] if k == axis else n for k, n in enumerate(shape))
-    result = _label_by_label(labels, in_plane, at_half=True)
+    result = _largest_shares(labels, in_plane)
     if in_plane == shape:
         return result
     if rule.order_z == 0:
         return resample_image(result[None].astype(np.float32), shape, order=0)[0].astype(labels.dtype)
-    return _label_by_label(result, shape, at_half=False)
+    return _above_half(result, shape)
 
 
-def _label_by_label(labels: np.ndarray, shape: tuple[int, ...], at_half: bool) -> np.ndarray:
+def _above_half(labels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     result = np.zeros(shape, dtype=labels.dtype)
     for value in np.unique(labels):
-        share = resample_image((labels == value).astype(np.float32)[None], shape, order=1)[0]
-        result[share >= 0.5 if at_half else share > 0.5] = value
+        mask = labels == value
+        share = resample_image(mask.astype(np.float32)[None], shape, order=1)[0].astype(np.float64)
+        points = np.nonzero(np.abs(share - 0.5) < NEARLY)
+        share[points] = _shares(mask, shape, points)
+        result[share > 0.5] = value
     return result
+
+
+def _largest_shares(labels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The label with the largest share of each voxel; of equal ones the nearest, if it is among them, or the lowest."""
+    values = np.unique(labels)
+    if len(values) == 1:
+        return np.full(shape, values[0], dtype=labels.dtype)
+    winner = np.zeros(shape, dtype=np.int32)
+    best, second = np.full(shape, -1, dtype=np.float32), np.full(shape, -1, dtype=np.float32)
+    for number, value in enumerate(values):
+        share = resample_image((labels == value).astype(np.float32)[None], shape, order=1)[0]
+        winner[share > best] = number
+        np.maximum(second, np.minimum(share, best), out=second)
+        np.maximum(best, share, out=best)
+    points = np.nonzero(best - second < NEARLY)
+    exact = np.stack([_shares(labels == value, shape, points) for value in values])
+    is_best = exact == exact.max(axis=0)
+    nearest = np.searchsorted(values, labels[tuple(_nearest(labels.shape, shape, points))])
+    counts = is_best[nearest, np.arange(len(nearest))]
+    winner[points] = np.where(counts, nearest, is_best.argmax(axis=0))
+    return values[winner]
+
+
+def _shares(mask: np.ndarray, shape: tuple[int, ...], points: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Linear interpolation at some points in float64, operation by operation as ``scipy.ndimage.zoom`` does it.
+
+    Equal shares are frequent, on the grids of many pairs of spacings, and the last bit decides.
+    """
+    corners, weights = [], []
+    for size, wanted, index in zip(mask.shape, shape, points, strict=True):
+        place = (index + 0.5) * (size / wanted) - 0.5
+        below = np.floor(place)
+        corners.append([np.clip(each, 0, size - 1).astype(np.intp) for each in (below, below + 1)])
+        weights.append((1 - (place - below), place - below))
+    total = np.zeros(len(points[0]))
+    for z, y, x in itertools.product((0, 1), repeat=3):
+        value = mask[corners[0][z], corners[1][y], corners[2][x]].astype(np.float64)
+        total += value * weights[0][z] * weights[1][y] * weights[2][x]
+    return total
+
+
+def _nearest(sizes: Sequence[int], shape: Sequence[int], points: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Indices of the voxels that some points of another grid lie nearest to."""
+    places = [(index + 0.5) * (size / wanted) for size, wanted, index in zip(sizes, shape, points, strict=True)]
+    return [np.clip(np.floor(place), 0, size - 1).astype(np.intp) for place, size in zip(places, sizes, strict=True)]
