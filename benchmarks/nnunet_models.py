@@ -75,7 +75,7 @@ def make(arguments: argparse.Namespace) -> None:
     raw = arguments.work / "raw"
     if not (raw / COARSE / "dataset.json").is_file():
         write_raw(arguments.data / "Dataset004_Hippocampus", raw)
-    if not (raw / ORGANS / "dataset.json").is_file():
+    if "organs" in arguments.models and not (raw / ORGANS / "dataset.json").is_file():
         write_organs(arguments.data / "totalsegmentator_ct", raw / ORGANS)
     for name in arguments.models:
         if model_folder(arguments.work, name).joinpath("fold_all", "checkpoint_final.pth").is_file():
@@ -236,12 +236,10 @@ def predict_ours(arguments: argparse.Namespace) -> None:
         measure(arguments, name, whose_ours(arguments), command + ["--tta"] * arguments.tta)
 
 
-def predict_exactly(arguments: argparse.Namespace) -> None:
+def exact_predictor() -> Any:
     """nnU-Net's predictor with float32 in place of half precision where it adds up windows, and no other change."""
     import types
 
-    import torch
-    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
     from nnunetv2.inference import predict_from_raw_data as module
 
     source = Path(module.__file__).read_text().partition("if __name__ ==")[0]
@@ -254,8 +252,17 @@ def predict_exactly(arguments: argparse.Namespace) -> None:
         source = source.replace(old, new)
     exact = types.ModuleType("exact")
     exec(compile(source, module.__file__, "exec"), exact.__dict__)
+    return exact.nnUNetPredictor
+
+
+def predict_exactly(arguments: argparse.Namespace) -> None:
+    """The test cases by ``exact_predictor``."""
+    import torch
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+    exact = exact_predictor()
     for name in arguments.models:
-        predictor = exact.nnUNetPredictor(use_mirroring=arguments.tta, device=torch.device("cpu"), allow_tqdm=False)
+        predictor = exact(use_mirroring=arguments.tta, device=torch.device("cpu"), allow_tqdm=False)
         predictor.initialize_from_trained_model_folder(str(model_folder(arguments.work, name)), ("all",))
         target = output(arguments, name, "exact")
         target.mkdir(parents=True, exist_ok=True)
