@@ -35,23 +35,23 @@ def is_out_of_memory(error: BaseException) -> bool:
             return True
         if isinstance(seen, RuntimeError) and "can't allocate memory" in str(seen):  # torch's allocator on CPUs
             return True
-        seen = _before(seen)
+        seen = seen.__cause__ or seen.__context__
     return False
 
 
 def stops_all(error: BaseException) -> bool:
-    """Whether an error of a case is no fault of the case: memory or disk do not suffice, for any other either."""
+    """Whether an error of a case is no fault of the case: memory or disk do not suffice, for any other either.
+
+    One that was raised ``from None`` is the case's, whatever happened before: a file that cannot hold what it says.
+    """
+    if error.__cause__ is None and error.__suppress_context__:
+        return False
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        seen = _before(seen)
+        seen = seen.__cause__ or seen.__context__
     return is_out_of_memory(error)
-
-
-def _before(error: BaseException) -> BaseException | None:
-    """The error that this one was raised from, or while it was handled, unless that is to be forgotten."""
-    return error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def listing(names: Sequence[str], most: int = 10, total: int | None = None) -> str:
