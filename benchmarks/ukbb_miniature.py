@@ -9,7 +9,7 @@ The archives are ``ukbob_seg.demo.dixon_archives``: DICOM stations with gains of
 exchanged, one of them incomplete. Without ``--labeller`` a small model is trained first, on other synthetic subjects
 with true labels; it stands for TotalVibeSegmentator. A model of one's own takes the four channels fat, water, inphase,
 outphase. The small model travels as such a model would: exported to one file, imported elsewhere, then used. Commands
-are printed as they run, and can be typed one by one instead; finished steps are not repeated.
+are printed as they run, and can be typed one by one instead; the script goes on where it was stopped.
 
 Needs ``pip install 'ukbob_seg[dicom]'``.
 """
@@ -20,6 +20,8 @@ import argparse
 import shlex
 from importlib import import_module
 from pathlib import Path
+
+from ukbob_seg.errors import UkbobError
 
 SHAPE = (64, 28, 40)  # 12 mm voxels
 PATCH = ("64", "32", "32")
@@ -118,7 +120,9 @@ def _train(work: Path, dataset: str, epochs: int, steps: int, roots: list[str]) 
             "--schedule",
             "one_cycle",
         )
-        _run("train", dataset, "0", *recipe, "--mirror-axes", "--no-validation", "--device", "cpu", *roots)
+        begun = (model / "fold_0" / "checkpoint_latest.pt").is_file()  # the script was stopped in this step
+        again = ("--resume",) if begun else ()
+        _run("train", dataset, "0", *recipe, "--mirror-axes", "--no-validation", "--device", "cpu", *again, *roots)
     return model
 
 
@@ -136,4 +140,7 @@ def _run(name: str, *options: object) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UkbobError as error:
+        raise SystemExit(f"error: {error}") from error

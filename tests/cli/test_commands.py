@@ -272,7 +272,7 @@ def test_wrong_roots_ids_and_options(run, make_dataset, tmp_path):
     (tmp_path / "results").mkdir(exist_ok=True)
     assert "no dataset '7'" in _error(run(predict, "-i", tmp_path, "-o", tmp_path / "o", "-d", 7, "--device", "cpu"))
     missing = run(predict, "-i", tmp_path, "-o", tmp_path / "o", "-m", tmp_path / "none", "--device", "cpu")
-    assert "does not exist; train first" in _error(missing)
+    assert "does not exist; train it first" in _error(missing)
     assert "either as -d ID or as -m" in _error(run(predict, "-i", tmp_path, "-o", tmp_path / "o"))
     for command in (
         [predict, "-i", tmp_path, "-o", tmp_path / "o"], [export_model], [find_postprocessing, "-d", 7],

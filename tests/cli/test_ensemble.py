@@ -142,5 +142,5 @@ def test_bad_input_gives_one_sentence(run, models, tmp_path):
     assert (code, error) == (2, f"error: model folder {models[0]} is given twice; give each model once")
     code, _, error = run(predict, *given, tmp_path / "none")
     assert code == 2
-    assert "none does not exist; train first" in error
+    assert "none does not exist; train it first" in error
     assert not (tmp_path / "out").exists()

@@ -92,11 +92,15 @@ def _parser() -> argparse.ArgumentParser:
         "--fuse water inphase outphase\n"
         "  ukbob_label --model MODEL_FOLDER --input cohort --output OUT --part $SLURM_ARRAY_TASK_ID/16",
     )
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="model folder, or archive of nnU-Net")
     parser.add_argument(
-        "--input", type=Path, required=True, metavar="DIR", help="raw dataset, or folder of CASE_0000.ext files"
+        "-m", "--model", type=Path, required=True, metavar="DIR", help="model folder, or archive of nnU-Net"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="dataset folder, DatasetXXX_Name")
+    parser.add_argument(
+        "-i", "--input", type=Path, required=True, metavar="DIR", help="raw dataset, or folder of CASE_0000.ext files"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="DIR", help="dataset folder, DatasetXXX_Name"
+    )
     parser.add_argument("-f", "--folds", nargs="+", metavar="FOLD", help="folds to average (default: all trained)")
     parser.add_argument("--checkpoint", choices=("best", "final"), help="default: best; of nnU-Net final")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from ukbob_seg.inference.export import WrittenClasses
 from ukbob_seg.inference.settings import PredictionSettings
 from ukbob_seg.inference.statistics import case_statistics
 from ukbob_seg.preprocessing.plans import Plans
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 PROBABILITIES = "_probabilities.b2nd"  # behind the name of a case
@@ -125,6 +128,8 @@ class CasePredictor(ABC):
         if len(images) != channels:
             raise DatasetError(f"{images[0]}: {len(images)} channel files for a model of {channels} channels")
         image, geometry = read_image(images)
+        if constant := [name for name, values in zip(images, image, strict=True) if values.min() == values.max()]:
+            log.warning("%s has the same value everywhere; it is predicted all the same", constant[0])
         stem = case_stem(output, self.spec.file_ending)
         path = output.with_name(f"{stem}{PROBABILITIES}") if self.settings.save_probabilities else None
         try:

@@ -67,8 +67,19 @@ def find_folds(folder: Path, checkpoint: str) -> dict[str, Path]:
         CheckpointError: the folder does not exist.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"model folder {folder} does not exist; train first, or give it with -m")
+        if folder.is_file():
+            raise CheckpointError(f"model {folder} is a file; give the folder that holds plans.json and the folds")
+        raise CheckpointError(
+            f"model folder {folder} does not exist; train it first, or check the dataset, configuration and network, "
+            f"or the path ({_models_beside(folder)})"
+        )
     return {path.parent.name.removeprefix("fold_"): path for path in sorted(folder.glob(f"fold_*/{NAMES[checkpoint]}"))}
+
+
+def _models_beside(folder: Path) -> str:
+    """What else may be meant."""
+    names = sorted(path.name for path in folder.parent.glob("*__*") if path.is_dir())
+    return f"{folder.parent} has {listing(names, 5)}" if names else f"there is no model in {folder.parent}"
 
 
 def choose_folds(folder: Path, folds: Sequence[str] | None, checkpoint: str) -> dict[str, Path]:

@@ -51,6 +51,10 @@ def find_jobs(source: Path, output: Path, spec: DatasetSpec) -> list[PredictionJ
             raise DatasetError(
                 f"no cases in {source}: expected files like CASE_0000{ending}, found endings {endings or 'none'}"
             )
+        foreign = tuple(known for known in LABEL_ENDINGS if not ending.endswith(known))
+        found = sorted(path.name for path in source.iterdir() if path.name[0] != ".")
+        if others := [name for name in found if name.endswith(foreign) and not name.endswith(ending)]:
+            log.warning("left out, as the model takes files that end in %s: %s", ending, listing(others, 5))
         return [
             PredictionJob(name, files, output / f"{name}{ending}", ending)
             for name, files in sorted(grouped.cases.items())
@@ -183,9 +187,12 @@ def _predict_jobs(
     Returns those that cannot be read, and why; any other error ends all.
     """
     problems: list[tuple[PredictionJob, DatasetError]] = []
-    given_up = threading.Event()
+    given_up, no_more = threading.Event(), threading.Event()  # no case may go on; none may begin
 
     def work(job: PredictionJob) -> None:
+        if no_more.is_set():
+            return  # the error that ends all is on its way
+
         def show(done: int, total: int) -> None:
             if given_up.is_set():
                 raise _AbandonedError
@@ -196,12 +203,16 @@ def _predict_jobs(
             job.run(predictor, show)
         except DatasetError as error:
             if stops_all(error):
+                no_more.set()
                 raise
             problems.append((job, error))
             earlier = "; its earlier label map is still there" if job.output.is_file() else ""
             if len(jobs) > 1 or earlier:
                 log.warning("%s%s", _named(job, error), earlier)
             return
+        except BaseException:
+            no_more.set()
+            raise
         job.stale.unlink(missing_ok=True)
 
     at_once = CASES_AT_ONCE if predictor.settings.overlap else 1

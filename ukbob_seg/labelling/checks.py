@@ -53,8 +53,8 @@ def orientation_warnings(labels: np.ndarray, geometry: Geometry, values: Mapping
         wrong = sum(one < other for one, other in known)
         if wrong > len(known) / 2:
             warnings.append(
-                f"{said} ({wrong} of {len(known)} pairs): the file says {orientation_of(geometry)}, which is probably "
-                "wrong; correct its orientation and label it again"
+                f"{said} ({wrong} of {len(known)} pairs): the file says {orientation_of(geometry)}; if that is "
+                "wrong, correct its orientation and label it again, else these labels are"
             )
     return warnings
 
