@@ -25,7 +25,9 @@ MOST_WORKERS = 8  # the longest file of tests takes a twelfth of all
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Processes of ``-n auto``: one per processor, as far as there are 4 GiB of memory for each."""
-    return max(1, min(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // 2**32, MOST_WORKERS))
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux alone says which processors a process may use
+    processors = len(allowed(0)) if allowed else os.cpu_count() or 1
+    return max(1, min(processors, psutil.virtual_memory().available // 2**32, MOST_WORKERS))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ukbob_seg.dataset.image_io import Geometry, write_image
 from ukbob_seg.inference.predictor import Predictor
 from ukbob_seg.preprocessing.normalization import ChannelNormalization
 from ukbob_seg.preprocessing.plans import ConfigurationPlan, NetworkPlan, Plans
@@ -68,6 +69,13 @@ def blobs(shape, seed=0):
     from ukbob_seg.preprocessing.resampling import resample_image
 
     return resample_image(coarse[None], shape, 3)
+
+
+def many_cases(folder, count=4):
+    """Images case_0, case_1, ... in a folder."""
+    for number in range(count):
+        image = blobs((16, 15, 14), number).astype(np.float32)
+        write_image(image[0], Geometry((16, 15, 14), (3.0, 1.0, 0.7)), folder / f"case_{number}_0000.nii.gz")
 
 
 class Adaptable(nn.Module):

@@ -1,20 +1,17 @@
 """Prediction of folders: folds, resuming, parts, interruption, what is written last, bad input."""
 
 import dataclasses
-import errno
-import gzip
 import json
 import os
 import shutil
 import signal
-import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from threshold_network import DATASET, Adaptable, Identity, blobs, model_folder, predictor_of, truth_of
+from threshold_network import DATASET, Adaptable, Identity, blobs, many_cases, model_folder, predictor_of, truth_of
 
 from ukbob_seg.dataset.image_io import Geometry, read_image, read_labels, write_image, write_labels
 from ukbob_seg.dataset.spec import DatasetSpec
@@ -116,15 +113,9 @@ def test_statistics_are_those_of_the_written_labels_and_the_file(tmp_path):
     assert high["mean"] == pytest.approx([image[labels == 7].mean()])
 
 
-def _many_cases(folder, count=4):
-    for number in range(count):
-        image = blobs((16, 15, 14), number).astype(np.float32)
-        write_image(image[0], Geometry((16, 15, 14), (3.0, 1.0, 0.7)), folder / f"case_{number}_0000.nii.gz")
-
-
 def test_the_next_case_is_read_while_the_networks_work(tmp_path, monkeypatch):
     """The first case waits inside the network until the second has been read; one at a time that would never happen."""
-    _many_cases(tmp_path / "in")
+    many_cases(tmp_path / "in")
     read, second_is_read, waited = [], threading.Event(), []
 
     def noting(images):
@@ -149,56 +140,8 @@ def test_the_next_case_is_read_while_the_networks_work(tmp_path, monkeypatch):
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(written, expected, strict=True))
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_cases_that_cannot_be_read_are_told_after_all_others_are_predicted(tmp_path, overlap, caplog):
-    _many_cases(tmp_path / "in", 6)
-    for number in (2, 4):
-        (tmp_path / "in" / f"case_{number}_0000.nii.gz").write_bytes(b"broken")
-    predictor = predictor_of(PredictionSettings(overlap=overlap))
-    with pytest.raises(DatasetError, match=r"2 of 6 cases could not .* case case_2: .*case_2_0000.* \(also case_4"):
-        predict(predictor, tmp_path / "in", tmp_path / "out", quiet=True)
-    assert {record.getMessage()[:11] for record in caplog.records} >= {"case case_2", "case case_4"}
-    names = {path.name for path in (tmp_path / "out").glob("*.nii.gz")}
-    assert names == {f"case_{number}.nii.gz" for number in (0, 1, 3, 5)}
-    assert not any(path.name.startswith(".") for path in (tmp_path / "out").iterdir())
-    with pytest.raises(DatasetError, match=r"case_2_0000") as alone:  # of one case nothing else is to be said
-        predict(predictor, tmp_path / "in" / "case_2_0000.nii.gz", tmp_path / "alone", quiet=True)
-    assert "of 1 cases" not in str(alone.value)
-    _many_cases(tmp_path / "in", 5)
-    predict(predictor, tmp_path / "in", tmp_path / "out", resume=True, quiet=True)
-    assert sum(path.name.endswith(".nii.gz") for path in (tmp_path / "out").iterdir()) == 6
-
-
-def test_no_case_that_can_be_read_and_a_header_that_promises_too_much(tmp_path):
-    """A damaged header is the fault of the case, also where no memory could hold what it says."""
-    _many_cases(tmp_path / "in", 2)
-    for path in (tmp_path / "in").iterdir():
-        content = bytearray(gzip.decompress(path.read_bytes()))
-        content[42:48] = struct.pack("<3h", 30000, 30000, 30000)  # dim of NIfTI
-        path.write_bytes(gzip.compress(bytes(content)))
-    with pytest.raises(
-        DatasetError, match=r"2 of 2 cases could not be predicted: .*\(also case_1.*; mend what is wrong"
-    ):
-        predict(predictor_of(PredictionSettings()), tmp_path / "in", tmp_path / "out", quiet=True)
-
-
-def test_a_full_disk_ends_all_cases(tmp_path, monkeypatch):
-    _many_cases(tmp_path / "in", 4)
-    begun = []
-
-    def full(_, images, *__):
-        begun.append(images)
-        raise DatasetError("cannot write") from OSError(errno.ENOSPC, "No space left on device")
-
-    predictor = predictor_of(PredictionSettings(overlap=False))
-    monkeypatch.setattr(type(predictor), "predict_case", full)
-    with pytest.raises(DatasetError, match="cannot write"):
-        predict(predictor, tmp_path / "in", tmp_path / "out", quiet=True)
-    assert len(begun) == 1
-
-
 def test_an_interrupt_ends_adaptation_too(tmp_path):
-    _many_cases(tmp_path / "in", 3)
+    many_cases(tmp_path / "in", 3)
     passes = []
 
     class Endless(Identity):
@@ -216,7 +159,7 @@ def test_an_interrupt_ends_adaptation_too(tmp_path):
 
 
 def test_an_interrupt_ends_prediction_at_the_next_window(tmp_path, monkeypatch):
-    _many_cases(tmp_path / "in", 8)
+    many_cases(tmp_path / "in", 8)
     windows = []
 
     class Endless(Identity):
@@ -236,7 +179,7 @@ def test_an_interrupt_ends_prediction_at_the_next_window(tmp_path, monkeypatch):
 
 
 def test_an_interrupt_while_cases_are_handed_over_ends_those_that_were(tmp_path, monkeypatch):
-    _many_cases(tmp_path / "in", 8)
+    many_cases(tmp_path / "in", 8)
     windows, submit = [], ThreadPoolExecutor.submit
 
     class Slow(Identity):
